@@ -1,0 +1,1 @@
+"""Triton kernels, one per op, each with its launcher. They import nothing of the package."""

@@ -1,0 +1,200 @@
+"""Packed against one by one: the same samples must give the same log-probabilities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import PackedLayout
+
+
+def token_mult_prob_error(logprobs_a: Tensor, logprobs_b: Tensor, mask: Tensor) -> Tensor:
+    """Mean factor by which two runs disagree about the probability of a token; 1.0 is perfect.
+
+    ``sum(exp(|a - b| * mask) * mask) / (sum(mask) + 1e-8)``.
+
+    Args:
+        logprobs_a: log-probabilities of the target tokens, any shape; shifting is left to the
+            caller.
+        logprobs_b: the same tokens in another run.
+        mask: 1 for the tokens that count; same shape.
+
+    Returns:
+        0-d tensor of the same dtype.
+
+    Source:
+        ``token_mult_prob_error`` as NeMo-RL's ``ClippedPGLossFn`` reports it.
+
+    Example:
+        >>> a, b = torch.tensor([-1.0, -2.0, -9.0]), torch.tensor([-1.0, -2.5, 0.0])
+        >>> round(token_mult_prob_error(a, b, torch.tensor([1.0, 1.0, 0.0])).item(), 4)
+        1.3244
+    """
+    difference = (logprobs_a - logprobs_b).abs()
+    return (torch.exp(difference * mask) * mask).sum() / (mask.sum() + 1e-8)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``compare`` found.
+
+    Attributes:
+        num_samples, num_images: what was packed.
+        num_collapsed, num_expanded: length of the packed row before and after expansion.
+        token_mult_prob_error: 1.0 is perfect.
+        max_difference: the largest absolute difference of a log-probability.
+        sequence, token: where that is: the sample, and the row within it in expanded space.
+        lost_labels: positions that train alone but not packed.
+        differences: fp32 ``[S]``, |packed - alone| where both train, else 0.
+        layout: of the packed row, without padding.
+    """
+
+    num_samples: int
+    num_images: int
+    num_collapsed: int
+    num_expanded: int
+    token_mult_prob_error: float
+    max_difference: float
+    sequence: int
+    token: int
+    lost_labels: int
+    differences: Tensor
+    layout: PackedLayout
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_samples} samples, {self.num_images} images, {self.num_collapsed} tokens -> "
+            f"{self.num_expanded} rows: token_mult_prob_error {self.token_mult_prob_error:.6f}, "
+            f"largest difference {self.max_difference:.2e} at sequence {self.sequence}, row "
+            f"{self.token}; {self.lost_labels} labels lost"
+        )
+
+
+@torch.no_grad()
+def compare(model, samples: Sequence[dict], alone: list | None = None) -> Comparison:
+    """Run samples packed and one by one, and compare the log-probabilities of their labels.
+
+    Whether the packed run is right is up to the model: with ``install`` it should be.
+
+    Args:
+        model: a ``LLaVAModel`` or a wrapper around one, on one pipeline stage, without context
+            parallelism.
+        samples: dicts of ``input_ids`` ``[t]``, and optionally ``images`` ``[tiles, 3, h, w]``,
+            ``num_image_tiles`` ``[images]`` (one each by default), ``labels`` ``[t]`` and
+            ``loss_mask`` ``[t]`` (by default the next token, the last one predicting token 0).
+        alone: what ``run_alone`` gave for these samples, to compare several packed runs with.
+
+    Returns:
+        A ``Comparison``.
+    """
+    from .llava import find_llava
+
+    llava = find_llava(model)
+    was_training = model.training
+    model.eval()
+    try:
+        alone = run_alone(model, samples) if alone is None else alone
+        packed = pack(samples)
+        logprobs, mask = _run(model, packed)
+    finally:
+        model.train(was_training)
+
+    layout = PackedLayout.build(
+        packed["input_ids"][0],
+        packed["cu_seqlens"],
+        packed["num_image_tiles"].long() * llava.img_seq_len,
+        llava.image_token_index,
+        space="collapsed",
+    )
+    size = layout.num_expanded
+    logprobs_alone = torch.cat([pair[0] for pair in alone])
+    mask_alone = torch.cat([pair[1] for pair in alone])
+    logprobs, mask = logprobs[:size], mask[:size]
+    both = mask * mask_alone
+    differences = (logprobs - logprobs_alone).abs().masked_fill(both == 0, 0.0)
+    worst = int(differences.argmax())
+    starts = layout.cu_seqlens_expanded
+    sequence = int(torch.searchsorted(starts, worst, right=True)) - 1
+    return Comparison(
+        num_samples=len(samples),
+        num_images=packed["num_image_tiles"].numel(),
+        num_collapsed=layout.num_collapsed,
+        num_expanded=size,
+        token_mult_prob_error=token_mult_prob_error(logprobs, logprobs_alone, both).item(),
+        max_difference=differences[worst].item(),
+        sequence=sequence,
+        token=worst - int(starts[sequence]),
+        lost_labels=int(((mask_alone > 0) & (mask == 0)).sum()),
+        differences=differences.cpu(),
+        layout=layout.to("cpu"),
+    )
+
+
+@torch.no_grad()
+def run_alone(model, samples: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
+    """Log-probabilities and loss mask, fp32 ``[S_i]`` each, of every sample by itself, unpacked."""
+    return [_run(model, {**pack([sample]), "cu_seqlens": None}) for sample in samples]
+
+
+def pack(samples: Sequence[dict]) -> dict:
+    """One collapsed row from samples: concatenated tensors, ``[1, T]``, and ``cu_seqlens``."""
+    samples = [_complete(sample) for sample in samples]
+    images = [sample["images"] for sample in samples if sample["images"] is not None]
+    lengths = torch.tensor([0] + [sample["input_ids"].numel() for sample in samples])
+    row = {
+        name: torch.cat([sample[name] for sample in samples])[None]
+        for name in ("input_ids", "labels", "loss_mask")
+    }
+    device = row["input_ids"].device
+    return {
+        **row,
+        "position_ids": torch.arange(row["input_ids"].numel(), device=device)[None],
+        "images": torch.cat(images) if images else torch.empty(0, device=device),
+        "num_image_tiles": torch.cat([sample["num_image_tiles"] for sample in samples]),
+        "cu_seqlens": lengths.cumsum(0).int().to(device),
+        "max_seqlen": int(lengths.max()),
+    }
+
+
+def _complete(sample: dict) -> dict:
+    ids = sample["input_ids"]
+    images = sample.get("images")
+    num_tiles = sample.get("num_image_tiles")
+    if num_tiles is None:
+        num_tiles = torch.ones(0 if images is None else images.shape[0])
+    labels = sample.get("labels")
+    loss_mask = sample.get("loss_mask")
+    return {
+        "input_ids": ids,
+        "images": images,
+        "num_image_tiles": torch.as_tensor(num_tiles, dtype=torch.int, device=ids.device),
+        "labels": torch.cat([ids[1:], ids.new_zeros(1)]) if labels is None else labels,
+        "loss_mask": torch.ones(ids.shape, device=ids.device) if loss_mask is None else loss_mask,
+    }
+
+
+def _run(model, row: dict) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels and the expanded loss mask, fp32 ``[S]`` each."""
+    from .packed_seq import PackedSeqParams
+
+    params, cu_seqlens = None, row["cu_seqlens"]
+    if cu_seqlens is not None:
+        params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=row["max_seqlen"],
+            max_seqlen_kv=row["max_seqlen"],
+        )
+    loss, mask = model(
+        row["images"],
+        row["input_ids"],
+        row["position_ids"],
+        None,
+        labels=row["labels"],
+        loss_mask=row["loss_mask"],
+        num_image_tiles=row["num_image_tiles"],
+        packed_seq_params=params,
+    )
+    return -loss[0].float(), mask[0].float()

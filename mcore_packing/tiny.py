@@ -1,0 +1,114 @@
+"""A small real LLaVAModel and samples for it: what the demo shows, tests test, the CLI checks."""
+
+import itertools
+from copy import deepcopy
+
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from . import cpu
+
+IMAGE_TOKEN_ID = -200
+VOCAB_SIZE = 512
+
+
+def llava_model(
+    position_embedding_type: str = "learned_absolute",
+    *,
+    img_size: int = 336,
+    language_layers: int = 3,
+    hidden_size: int = 64,
+    max_sequence_length: int = 65536,
+    vision_model_type: str = "clip",
+    pre_process: bool = True,
+    post_process: bool = True,
+    add_encoder: bool = True,
+    seed: int = 0,
+    language: dict | None = None,
+    **kwargs,
+) -> LLaVAModel:
+    """Build a ``LLaVAModel``: a vision tower (577 rows a tile by default), an MLP projector, a GPT.
+
+    Args:
+        position_embedding_type: "learned_absolute" or "rope".
+        img_size: pixels on each side of a tile, a multiple of 14.
+        language_layers: GPT layers, on all pipeline stages together.
+        hidden_size: of the GPT.
+        max_sequence_length: positions of the GPT.
+        vision_model_type: "clip", "siglip" or "internvit".
+        pre_process, post_process, add_encoder: what this pipeline stage has.
+        seed: of the weights.
+        language: further ``TransformerConfig`` arguments of the GPT.
+        **kwargs: for ``LLaVAModel``.
+    """
+    torch.manual_seed(seed)
+    common = {"use_cpu_initialization": True, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    heads = {"num_attention_heads": 4, **common}
+    text_config = {"num_layers": language_layers, "hidden_size": hidden_size, **heads}
+    language_config = TransformerConfig(**{**text_config, **(language or {})})
+    vision_config = TransformerConfig(num_layers=2, hidden_size=64, **heads)
+    projector = {"num_layers": 2, "hidden_size": hidden_size, "ffn_hidden_size": 64}
+    projector_config = TransformerConfig(**projector, **common, num_attention_heads=1)
+    language_config.language_model_type = "tiny"
+    vision_config.vision_model_type = vision_model_type
+    for config in (vision_config, projector_config):
+        config.tensor_model_parallel_size = language_config.tensor_model_parallel_size
+    spec = cpu.layer_spec()
+    vision_spec = deepcopy(spec)
+    vision_spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask
+    return LLaVAModel(
+        language_transformer_config=language_config,
+        language_transformer_layer_spec=spec,
+        language_vocab_size=VOCAB_SIZE,
+        language_max_sequence_length=max_sequence_length,
+        vision_transformer_config=vision_config,
+        vision_transformer_layer_spec=vision_spec,
+        drop_vision_class_token=False,
+        vision_projection_config=projector_config,
+        vision_projection_layer_spec=deepcopy(spec.submodules.mlp.submodules),
+        language_position_embedding_type=position_embedding_type,
+        pre_process=pre_process,
+        post_process=post_process,
+        add_encoder=add_encoder,
+        img_h=img_size,
+        img_w=img_size,
+        patch_dim=14,
+        image_token_index=IMAGE_TOKEN_ID,
+        **kwargs,
+    )
+
+
+def samples(
+    count: int, *, img_size: int = 336, device="cpu", dtype=torch.float32, seed: int = 0
+) -> list[dict]:
+    """Samples for ``parity.compare``, with tiles cycling 1, 2, 1, 3, 1.
+
+    In turn: an image inside, an image first, two images, no image, an image last, adjacent images.
+
+    Args:
+        count: how many.
+        img_size: pixels on each side of a tile.
+        device: of the tensors.
+        dtype: of the pixels.
+        seed: of tokens and pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tiles = itertools.cycle((1, 2, 1, 3, 1))
+    places = itertools.cycle(((3,), (0,), (2, 9), (), (-1,), (4, 5)))
+    result = []
+    for at in itertools.islice(places, count):
+        length = int(torch.randint(12, 40, (), generator=generator))
+        ids = torch.randint(1, VOCAB_SIZE, (length,), generator=generator)
+        ids[list(at)] = IMAGE_TOKEN_ID
+        num_tiles = [next(tiles) for _ in at]
+        pixels = torch.randn(sum(num_tiles), 3, img_size, img_size, generator=generator)
+        result.append(
+            {
+                "input_ids": ids.to(device),
+                "images": pixels.to(device, dtype) if at else None,
+                "num_image_tiles": torch.tensor(num_tiles, dtype=torch.int, device=device),
+            }
+        )
+    return result

@@ -1,0 +1,34 @@
+"""Package metadata; ``kernels/`` ships as ``mcore_packing.kernels``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mcore_packing/__init__.py").read_text())[1]
+
+setup(
+    name="mcore-packing",
+    version=VERSION,
+    description="Packed multimodal sequences that are correct and fast in Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["mcore_packing", "mcore_packing.kernels"],
+    package_dir={"mcore_packing.kernels": "kernels"},
+    install_requires=["torch", "megatron-core>=0.12", 'triton; platform_system == "Linux"'],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        "energon": ["megatron-energon"],
+        "plot": ["matplotlib"],
+        "dev": ["hypothesis", "matplotlib", "pre-commit", "pytest", "ruff"],
+    },
+    entry_points={"console_scripts": ["mcore-packing = mcore_packing.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
