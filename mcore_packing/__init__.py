@@ -3,6 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
+from .context_parallel import alignment, cp_partition
 from .errors import AmbiguousTruncation, BoundarySpaceError, PackingError, PlaceholderMismatch
 from .layout import PackedLayout, expand_embeddings, expand_labels, remap_cu_seqlens
 
@@ -25,6 +26,8 @@ __all__ = [
     "PackedLayout",
     "PackingError",
     "PlaceholderMismatch",
+    "alignment",
+    "cp_partition",
     "expand_embeddings",
     "expand_labels",
     "remap_cu_seqlens",

@@ -47,9 +47,18 @@ def megatron_on_cpu(**parallel_sizes):
     with contextlib.ExitStack() as stack:
         for target, name, value in _patches():
             stack.enter_context(patch.object(target, name, value, create=True))
+        stack.enter_context(clip_norm())
         stack.enter_context(_CudaToCpu())
+        stack.enter_context(process_groups("gloo", **parallel_sizes))
+        yield
+
+
+@contextlib.contextmanager
+def process_groups(backend: str, **parallel_sizes):
+    """What Megatron-Core expects to be initialised, as far as it is not."""
+    with contextlib.ExitStack() as stack:
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             stack.callback(dist.destroy_process_group)
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(**parallel_sizes)
@@ -85,15 +94,26 @@ def _patches():
     yield random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
     yield tracker, "fork", _fork
     yield WrappedTorchNorm, "__new__", staticmethod(_norm)
-    defaults = CLIPViTModel.__init__.__defaults__
-    norms = tuple(WrappedTorchNorm if value is torch.nn.LayerNorm else value for value in defaults)
-    yield CLIPViTModel.__init__, "__defaults__", norms
     if not llava_model.HAVE_TE:
         yield llava_model, "HAVE_TE", True
         yield llava_model, "HAVE_TEX", True
         yield llava_model, "TEDotProductAttention", PackedAttention
         yield llava_model, "is_te_min_version", lambda *args, **kwargs: True
         yield llava_model, "tex", SimpleNamespace(thd_get_partitioned_indices=_partitioned_indices)
+
+
+@contextlib.contextmanager
+def clip_norm():
+    """Give the CLIP tower a default norm that takes Megatron's config where TE is missing."""
+    init = CLIPViTModel.__init__
+    before = init.__defaults__
+    init.__defaults__ = tuple(
+        WrappedTorchNorm if value is torch.nn.LayerNorm else value for value in before
+    )
+    try:
+        yield
+    finally:
+        init.__defaults__ = before
 
 
 class _CudaToCpu(torch.overrides.TorchFunctionMode):

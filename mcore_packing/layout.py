@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .errors import (
     INT32_MAX,
     BoundarySpaceError,
@@ -224,8 +224,8 @@ class PackedLayout:
         if "collapsed" not in self._maps:
             token = torch.arange(self.num_collapsed, device=self.input_ids.device)
             starts = self.token_starts.long()
-            seq = torch.searchsorted(starts[:-1], token, right=True) - 1
-            self._maps["collapsed"] = (token - starts[seq]).clamp(min=0)
+            seq = reference.last_at_or_below(starts, token)
+            self._maps["collapsed"] = (token - starts.index_select(0, seq)).clamp(min=0)
         return self._maps["collapsed"]
 
     @property
@@ -234,9 +234,10 @@ class PackedLayout:
         if "padding" not in self._maps:
             position = torch.arange(self.num_expanded, device=self.input_ids.device)
             starts = self.cu_seqlens_padded.long()
-            seq = torch.searchsorted(starts[:-1], position, right=True) - 1
+            seq = reference.last_at_or_below(starts, position)
             length = torch.nn.functional.pad(self.cu_seqlens_expanded.diff(), (0, 1))
-            self._maps["padding"] = position - starts[seq] >= length[seq]
+            offset = position - starts.index_select(0, seq)
+            self._maps["padding"] = offset >= length.index_select(0, seq)
         return self._maps["padding"]
 
     def tokens(self, labels=None, loss_mask=None, cp_size: int = 1, cp_rank: int = 0):

@@ -141,19 +141,18 @@ class _Hook:
         self.forward_signature = inspect.signature(model.forward)
         self.preprocess_signature = inspect.signature(model._preprocess_data)
         takes = frozenset(self.preprocess_signature.parameters)
-        known = takes in (_RELEASED, _MAIN)
+        self.known = takes in (_RELEASED, _MAIN)
         self.is_main = takes == _MAIN
-        self.fused = fused and known and model._tile_tags is None
-        if not known:
+        self.fused = fused and self.known and model._tile_tags is None
+        if not self.known:
             warnings.warn(
                 f"mcore_packing does not know this LLaVAModel._preprocess_data, which takes "
                 f"{sorted(takes ^ _RELEASED)} more or less: boundaries are remapped, expansion "
                 f"stays Megatron's own (fused=False)",
                 stacklevel=4,
             )
-        self.known = known
         language_model = getattr(model, "language_model", None)
-        if language_model is not None and not _takes_boundaries(language_model):
+        if language_model is not None and not takes_boundaries(language_model):
             raise PackingError(
                 "this megatron-core passes no packed_seq_params to "
                 f"{type(language_model).__name__}, so packed samples leak into each other; hybrid "
@@ -219,7 +218,7 @@ class _Hook:
             seq_idx = {"seq_idx": True} if self.is_hybrid else {}
             params = expand_params(params, layout, layout_kv, **seq_idx)
             if self.restarts and self.model.pre_process:
-                given["position_ids"] = layout.position_ids_collapsed[None]
+                given["position_ids"] = layout.position_ids_collapsed.unsqueeze(0)
         given["packed_seq_params"] = params
         if self.fused and given.get("inference_context") is None:
             self.call = layout, params
@@ -477,7 +476,17 @@ def find_llava(model) -> LLaVAModel:
     return found[0]
 
 
-def _takes_boundaries(language_model) -> bool:
+def understanding(model_class) -> str:
+    """In words, how far ``install`` understands a ``LLaVAModel`` class."""
+    takes = set(inspect.signature(model_class._preprocess_data).parameters) - {"self"}
+    if takes == _RELEASED:
+        return "understood, fused (0.12 to 0.17)"
+    if takes == _MAIN:
+        return "understood, fused (main)"
+    return "boundaries only: its _preprocess_data is not known"
+
+
+def takes_boundaries(language_model) -> bool:
     parameters = inspect.signature(language_model.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     return "packed_seq_params" in parameters or inspect.Parameter.VAR_KEYWORD in kinds

@@ -47,6 +47,7 @@ class Comparison:
         sequence, token: where that is: the sample, and the row within it in expanded space.
         lost_labels: positions that train alone but not packed.
         differences: fp32 ``[S]``, |packed - alone| where both train, else 0.
+        compared: bool ``[S]``, where both train.
         layout: of the packed row, without padding.
     """
 
@@ -60,6 +61,7 @@ class Comparison:
     token: int
     lost_labels: int
     differences: Tensor
+    compared: Tensor
     layout: PackedLayout
 
     def __str__(self) -> str:
@@ -127,6 +129,7 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
         token=worst - int(starts[sequence]),
         lost_labels=int(((mask_alone > 0) & (mask == 0)).sum()),
         differences=differences.cpu(),
+        compared=(both > 0).cpu(),
         layout=layout.to("cpu"),
     )
 
@@ -174,8 +177,11 @@ def _complete(sample: dict) -> dict:
     }
 
 
-def _run(model, row: dict) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels and the expanded loss mask, fp32 ``[S]`` each."""
+def forward(model, row: dict) -> tuple[Tensor, Tensor]:
+    """Loss and expanded loss mask, ``[1, S]`` each, of a row that ``pack`` made.
+
+    With ``cu_seqlens=None`` in the row it runs unpacked.
+    """
     from .packed_seq import PackedSeqParams
 
     params, cu_seqlens = None, row["cu_seqlens"]
@@ -187,8 +193,8 @@ def _run(model, row: dict) -> tuple[Tensor, Tensor]:
             max_seqlen_q=row["max_seqlen"],
             max_seqlen_kv=row["max_seqlen"],
         )
-    loss, mask = model(
-        row["images"],
+    return model(
+        row["images"].to(next(model.parameters()).dtype),
         row["input_ids"],
         row["position_ids"],
         None,
@@ -197,4 +203,9 @@ def _run(model, row: dict) -> tuple[Tensor, Tensor]:
         num_image_tiles=row["num_image_tiles"],
         packed_seq_params=params,
     )
+
+
+def _run(model, row: dict) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels and the expanded loss mask, fp32 ``[S]`` each."""
+    loss, mask = forward(model, row)
     return -loss[0].float(), mask[0].float()

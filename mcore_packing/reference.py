@@ -68,14 +68,15 @@ def layout(
     rows = torch.ones(num_tokens, dtype=torch.int64, device=input_ids.device)
     rows[matched] = given.clamp(1, INT32_MAX)
     start = _prefix_sum(rows)
-    total = start[-1]
+    total = start[-1].clone()
     image_begin = total.repeat(num_images)
     image_begin[: matched.numel()] = start[matched]
     image_start = (total - num_tokens + matched.numel()).repeat(num_images + 1)
     image_start[: matched.numel()] = (
         start[matched] - matched + torch.arange(matched.numel()).to(matched)
     )
-    start = start.clamp(max=INT32_MAX)
+    if int(total) > INT32_MAX:
+        start.clamp_(max=INT32_MAX)
 
     # Which space the boundaries are in.
     begin = physical.long()
@@ -103,7 +104,7 @@ def layout(
         num_image_rows, None if truncate else num_rows, needed,
     )  # fmt: skip
     return (
-        _int32(start),
+        start.to(torch.int32),
         _int32(image_begin),
         _int32(image_start),
         _int32(_append(token_begin, num_tokens)),
@@ -120,13 +121,13 @@ def _find_space(input_ids, is_image, start, total, begin, space) -> Space:
     if space != Space.AUTO:
         return Space(space)
     num_tokens, last = input_ids.numel(), int(begin[-1])
-    vital = (is_image | (input_ids != input_ids[-1])).nonzero()
-    num_vital = int(vital[-1]) + 1 if vital.numel() else 0  # what follows may be padding
-    vital_rows = int(start[num_vital])
     if total == num_tokens:
         return Space.SAME
     if last > num_tokens:
         return Space.EXPANDED
+    vital = (is_image | (input_ids != input_ids[-1])).flip(0)  # what follows may be padding
+    num_vital = num_tokens - int(vital.to(torch.uint8).argmax()) if bool(vital.any()) else 0
+    vital_rows = int(start[num_vital])
     if last < vital_rows:
         return Space.COLLAPSED
     index = torch.searchsorted(start, begin).clamp(max=num_tokens)
@@ -186,7 +187,9 @@ def _find_fault(
 
 def _prefix_sum(lengths: Tensor) -> Tensor:
     """int64 ``[n + 1]``: the exclusive prefix sums of ``[n]`` and their total."""
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    sums = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths, 0, out=sums[1:])
+    return sums
 
 
 def _append(values: Tensor, last) -> Tensor:
@@ -210,7 +213,7 @@ def local_positions(cu_seqlens_padded: Tensor, num_rows: int, cp_size: int, cp_r
         return local
     cu = cu_seqlens_padded.long()
     begin = cu // cp_size
-    seq = _last_at_or_below(begin, local)
+    seq = last_at_or_below(begin, local)
     half = (begin[seq + 1] - begin[seq]) // 2
     offset = local - begin[seq]
     chunk = torch.where(offset < half, cp_rank, 2 * (cp_size - 1) - cp_rank)
@@ -257,7 +260,7 @@ def expand_tokens(
     num_tokens, num_images = input_ids.numel(), image_begin.numel()
     cu, starts = cu_seqlens_padded.long(), row_starts.long()
     position = local_positions(cu_seqlens_padded, num_rows, cp_size, cp_rank)
-    seq = _last_at_or_below(cu, position)
+    seq = last_at_or_below(cu, position)
     row, end = starts[seq] + position - cu[seq], starts[seq + 1]
     is_pad = row >= end
 
@@ -315,7 +318,7 @@ def source_positions(
     cu, starts = cu_seqlens_padded.long(), row_starts.long()
 
     def locate(row):
-        seq = _last_at_or_below(starts, row)
+        seq = last_at_or_below(starts, row)
         position = cu[seq] + row - starts[seq]
         local = to_local(position, seq, cu, cp_size, cp_rank)
         return torch.where(position < cu[seq + 1], local, -1)
@@ -324,7 +327,7 @@ def source_positions(
     text = torch.where(input_ids == image_token_id, -1, text)
     row = torch.arange(num_image_rows, device=input_ids.device)
     if image_begin.numel():
-        image = _last_at_or_below(image_start.long(), row)
+        image = last_at_or_below(image_start.long(), row)
         row = locate(image_begin[image] + row - image_start[image])
     return text.int(), row.int()
 
@@ -389,6 +392,6 @@ def _runs(index: Tensor, begins_tile: Tensor) -> list[tuple[int, int, int]]:
     return list(zip(begins, [*begins[1:], index.numel()], firsts, strict=True)) if begins else []
 
 
-def _last_at_or_below(starts: Tensor, value: Tensor) -> Tensor:
+def last_at_or_below(starts: Tensor, value: Tensor) -> Tensor:
     """Index of the last start at or below ``value``: the sequence that ``value`` lies in."""
     return (torch.searchsorted(starts, value, right=True) - 1).clamp(0, starts.numel() - 2)

@@ -1,9 +1,13 @@
 """A small real LLaVAModel and samples for it: what the demo shows, tests test, the CLI checks."""
 
+import contextlib
 import itertools
 from copy import deepcopy
+from functools import partial
+from importlib.util import find_spec
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,6 +16,32 @@ from . import cpu
 
 IMAGE_TOKEN_ID = -200
 VOCAB_SIZE = 512
+HAVE_GPU = torch.cuda.is_available()
+HAVE_TE = HAVE_GPU and find_spec("transformer_engine") is not None
+DEVICE = "cuda" if HAVE_GPU else "cpu"
+DTYPE = torch.bfloat16 if HAVE_GPU else torch.float32
+
+
+def attention_name() -> str:
+    """The attention that packed rows get on this machine."""
+    if HAVE_TE:
+        return "Transformer Engine, bf16"
+    if HAVE_GPU:
+        return "PackedAttention: torch varlen, bf16"
+    return "PackedAttention: SDPA, fp32"
+
+
+@contextlib.contextmanager
+def megatron():
+    """Megatron-Core in this single process: on the GPU where there is one, else on the CPU."""
+    with contextlib.ExitStack() as stack:
+        if not HAVE_GPU:
+            stack.enter_context(cpu.megatron_on_cpu())
+        else:
+            stack.enter_context(cpu.process_groups("nccl"))
+        if HAVE_GPU and not HAVE_TE:
+            stack.enter_context(cpu.clip_norm())
+        yield
 
 
 def llava_model(
@@ -22,14 +52,13 @@ def llava_model(
     hidden_size: int = 64,
     max_sequence_length: int = 65536,
     vision_model_type: str = "clip",
-    pre_process: bool = True,
-    post_process: bool = True,
-    add_encoder: bool = True,
     seed: int = 0,
     language: dict | None = None,
     **kwargs,
 ) -> LLaVAModel:
-    """Build a ``LLaVAModel``: a vision tower (577 rows a tile by default), an MLP projector, a GPT.
+    """Build a ``LLaVAModel``: a vision tower (577 rows a tile), an MLP projector, a GPT.
+
+    Weights are random, in fp32 on a CPU and in bf16 on a GPU.
 
     Args:
         position_embedding_type: "learned_absolute" or "rope".
@@ -38,16 +67,22 @@ def llava_model(
         hidden_size: of the GPT.
         max_sequence_length: positions of the GPT.
         vision_model_type: "clip", "siglip" or "internvit".
-        pre_process, post_process, add_encoder: what this pipeline stage has.
         seed: of the weights.
         language: further ``TransformerConfig`` arguments of the GPT.
         **kwargs: for ``LLaVAModel``.
     """
     torch.manual_seed(seed)
-    common = {"use_cpu_initialization": True, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    common = {
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.05,  # enough for tokens to depend on what they attend to
+        "bf16": HAVE_GPU,
+        "params_dtype": DTYPE,
+    }
     heads = {"num_attention_heads": 4, **common}
-    text_config = {"num_layers": language_layers, "hidden_size": hidden_size, **heads}
-    language_config = TransformerConfig(**{**text_config, **(language or {})})
+    text = {"num_layers": language_layers, "hidden_size": hidden_size, **heads, **(language or {})}
+    language_config = TransformerConfig(**text)
     vision_config = TransformerConfig(num_layers=2, hidden_size=64, **heads)
     projector = {"num_layers": 2, "hidden_size": hidden_size, "ffn_hidden_size": 64}
     projector_config = TransformerConfig(**projector, **common, num_attention_heads=1)
@@ -55,33 +90,38 @@ def llava_model(
     vision_config.vision_model_type = vision_model_type
     for config in (vision_config, projector_config):
         config.tensor_model_parallel_size = language_config.tensor_model_parallel_size
-    spec = cpu.layer_spec()
+    spec = get_gpt_layer_with_transformer_engine_spec() if HAVE_TE else cpu.layer_spec()
     vision_spec = deepcopy(spec)
     vision_spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask
-    return LLaVAModel(
+    settings = {
+        "drop_vision_class_token": False,
+        "language_position_embedding_type": position_embedding_type,
+        "img_h": img_size,
+        "img_w": img_size,
+        "patch_dim": 14,
+        "image_token_index": IMAGE_TOKEN_ID,
+    }
+    model = LLaVAModel(
         language_transformer_config=language_config,
         language_transformer_layer_spec=spec,
         language_vocab_size=VOCAB_SIZE,
         language_max_sequence_length=max_sequence_length,
         vision_transformer_config=vision_config,
         vision_transformer_layer_spec=vision_spec,
-        drop_vision_class_token=False,
         vision_projection_config=projector_config,
-        vision_projection_layer_spec=deepcopy(spec.submodules.mlp.submodules),
-        language_position_embedding_type=position_embedding_type,
-        pre_process=pre_process,
-        post_process=post_process,
-        add_encoder=add_encoder,
-        img_h=img_size,
-        img_w=img_size,
-        patch_dim=14,
-        image_token_index=IMAGE_TOKEN_ID,
-        **kwargs,
+        vision_projection_layer_spec=deepcopy(_submodules(spec.submodules.mlp)),
+        **{**settings, **kwargs},
     )
+    return model.to(DEVICE, DTYPE) if HAVE_GPU else model
+
+
+def _submodules(spec):
+    """Of a ``ModuleSpec``, or of the ``functools.partial`` that main has in its place."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def samples(
-    count: int, *, img_size: int = 336, device="cpu", dtype=torch.float32, seed: int = 0
+    count: int, *, img_size: int = 336, device=DEVICE, dtype=DTYPE, seed: int = 0
 ) -> list[dict]:
     """Samples for ``parity.compare``, with tiles cycling 1, 2, 1, 3, 1.
 
@@ -99,7 +139,7 @@ def samples(
     places = itertools.cycle(((3,), (0,), (2, 9), (), (-1,), (4, 5)))
     result = []
     for at in itertools.islice(places, count):
-        length = int(torch.randint(12, 40, (), generator=generator))
+        length = int(torch.randint(32, 128, (), generator=generator))
         ids = torch.randint(1, VOCAB_SIZE, (length,), generator=generator)
         ids[list(at)] = IMAGE_TOKEN_ID
         num_tiles = [next(tiles) for _ in at]

@@ -1,0 +1,155 @@
+"""Pictures: one packed row in both spaces, and where packed differs from one by one."""
+
+from itertools import pairwise
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch, Rectangle
+
+from .layout import PackedLayout
+from .parity import Comparison
+
+SEQUENCE_COLOURS = plt.get_cmap("tab10").colors
+TAIL_COLOUR = "0.9"
+WRONG, RIGHT = "#d62728", "black"
+SMALLEST = 1e-8  # where a log axis ends; equal tokens are drawn there
+IMAGE_WIDTH = 20  # in text tokens: true to scale, images would leave no room for text
+
+
+def draw_row(layout: PackedLayout, path) -> None:
+    """One packed row, collapsed above and expanded below: sequences as colours, images hatched.
+
+    Args:
+        layout: of the row, on the CPU.
+        path: of the PNG.
+    """
+    given = layout.cu_seqlens_collapsed.tolist()
+    edges = layout.cu_seqlens_padded.tolist()
+    figure, (before, after) = plt.subplots(2, 1, figsize=(12, 4.6), layout="constrained")
+    tokens = layout.image_begin - layout.image_start[:-1]
+    tokens = [token + index for index, token in enumerate(tokens.tolist())]
+    _draw_bar(before, layout.token_starts.tolist(), [(t, t + 1) for t in tokens])
+    _draw_bar(after, edges, _image_spans(layout))
+    _draw_boundaries(before, given, RIGHT, "solid")
+    _draw_boundaries(after, edges[: len(given)], RIGHT, "solid")
+    _draw_boundaries(after, given[1:], WRONG, "dashed")
+    before.set_title(
+        f"Before the model: {layout.num_collapsed} tokens, one placeholder per image.  "
+        f"cu_seqlens = {_short(given)}",
+        loc="left",
+    )
+    after.set_title(
+        f"In the model: {layout.num_expanded} rows, every image expanded.  "
+        f"cu_seqlens must be {_short(edges[: len(given)])}",
+        loc="left",
+    )
+    handles = [
+        Patch(facecolor=SEQUENCE_COLOURS[0], label="a sequence (one colour each)"),
+        Patch(facecolor="white", edgecolor="0.2", hatch="////", label="an image"),
+        plt.Line2D([], [], color=RIGHT, linewidth=2.5, label="boundaries that hold here"),
+        plt.Line2D(
+            [], [], color=WRONG, linewidth=2.5, linestyle="dashed",
+            label="the collapsed boundaries, if nobody moves them",
+        ),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_parity(before: Comparison, after: Comparison, path) -> None:
+    """Per token, how far packed and one by one disagree, without and with the hook.
+
+    Args:
+        before: without the hook.
+        after: with it, on the same samples.
+        path: of the PNG.
+    """
+    layout = after.layout
+    spans = _image_spans(layout)
+    width = torch.ones(layout.num_expanded, dtype=torch.float64)
+    for begin, end in spans:
+        width[begin:end] = IMAGE_WIDTH / (end - begin)
+    x = torch.cat([width.new_zeros(1), width.cumsum(0)])
+    edges = layout.cu_seqlens_expanded.long()
+    figure, axes = plt.subplots(
+        2, 1, figsize=(12, 6), sharex=True, sharey=True, layout="constrained"
+    )
+    panels = (("Without the hook", before, WRONG), ("With mcore_packing", after, "#1f77b4"))
+    for axis, (name, result, colour) in zip(axes, panels, strict=True):
+        for begin, end in spans:
+            axis.axvspan(x[begin], x[end], facecolor="0.93", edgecolor="0.75", hatch="////", lw=0)
+        for edge in x[edges]:
+            axis.axvline(edge, color="black", linewidth=1.2)
+        trained = result.compared.nonzero().squeeze(1)
+        height = result.differences[trained].clamp(min=SMALLEST)
+        axis.scatter(x[trained] + 0.5, height, s=9, color=colour, zorder=3, clip_on=False)
+        axis.set_yscale("log")
+        axis.set_ylim(SMALLEST, 10)
+        axis.set_ylabel("|difference of log-prob|")
+        axis.set_title(
+            f"{name}: token_mult_prob_error {result.token_mult_prob_error:.6f}, largest "
+            f"difference {result.max_difference:.1e}",
+            loc="left",
+        )
+        axis.set_yticks([SMALLEST, 1e-6, 1e-4, 1e-2, 1], ["equal", "1e-6", "1e-4", "1e-2", "1"])
+        axis.minorticks_off()
+    axes[1].set_xlim(x[0], x[-1])
+    axes[1].set_xticks(x[edges], [f"row {edge}" for edge in edges.tolist()])
+    axes[1].set_xlabel(
+        f"one packed row of {layout.num_seqs} samples; images are drawn {IMAGE_WIDTH} tokens wide"
+    )
+    handles = [
+        plt.Line2D([], [], color="black", linewidth=1.2, label="boundary between samples"),
+        Patch(facecolor="0.93", edgecolor="0.75", hatch="////", label="an image"),
+        plt.Line2D([], [], marker="o", linestyle="", color="0.4", label="a text token"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _image_spans(layout: PackedLayout) -> list[tuple[int, int]]:
+    """``(begin, end)`` of every image in the physical row."""
+    source = layout.tokens()[0]
+    is_image = (source < -1).int()
+    steps = is_image.diff(prepend=is_image.new_zeros(1), append=is_image.new_zeros(1))
+    spans = zip(
+        (steps == 1).nonzero().squeeze(1).tolist(),
+        (steps == -1).nonzero().squeeze(1).tolist(),
+        strict=True,
+    )
+    return list(spans)
+
+
+def _draw_bar(axis, edges, images) -> None:
+    for seq, (begin, end) in enumerate(pairwise(edges)):
+        tail = seq == len(edges) - 2
+        colour = TAIL_COLOUR if tail else SEQUENCE_COLOURS[seq % len(SEQUENCE_COLOURS)]
+        axis.add_patch(Rectangle((begin, 0), end - begin, 1, facecolor=colour, linewidth=0))
+    for begin, end in images:
+        axis.add_patch(
+            Rectangle((begin, 0), end - begin, 1, fill=False, edgecolor="white", hatch="////")
+        )
+    axis.set_xlim(edges[0], edges[-1])
+    axis.set_ylim(-0.15, 1.15)
+    axis.set_yticks([])
+    for side in ("left", "right", "top"):
+        axis.spines[side].set_visible(False)
+
+
+def _draw_boundaries(axis, edges, colour, style) -> None:
+    for edge in edges:
+        axis.plot(
+            [edge, edge], [-0.12, 1.12], color=colour, linewidth=2.5, linestyle=style, clip_on=False
+        )
+
+
+def _short(values: list[int]) -> str:
+    if len(values) <= 8:
+        return str(values)
+    return f"[{', '.join(map(str, values[:4]))}, ..., {', '.join(map(str, values[-2:]))}]"

@@ -1,0 +1,82 @@
+"""What the benchmarks share: timing, the copy ceiling, and the JSON they leave."""
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from mcore_packing import cli
+
+RESULTS = Path(__file__).parent / "results"
+HAVE_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAVE_GPU else "cpu"
+
+
+def measure(function, budget: float = 1.0, least: int = 5) -> dict:
+    """Median, p20 and p80 in microseconds; on a GPU of the GPU's time, with a cold L2 cache."""
+    if HAVE_GPU:
+        from triton.testing import do_bench
+
+        quantiles = [0.5, 0.2, 0.8]
+        median, p20, p80 = do_bench(function, warmup=50, rep=budget * 300, quantiles=quantiles)
+        return {"median_us": median * 1e3, "p20_us": p20 * 1e3, "p80_us": p80 * 1e3}
+    function()
+    times, end = [], time.perf_counter() + budget
+    while len(times) < least or (time.perf_counter() < end and len(times) < 1000):
+        begin = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - begin) * 1e6)
+    quantiles = statistics.quantiles(times, n=5)
+    return {
+        "median_us": statistics.median(times),
+        "p20_us": quantiles[0],
+        "p80_us": quantiles[3],
+    }
+
+
+def host_time(function, count: int = 50) -> float:
+    """Median microseconds until the call returns: on a GPU, what it costs to launch."""
+    function()
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - begin) * 1e6)
+    return statistics.median(times)
+
+
+def environment() -> dict:
+    """Versions, GPU, driver, processor and commit."""
+    found = cli.doctor()
+    found["processor"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found["commit"] = _output("git", "rev-parse", "--short", "HEAD")
+    return found
+
+
+def save(name: str, rows: list[dict], output: Path | None, **more) -> Path:
+    """Write ``scripts/results/<name>-<device>.json``, or ``<name>.json`` into ``output``."""
+    path = RESULTS / f"{name}-{device_name()}.json" if output is None else output / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"benchmark": name, "environment": environment(), **more, "rows": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def device_name() -> str:
+    if not HAVE_GPU:
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return next((chip for chip in ("h200", "h100", "b200", "a100") if chip in name), "gpu")
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

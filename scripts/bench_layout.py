@@ -1,0 +1,88 @@
+"""Building a layout, against the plain torch composition of the same boundaries."""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import bench
+import torch
+
+from mcore_packing import PackedLayout
+
+IMAGE = -200
+ROWS = 576
+
+
+def make_row(num_tokens: int, num_seqs: int, device: str):
+    """A row with an image every 170 tokens or so."""
+    rng = random.Random(num_tokens * 31 + num_seqs)
+    ids = torch.randint(1, 30_000, (num_tokens,), generator=torch.Generator().manual_seed(0))
+    ids[rng.sample(range(num_tokens), max(num_tokens // 170, 1))] = IMAGE
+    edges = sorted(rng.sample(range(1, num_tokens), num_seqs - 1))
+    cu_seqlens = torch.tensor([0, *edges, num_tokens], dtype=torch.int32)
+    tiles = [rng.randint(1, 3) for _ in range(int((ids == IMAGE).sum()))]
+    rows = torch.tensor(tiles, dtype=torch.int32) * ROWS
+    return ids.to(device), cu_seqlens.to(device), rows.to(device), int(rows.sum())
+
+
+def compose(ids, cu_seqlens, rows):
+    """Masks, cumsum, gather: expanded starts, image starts, and where each sequence begins."""
+    expansion = torch.ones_like(ids)
+    expansion[ids == IMAGE] = rows.long()
+    start = torch.cat([expansion.new_zeros(1), expansion.cumsum(0)]).int()
+    image_start = torch.cat([rows.new_zeros(1), rows.cumsum(0)]).int()
+    expanded = start[cu_seqlens.long()]
+    padded = torch.cat([expanded, start[-1:]])
+    return start, image_start, expanded, padded, int(expanded.diff().max())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="folder of the JSON")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds a measurement")
+    options = parser.parse_args()
+    print(f"{'tokens':>9} {'seqs':>6} {'layout':>10} {'composed':>10} {'ratio':>6} {'host':>9}  us")
+    rows = []
+    for num_tokens in (1_024, 8_192, 32_768, 131_072, 1_048_576):
+        for num_seqs in (1, 64, 4_096):
+            if num_seqs > num_tokens // 2:
+                continue
+            ids, cu_seqlens, image_rows, total = make_row(num_tokens, num_seqs, bench.DEVICE)
+
+            def ours(ids=ids, cu=cu_seqlens, image_rows=image_rows, total=total):
+                return PackedLayout.build(ids, cu, image_rows, IMAGE, num_image_rows=total)
+
+            def plain(ids=ids, cu=cu_seqlens, image_rows=image_rows):
+                return compose(ids, cu, image_rows)
+
+            layout, expected = ours(), plain()
+            layout.check()
+            assert torch.equal(layout.expanded_start, expected[0])
+            assert torch.equal(layout.image_start, expected[1])
+            assert torch.equal(layout.cu_seqlens_expanded, expected[2])
+            assert torch.equal(layout.cu_seqlens_padded[: num_seqs + 2], expected[3])
+            found, composed = (
+                bench.measure(ours, options.budget),
+                bench.measure(plain, options.budget),
+            )
+            row = {"tokens": num_tokens, "sequences": num_seqs, "images": image_rows.numel(),
+                   "layout": found, "composition": composed,
+                   "ratio": composed["median_us"] / found["median_us"],
+                   "host_us": bench.host_time(ours)}  # fmt: skip
+            rows.append(row)
+            print(f"{num_tokens:9} {num_seqs:6} {found['median_us']:10.1f} "
+                  f"{composed['median_us']:10.1f} {row['ratio']:6.2f} {row['host_us']:9.1f}",
+                  flush=True)  # fmt: skip
+    path = bench.save("bench_layout", rows, options.output)
+    print(f"wrote {path}")
+    if bench.HAVE_GPU:
+        slow = [r for r in rows if r["tokens"] == 32_768 and r["layout"]["median_us"] > 20]
+        if slow:
+            print(f"FAILED: {len(slow)} rows of 32,768 tokens above the target of 20 us")
+        return int(bool(slow))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The demo: parity of packed rows without and with the hook, then a short training run."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import mcore_packing as mp
+from mcore_packing import cli, plot, tiny
+
+STEPS = 4
+SAMPLE_COUNTS = (1, 4, 16)
+POSITIONS = ("learned_absolute", "rope")
+HEADER = (
+    f"{'positions':16} {'samples':>7} {'images':>6} {'collapsed':>9} {'expanded':>8} "
+    f"{'hook':>7}   {'token_mult_prob_error':>21}   {'largest difference':>18}"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder of PNG and JSON")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    logging.disable(logging.WARNING)
+    exact = torch.float32 == tiny.DTYPE
+    say(f"mcore_packing {mp.__version__}; attention: {tiny.attention_name()}")
+    with tiny.megatron():
+        rows, pictured = show_parity()
+        training = show_training()
+
+    plot.draw_parity(*pictured, options.output / "parity.png")
+    report = {"environment": cli.doctor(), "parity": rows, "training": training}
+    (options.output / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
+    say(f"wrote {options.output / 'parity.png'} and {options.output / 'parity.json'}")
+
+    failures = [
+        f"{row['position_embedding_type']}, {row['samples']} samples: not 1.000000 with the hook"
+        for row in rows
+        if row["hook"] and not row["token_mult_prob_error"] <= (1 + 5e-7 if exact else 1.05)
+    ]
+    failures += [f"training: {name}" for name, passed in training["checks"].items() if not passed]
+    for failure in failures:
+        say(f"FAILED: {failure}")
+    return int(bool(failures))
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def show_parity():
+    """One table: every position kind, number of samples, without and with the hook."""
+    say("\nOne packed row against the same samples, run one by one. 1.000000 is perfect.\n")
+    say(HEADER)
+    rows, pictured = [], ()
+    for positions in POSITIONS:
+        model = tiny.llava_model(positions)
+        for count in SAMPLE_COUNTS:
+            progress(f"running {count} samples one by one ...")
+            samples = tiny.samples(count)
+            alone = mp.parity.run_alone(model, samples)
+            progress("running them packed ...")
+            before, reason = attempt(model, samples, alone)
+            with mp.install(model):
+                after = mp.parity.compare(model, samples, alone)
+            rows.append(record(positions, False, before, reason, after))
+            rows.append(record(positions, True, after, "", after))
+            progress("")
+            say(line_of(rows[-2]))
+            say(line_of(rows[-1]))
+            if positions == POSITIONS[0] and count == 4:
+                pictured = before, after
+    return rows, pictured
+
+
+def attempt(model, samples, alone):
+    """A comparison, or in words why Megatron could not compute it."""
+    try:
+        return mp.parity.compare(model, samples, alone), ""
+    except RuntimeError as error:
+        return None, f"Megatron raises {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def record(positions, hook, result, reason, shape) -> dict:
+    return {
+        "position_embedding_type": positions,
+        "hook": hook,
+        "samples": shape.num_samples,
+        "images": shape.num_images,
+        "collapsed": shape.num_collapsed,
+        "expanded": shape.num_expanded,
+        "token_mult_prob_error": result and result.token_mult_prob_error,
+        "max_difference": result and result.max_difference,
+        "lost_labels": result and result.lost_labels,
+        "error": reason,
+    }
+
+
+def line_of(row: dict) -> str:
+    error = "raises" if row["error"] else f"{row['token_mult_prob_error']:.6f}"
+    difference = row["error"][:60] if row["error"] else f"{row['max_difference']:.1e}"
+    return (
+        f"{row['position_embedding_type']:16} {row['samples']:7} {row['images']:6} "
+        f"{row['collapsed']:9} {row['expanded']:8} {'with' if row['hook'] else 'without':>7}   "
+        f"{error:>21}   {difference:>18}"
+    )
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def show_training() -> dict:
+    """Losses of a few steps: packed (fused, and not), and one by one, from the same weights."""
+    samples = tiny.samples(6)
+    plain = [sample for sample in samples if sample["input_ids"][0] != tiny.IMAGE_TOKEN_ID]
+    say(f"\nTraining {STEPS} steps with SGD from the same weights: the loss of every step.\n")
+    runs = {}
+    for name, batch, options in (
+        ("one by one", samples, None),
+        ("packed, fused", samples, {"fused": True}),
+        ("packed, fused=False", samples, {"fused": False}),
+        ("one by one, none begins with an image", plain, None),
+        ("packed, fused, none begins with an image", plain, {"fused": True}),
+        ("packed, fused=False, none begins with an image", plain, {"fused": False}),
+    ):
+        begin = time.perf_counter()
+        runs[name] = train(batch, options)
+        losses = "  ".join(f"{loss:.7f}" for loss in runs[name])
+        say(f"{name:47} {losses}   ({time.perf_counter() - begin:.1f} s)")
+    tolerance = 2e-6 if torch.float32 == tiny.DTYPE else 2e-2
+
+    def same(a, b):
+        return all(abs(x - y) <= tolerance * abs(x) for x, y in zip(runs[a], runs[b], strict=True))
+
+    checks = {
+        "fused equals one by one": same("one by one", "packed, fused"),
+        "fused equals fused=False where none begins with an image": same(
+            "packed, fused, none begins with an image",
+            "packed, fused=False, none begins with an image",
+        ),
+        "both equal one by one there": same(
+            "one by one, none begins with an image", "packed, fused, none begins with an image"
+        ),
+    }
+    for check, passed in checks.items():
+        say(f"{'ok' if passed else 'NO':>4}  {check}")
+    say("      fused=False loses the last label before each sample that begins with an image\n")
+    return {"losses": runs, "checks": checks}
+
+
+def train(samples, options) -> list[float]:
+    """Mean loss of every step, packed with ``options`` of ``install``, or one by one."""
+    model = tiny.llava_model()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    rows = [mp.parity.pack(samples)]
+    if options is None:
+        rows = [{**mp.parity.pack([sample]), "cu_seqlens": None} for sample in samples]
+    handle = None if options is None else mp.install(model, **options)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        outputs = [mp.parity.forward(model, row) for row in rows]
+        total = sum((loss.float() * mask.float()).sum() for loss, mask in outputs)
+        loss = total / sum(mask.float().sum() for _, mask in outputs)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if handle is not None:
+        handle.remove()
+    return losses
+
+
+if __name__ == "__main__":
+    sys.exit(main())

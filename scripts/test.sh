@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Every test that needs no GPU. Arguments go to pytest.
+set -eo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+if "$PYTHON" -c "import ruff" 2>/dev/null; then
+    "$PYTHON" -m ruff check --quiet . && "$PYTHON" -m ruff format --check --quiet .
+fi
+exec "$PYTHON" -W ignore -m pytest -q -m "not gpu and not slow" "$@"

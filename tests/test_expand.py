@@ -1,0 +1,219 @@
+"""Expansion of embeddings and labels against Megatron's real ``_preprocess_data``."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import mcore_packing as mp
+from mcore_packing import PackedLayout
+
+from . import oracle
+from .packs import IMAGE, NAMED, Row, make_row, structures
+
+pytestmark = pytest.mark.usefixtures("megatron", "poisoned_memory")
+
+
+def build(row: Row, **kwargs) -> PackedLayout:
+    kwargs = {"space": "collapsed", **kwargs}
+    return PackedLayout.build(row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, **kwargs)
+
+
+def expand(row: Row, layout: PackedLayout, **rank):
+    embeddings = mp.expand_embeddings(layout, row.text, row.images, **rank)
+    return embeddings, *mp.expand_labels(layout, row.labels, row.loss_mask, **rank)
+
+
+def assert_equal(found, expected):
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("structure", NAMED.values(), ids=NAMED)
+def test_equals_megatron_one_by_one_named(structure):
+    row = make_row(structure)
+    assert_equal(expand(row, build(row)), oracle.concatenated(row))
+
+
+@hypothesis.settings(max_examples=5000)
+@hypothesis.given(structures(max_sequences=1, max_tokens=16))
+def test_one_sequence_equals_megatron(structure):
+    row = make_row(structure)
+    assert_equal(expand(row, build(row)), oracle.preprocess(row))
+
+
+@hypothesis.settings(max_examples=2000)
+@hypothesis.given(structures())
+def test_pack_equals_megatron_one_by_one(structure):
+    row = make_row(structure)
+    assert_equal(expand(row, build(row)), oracle.concatenated(row))
+
+
+def test_an_image_first_costs_the_previous_sequence_nothing():
+    # The pack that Megatron gets wrong: A = [11, 12, 13], then [<img>, 21, 22].
+    row = make_row([[0, 0, 0], [1, 0, 0]])
+    embeddings, labels, loss_mask = expand(row, build(row))
+    packed = oracle.preprocess(row)
+    assert packed[1][2] == -100 and packed[2][2] == 0  # A's last label is lost
+    assert labels[2] == row.labels[2] and loss_mask[2] == row.loss_mask[2]
+    torch.testing.assert_close(embeddings, packed[0], rtol=0, atol=0)
+
+
+def test_a_label_from_the_next_sequence_is_dropped():
+    # Labels shifted over the whole row: the last of A is the placeholder that B begins with.
+    row = make_row([[0, 0, 0], [1, 0, 0]])
+    labels = torch.cat([row.input_ids[1:], row.input_ids.new_tensor([7])])
+    assert labels[2] == IMAGE
+    loss_mask = torch.ones_like(row.loss_mask)
+    new_labels, new_loss_mask = mp.expand_labels(build(row), labels, loss_mask)
+    assert new_labels[2] == -100 and new_loss_mask[2] == 0
+    labels[2] = 99
+    new_labels, new_loss_mask = mp.expand_labels(build(row), labels, loss_mask)
+    assert new_labels[2] == 99 and new_loss_mask[2] == 1
+
+
+@hypothesis.given(structures(), st.integers(1, 6), st.integers(1, 3))
+def test_padding_rows_are_zero_and_masked(structure, seq_multiple, factor):
+    row = make_row(structure)
+    layout = build(row, seq_multiple=seq_multiple, total_multiple=seq_multiple * factor)
+    embeddings, labels, loss_mask = expand(row, layout)
+    expected = oracle.concatenated(row)
+    real = ~layout.padding_mask
+    assert_equal((embeddings[real], labels[real], loss_mask[real]), expected)
+    for x, value in ((embeddings, 0), (labels, -100), (loss_mask, 0)):
+        assert (x[~real] == value).all()
+
+
+@hypothesis.given(structures(), st.integers(1, 40))
+def test_truncation_equals_megatrons_front(structure, longest):
+    row = make_row(structure)
+    expected = (x[:longest] for x in oracle.concatenated(row))
+    assert_equal(expand(row, build(row, max_expanded=longest)), expected)
+
+
+@hypothesis.given(structures(), st.sampled_from([1, 2, 4]), st.data())
+def test_adjoint(structure, cp_size, data):
+    # Law 8, and Law 3: every source row is used at most once.
+    row = make_row(structure, dtype=torch.float64)
+    rank = {"cp_size": cp_size, "cp_rank": data.draw(st.integers(0, cp_size - 1))}
+    longest = data.draw(st.one_of(st.none(), st.integers(1, 8).map(lambda n: 8 * n)))
+    layout = build(row, seq_multiple=2 * cp_size, max_expanded=longest)
+    text, images = row.text.requires_grad_(), row.images.requires_grad_()
+    embeddings = mp.expand_embeddings(layout, text, images, **rank)
+    y = torch.randn(embeddings.shape, dtype=torch.float64)
+    grad_text, grad_images = torch.autograd.grad(embeddings, (text, images), y)
+    inner = (embeddings * y).sum()
+    adjoint = (grad_text * text).sum() + (grad_images * images).sum()
+    torch.testing.assert_close(inner, adjoint, rtol=1e-12, atol=1e-12)
+    source = layout.tokens(**rank)[0]
+    used = source[source != -1]
+    assert used.unique().numel() == used.numel()
+
+
+def test_collapsing_gives_the_text_rows_back():
+    row = make_row(NAMED["T63-N5-B3"])
+    layout = build(row)
+    embeddings = mp.expand_embeddings(layout, row.text, row.images)
+    is_text = row.input_ids != IMAGE
+    positions = layout.source_positions()[0][is_text].long()
+    torch.testing.assert_close(embeddings[positions], row.text[is_text], rtol=0, atol=0)
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(structures(), st.sampled_from([2, 4, 8]))
+def test_ranks_are_the_row(structure, cp_size):
+    row = make_row(structure)
+    layout = build(row, seq_multiple=2 * cp_size)
+    whole = expand(row, layout)
+    parts = [expand(row, layout, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
+    order = torch.cat(
+        [
+            mp.cp_partition(layout.cu_seqlens_padded, layout.num_expanded, cp_size, rank)
+            for rank in range(cp_size)
+        ]
+    )
+    assert sorted(order.tolist()) == list(range(layout.num_expanded))
+    for x, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(pieces), x[order], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("hidden_size", [1, 3, 8, 65])
+def test_any_width_and_dtype(dtype, hidden_size):
+    row = make_row(NAMED["T63-N5-B3"], dtype=dtype, hidden_size=hidden_size)
+    assert_equal(expand(row, build(row)), oracle.concatenated(row))
+
+
+def test_flat_images_are_the_same_rows():
+    row = make_row(NAMED["adjacent-images"])
+    flat = row.images.transpose(0, 1).reshape(-1, row.images.shape[2])
+    layout = build(row)
+    torch.testing.assert_close(
+        mp.expand_embeddings(layout, row.text, flat),
+        mp.expand_embeddings(layout, row.text, row.images),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_strided_inputs_are_the_same_rows():
+    row = make_row(NAMED["adjacent-images"])
+    layout = build(row)
+    text = row.text.t().contiguous().t().requires_grad_()
+    images = row.images.permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
+    embeddings = mp.expand_embeddings(layout, text, images)
+    torch.testing.assert_close(
+        embeddings, mp.expand_embeddings(layout, row.text, row.images), rtol=0, atol=0
+    )
+    embeddings.sum().backward()  # an expanded gradient of stride 0
+    assert torch.equal(text.grad, (row.input_ids != IMAGE).float()[:, None].expand_as(text))
+    assert torch.equal(images.grad, torch.ones_like(images))
+
+
+@pytest.mark.parametrize("frozen", ["text", "images"])
+def test_a_frozen_side_has_no_gradient(frozen):
+    row = make_row(NAMED["image-first"])
+    text, images = row.text.requires_grad_(), row.images.requires_grad_()
+    (text if frozen == "text" else images).requires_grad_(False)
+    mp.expand_embeddings(build(row), text, images).sum().backward()
+    assert (text.grad is None) == (frozen == "text")
+    assert (images.grad is None) == (frozen == "images")
+
+
+def test_differentiating_twice_is_refused():
+    row = make_row(NAMED["T63-N5-B3"])
+    text, images = row.text.requires_grad_(), row.images.requires_grad_()
+    embeddings = mp.expand_embeddings(build(row), text, images)
+    grads = torch.autograd.grad(embeddings.pow(2).sum(), (text, images), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[1].sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"text": torch.ones(5, 4)}, mp.PackingError, r"text is \[5, 4\], expected \[4, H\]"),
+        ({"images": torch.ones(4, 1, 4)}, mp.PlaceholderMismatch, "images have 4 rows, but"),
+        ({"images": None}, mp.PlaceholderMismatch, "images have 0 rows, but"),
+        ({"images": torch.ones(5, 1, 3)}, mp.PackingError, r"images are \[5, 1, 3\]"),
+        ({"images": torch.ones(5, 1, 4).half()}, mp.PackingError, r"expected .* like text"),
+        ({"images": torch.ones(5)}, mp.PackingError, r"images are \[5\]"),
+    ],
+)
+def test_bad_embeddings(change, error, message):
+    row = make_row([[0, 1, 0, 0]])
+    with pytest.raises(error, match=message):
+        mp.expand_embeddings(
+            build(row), **{"text": torch.ones(4, 4), "images": torch.ones(5, 1, 4), **change}
+        )
+
+
+def test_bad_labels():
+    row = make_row([[0, 1, 0, 0]])
+    with pytest.raises(mp.PackingError, match="labels has 3 entries, but the row has 4 tokens"):
+        mp.expand_labels(build(row), row.labels[:3], row.loss_mask)
+    with pytest.raises(mp.PackingError, match=r"labels is torch.float32"):
+        mp.expand_labels(build(row), row.loss_mask, row.loss_mask)
+    labels, loss_mask = mp.expand_labels(build(row), row.labels[None], None)
+    assert labels.shape == (8,) and loss_mask is None

@@ -1,0 +1,258 @@
+"""What only a GPU can show: Transformer Engine, no host synchronisation, graphs, memory, poison."""
+
+import contextlib
+
+import pytest
+import torch
+
+import mcore_packing as mp
+from mcore_packing import PackedLayout, parity, reference, tiny
+
+from .packs import IMAGE, NAMED, make_row
+
+pytestmark = pytest.mark.gpu
+SIZE = 28
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def build(row, **kwargs):
+    """A layout that does not look: one launch, no synchronisation."""
+    kwargs = {"space": "collapsed", "num_image_rows": row.num_image_rows, **kwargs}
+    return PackedLayout.build(row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, **kwargs)
+
+
+def long_row(num_seqs=8, hidden_size=256, dtype=torch.bfloat16):
+    """About 20 k expanded rows on the GPU."""
+    sequence = [0] * 300 + [1] + [0] * 100 + [3] + [0] * 30
+    return make_row([sequence] * num_seqs, rows_per_tile=576, hidden_size=hidden_size, dtype=dtype,
+                    device="cuda")  # fmt: skip
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    """Any operation that makes the host wait for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_forward_packed_vs_batched(count, positions):
+    model, samples = tiny.llava_model(positions), tiny.samples(count)
+    alone = parity.run_alone(model, samples)
+    with mp.install(model):
+        result = parity.compare(model, samples, alone)
+    assert result.token_mult_prob_error < 1.02 and result.lost_labels == 0, tiny.attention_name()
+    if positions == "learned_absolute":
+        with_collapsed = parity.compare(model, samples, alone).token_mult_prob_error
+        assert not with_collapsed < 1.05  # nan counts as wrong
+
+
+@pytest.mark.parametrize("structure", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expansion_equals_the_cpu(structure, dtype):
+    rows = {device: make_row(structure, dtype=dtype, device=device) for device in ("cuda", "cpu")}
+    results = {}
+    for device, row in rows.items():
+        layout = build(row, seq_multiple=4, num_padded_rows=400)
+        layout.check()
+        text, images = row.text.requires_grad_(), row.images.requires_grad_()
+        embeddings = mp.expand_embeddings(layout, text, images)
+        embeddings.backward(
+            torch.arange(400, device=device)[:, None].expand_as(embeddings).to(dtype)
+        )
+        labels, loss_mask = mp.expand_labels(layout, row.labels, row.loss_mask)
+        maps = (layout.position_ids, layout.position_ids_collapsed, layout.padding_mask)
+        results[device] = embeddings, text.grad, images.grad, labels, loss_mask, *maps
+        results[device] += (layout.cu_seqlens_padded, layout.cu_seqlens_expanded)
+    for found, expected in zip(results["cuda"], results["cpu"], strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
+
+
+def test_no_synchronisation_forward_and_backward():
+    row = long_row()
+    num_image_rows = row.num_image_rows
+    text, images = row.text.requires_grad_(), row.images.requires_grad_()
+    with no_synchronisation():
+        layout = PackedLayout.build(
+            row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE,
+            num_image_rows=num_image_rows, seq_multiple=8, total_multiple=64,
+        )  # fmt: skip
+        embeddings = mp.expand_embeddings(layout, text, images)
+        mp.expand_labels(layout, row.labels, row.loss_mask)
+        mp.packed_seq_params(layout, seq_idx=True)
+        embeddings.backward(torch.ones_like(embeddings))
+    layout.check()
+
+
+@pytest.mark.usefixtures("megatron")
+def test_no_synchronisation_before_the_language_model():
+    model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
+    row = parity.pack(samples)
+
+    def relax(*_):
+        torch.cuda.set_sync_debug_mode("default")
+
+    with mp.install(model):
+        parity.forward(model, row)  # compile, allocate
+        model.language_model.register_forward_pre_hook(relax)
+        with no_synchronisation():
+            parity.forward(model, row)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_bad_row_raises_at_the_end_of_its_forward():
+    model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
+    row = parity.pack(samples)
+    outputs = []
+    model.language_model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with mp.install(model, space="collapsed") as handle:
+        parity.forward(model, row)
+        handle.check()
+        row["cu_seqlens"] = row["cu_seqlens"].flip(0)
+        with pytest.raises(mp.PackingError, match="cu_seqlens"):
+            parity.forward(model, row)
+        assert outputs[-1].isnan().any()  # the language model had run, on poison
+        with pytest.raises(mp.PackingError, match="cu_seqlens"):
+            handle.check()
+
+
+def test_a_bad_layout_poisons():
+    row = make_row(NAMED["T63-N5-B3"], device="cuda")
+    row.tokens_per_image[2] = -7
+    layout = build(row, num_padded_rows=400)
+    assert mp.expand_embeddings(
+        PackedLayout(**{**vars(layout), "num_image_rows": row.images.shape[:2].numel()}),
+        row.text, row.images,
+    ).isnan().all()  # fmt: skip
+    with pytest.raises(mp.PackingError, match="image 2: tokens_per_image is -7"):
+        layout.check()
+
+
+def test_memory_is_the_output_and_the_index():
+    row = long_row(hidden_size=2048)
+    layout = build(row)
+    layout.tokens()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = mp.expand_embeddings(layout, row.text, row.images)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= out.numel() * out.element_size() + (1 << 21)
+
+
+def test_a_captured_graph_replays_with_other_boundaries():
+    # The same capacity: tokens, images and image rows in all; fewer sequences repeat the last
+    # value.
+    a, b, c = [0] * 300 + [1] + [0] * 99, [0] * 50 + [2, 0], [3] + [0] * 147
+    structures = [[a, b, c, a, b, c], [c, a, b + a, c + b], [a + b + c + c + b + a]]
+    shape = {"rows_per_tile": 576, "hidden_size": 256, "device": "cuda"}
+    rows = [make_row(structure, seed=seed, **shape) for seed, structure in enumerate(structures)]
+    capacity, num_image_rows = 7, rows[0].num_image_rows
+    num_rows = -(-(rows[0].input_ids.numel() + num_image_rows + 6 * 3) // 64) * 64
+    names = ("input_ids", "cu_seqlens", "tokens_per_image", "text", "images", "labels", "loss_mask")
+    static = {name: getattr(rows[0], name).clone() for name in names}
+
+    def step():
+        layout = PackedLayout.build(
+            static["input_ids"], static["cu_seqlens"], static["tokens_per_image"], IMAGE,
+            "collapsed", num_image_rows=num_image_rows, num_padded_rows=num_rows, seq_multiple=4,
+        )  # fmt: skip
+        embeddings = mp.expand_embeddings(layout, static["text"], static["images"])
+        labels, loss_mask = mp.expand_labels(layout, static["labels"], static["loss_mask"])
+        return embeddings, labels, loss_mask, layout.cu_seqlens_padded, layout.status
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for row in rows:
+        spare = capacity - row.cu_seqlens.numel()
+        last = row.cu_seqlens[-1:]
+        row.cu_seqlens = torch.cat([row.cu_seqlens, last.expand(spare)])
+        for name in names:
+            static[name].copy_(getattr(row, name))
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        for found, expected in zip(replayed, step(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert int(replayed[-1][0]) == 0
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4, 8])
+def test_partition_equals_transformer_engines(cp_size):
+    tex = pytest.importorskip("transformer_engine_torch")
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(0, 40, (6,), generator=generator) * 2 * cp_size
+        lengths[0] += 2 * cp_size
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().cuda()
+        total = int(cu_seqlens[-1])
+        for rank in range(cp_size):
+            expected = tex.thd_get_partitioned_indices(cu_seqlens, total, cp_size, rank)
+            found = mp.cp_partition(cu_seqlens, total, cp_size, rank)
+            assert torch.equal(found, expected.to(found.dtype))
+
+
+@pytest.mark.parametrize("op", ["expand_tokens", "source_positions", "expand_rows"])
+def test_opcheck_on_a_gpu(op):
+    from . import test_ops
+
+    given = test_ops.arguments(NAMED["T63-N5-B3"])
+    function = getattr(test_ops.ops, op)
+    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in given[function]]
+    torch.library.opcheck(function, moved)
+
+
+def test_compiled_with_inductor():
+    row = long_row(num_seqs=2, dtype=torch.float32)
+    layout = build(row)
+
+    def step(text, images):
+        return mp.expand_embeddings(layout, text * 2, images).sin()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    given = row.text.requires_grad_(), row.images.requires_grad_()
+    found, expected = compiled(*given), step(*given)
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(out.sum(), given) for out in (found, expected))
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_varlen_attention_equals_sdpa():
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from .test_attention import thd
+
+    config = TransformerConfig(num_layers=1, hidden_size=256, num_attention_heads=4,
+                               num_query_groups=2, attention_dropout=0.0)  # fmt: skip
+    params = thd([0, 50, 51, 300])
+    params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.cuda()
+    query, key, value = (
+        torch.randn(320, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2)
+    )
+    for mask_type in (AttnMaskType.causal, AttnMaskType.no_mask):
+        attention = mp.attention.PackedAttention(config, 1, mask_type, "self")
+        found = attention(query, key, value, None, packed_seq_params=params)
+        expected = attention._per_sequence(
+            query.float(), key.float(), value.float(), params, mask_type == AttnMaskType.causal
+        )
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_reference_runs_on_a_gpu_too():
+    row = make_row(NAMED["T63-N5-B3"], device="cuda")
+    given = (row.input_ids, row.cu_seqlens, None, row.tokens_per_image, IMAGE, 1, -1, 400, 4, False)
+    layout = build(row, seq_multiple=4, num_padded_rows=400)
+    expected = reference.layout(*given)
+    assert torch.equal(layout.cu_seqlens_padded, expected[7])
+    assert torch.equal(layout.expanded_start, expected[0])

@@ -1,0 +1,354 @@
+"""Every kernel three ways: bitwise against the reference under Triton's interpreter, compiled ahead
+of time for sm_80, sm_90 and sm_100, and (marker ``gpu``) on a GPU.
+
+The first and the last are the same tests: a subprocess with ``TRITON_INTERPRET=1`` runs this file.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcore_packing import reference
+from mcore_packing.errors import INT32_MAX, Fault, Space
+
+from .packs import IMAGE
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs_kernels = pytest.mark.usefixtures("bounds") if INTERPRETED else pytest.mark.gpu
+LAYOUT = (
+    "expanded_start", "image_begin", "image_start", "token_starts", "row_starts",
+    "cu_seqlens_collapsed", "cu_seqlens_expanded", "cu_seqlens_padded", "status",
+)  # fmt: skip
+
+
+def run_interpreted(*arguments, **environment):
+    if INTERPRETED:
+        pytest.skip("this is it")
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", "--no-header"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+def test_under_the_interpreter():
+    run_interpreted(__file__)
+
+
+def test_the_hook_on_the_kernels():
+    # The real model, the hook and the gradients, with every op running its kernel.
+    folder = Path(__file__).parent
+    chosen = "many_packs or gradients or adjoint or named or fixed_length or truncation_at or ranks"
+    files = [folder / "test_llava.py", folder / "test_expand.py"]
+    run_interpreted(*map(str, files), "-k", chosen, MCORE_PACKING_TEST_KERNELS="1")
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Under the interpreter: every address that is read or written lies in an argument."""
+    from triton.runtime import interpreter
+
+    spans = []
+    execute = interpreter.GridExecutor.__call__
+    load = interpreter.InterpreterBuilder.create_masked_load
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def call(self, *args, **kwargs):
+        spans[:] = [
+            (arg.untyped_storage().data_ptr(), arg.untyped_storage().nbytes())
+            for arg in args
+            if isinstance(arg, torch.Tensor)
+        ]
+        return execute(self, *args, **kwargs)
+
+    def check(pointers, mask):
+        for address in {int(a) for a in pointers.data[mask.data].ravel()}:
+            assert any(begin <= address < begin + size for begin, size in spans), "out of bounds"
+
+    def checked_load(self, pointers, mask, *rest):
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
+
+
+def random_layout(rng: random.Random, bad: bool) -> list:
+    """Arguments of the layout op on the CPU; with ``bad``, most of them make no sense."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    num_tokens, num_seqs = rng.randint(1, 60), rng.randint(1, 6)
+    ids = torch.randint(0, 4, (num_tokens,), generator=generator)
+    if rng.random() < 0.4:
+        ids[rng.randrange(num_tokens) :] = 0
+    ids[rng.sample(range(num_tokens), rng.randint(0, min(6, num_tokens)))] = IMAGE
+    rows = torch.randint(1, 40, (int((ids == IMAGE).sum()),), generator=generator)
+    edges = sorted(rng.randint(0, num_tokens) for _ in range(num_seqs))
+    cu_seqlens = torch.tensor([0, *edges], dtype=torch.int32)
+    total = num_tokens - rows.numel() + int(rows.sum())
+    space = Space.COLLAPSED
+    if rng.random() < 0.4:
+        space = Space.EXPANDED
+        start = reference.layout(ids, cu_seqlens, None, rows, IMAGE, 1, -1, total, 1, True)[0]
+        cu_seqlens = start[cu_seqlens.long()]
+    padded = None
+    if rng.random() < 0.3:
+        padded = cu_seqlens
+        lengths = torch.tensor([rng.randint(0, int(length)) for length in padded.diff()])
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    multiple = rng.choice([1, 1, 2, 4, 8])
+    num_rows = total + num_seqs * (multiple - 1) + rng.choice([0, 5])
+    num_rows = -(-num_rows // multiple) * multiple
+    truncate = rng.random() < 0.2
+    if truncate:
+        num_rows = rng.randint(0, num_rows) // multiple * multiple
+    known = rng.choice([-1, int(rows.sum())])
+    space = rng.choice([Space.AUTO, space])
+    arguments = [ids, cu_seqlens, padded, rows, IMAGE, space, known, num_rows, multiple, truncate]
+    return spoil(rng, arguments, generator) if bad else arguments
+
+
+def spoil(rng, arguments, generator):
+    """Give one or two arguments any value at all."""
+    for _ in range(rng.randint(1, 2)):
+        ids, cu_seqlens, _, rows = arguments[:4]
+        size = cu_seqlens.numel()
+        wild = torch.randint(-(2**31), INT32_MAX, (size,), generator=generator).int()
+        near = torch.randint(-20, 200, (size,), generator=generator).int()
+        near[0] = rng.choice([0, 0, 3])
+        kinds = ["wild", "near", "padded", "swapped", "few", "many", "rows", "small", "known"]
+        spoiled = rng.choice([*kinds, "length", "space"])
+        if spoiled in ("wild", "near"):
+            arguments[1] = wild if spoiled == "wild" else near
+        elif spoiled == "padded":
+            arguments[2] = rng.choice([wild, near])
+        elif spoiled == "swapped" and arguments[2] is not None:
+            arguments[1:3] = arguments[2], arguments[1]
+        elif spoiled == "small":  # too few rows to tell the spaces apart
+            rows.clamp_(max=2)
+            arguments[1:3] = torch.tensor([0, ids.numel()], dtype=torch.int32), None
+            arguments[5:7] = Space.AUTO, -1
+        elif spoiled == "few":
+            arguments[3] = rows[:-1]
+        elif spoiled == "many":
+            arguments[3] = torch.cat([rows, rows.new_tensor([3, 5])])
+        elif spoiled == "rows" and rows.numel():
+            rows[rng.randrange(rows.numel())] = rng.choice([0, -7, INT32_MAX, 2**40, -(2**63)])
+        elif spoiled == "known":
+            arguments[6] = rng.randint(0, 99)
+        elif spoiled == "space":
+            arguments[5] = rng.choice([Space.COLLAPSED, Space.EXPANDED])
+        elif spoiled == "length":
+            arguments[7], arguments[9] = rng.randint(0, ids.numel()), False
+    return arguments
+
+
+def to_device(values):
+    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values]
+
+
+def assert_same(found, expected, names=None):
+    for index, (x, y) in enumerate(zip(found, expected, strict=True)):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        name = names[index] if names else index
+        torch.testing.assert_close(
+            x.cpu(), y, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@runs_kernels
+@pytest.mark.parametrize("bad", [False, True], ids=["sound", "any-value"])
+def test_layout(bad, poisoned_memory):
+    from mcore_packing.kernels.layout import layout
+
+    rng = random.Random(f"layout {bad}")
+    faults = set()
+    for _ in range(400 if INTERPRETED else 2000):
+        given = random_layout(rng, bad)
+        expected = reference.layout(*given)
+        blocks = {"block_t": rng.choice([4, 16, 64]), "block_b": rng.choice([2, 4, 8])}
+        found = layout(*to_device(given), **(blocks if INTERPRETED else {}))
+        assert_same(found, expected, LAYOUT)
+        faults.add(Fault(int(expected[-1][0])))
+    if bad:
+        assert faults == set(Fault), set(Fault) - faults
+    else:
+        assert faults <= {Fault.NONE, Fault.AMBIGUOUS}, faults
+
+
+@runs_kernels
+def test_layout_of_many_blocks():
+    from mcore_packing.kernels.layout import layout
+
+    rng = random.Random("long rows")
+    ids = torch.randint(0, 9, (20_000,), generator=torch.Generator().manual_seed(0))
+    ids[rng.sample(range(ids.numel()), 700)] = IMAGE
+    rows = torch.randint(1, 600, (700,), generator=torch.Generator().manual_seed(1))
+    edges = sorted(rng.randint(0, ids.numel()) for _ in range(2500))
+    cu_seqlens = torch.tensor([0, *edges], dtype=torch.int32)
+    given = [ids, cu_seqlens, None, rows, IMAGE, 0, -1, 1_000_000, 8, False]
+    assert_same(layout(*to_device(given)), reference.layout(*given), LAYOUT)
+
+
+def random_maps(rng, bad=False):
+    """A layout on the CPU, its arguments, and a rank for which it is aligned."""
+    given = random_layout(rng, bad)
+    cp_size = rng.choice([1, 1, 2, 4])
+    if cp_size > 1:
+        given[8] = 2 * cp_size * rng.choice([1, 2])
+        given[7] = -(-(given[7] + 7 * given[8]) // given[8]) * given[8]
+    layout = dict(zip(LAYOUT, reference.layout(*given), strict=True))
+    return given, layout, cp_size, rng.randrange(cp_size)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bad", [False, True], ids=["sound", "any-value"])
+def test_expansion(bad, poisoned_memory):
+    from mcore_packing.kernels.expand_rows import collect_rows, expand_rows
+    from mcore_packing.kernels.expand_tokens import expand_tokens
+    from mcore_packing.kernels.source_positions import source_positions
+
+    rng = random.Random(f"expansion {bad}")
+    for _ in range(300 if INTERPRETED else 1000):
+        given, layout, cp_size, cp_rank = random_maps(rng, bad)
+        ids, num_rows = given[0], given[7]
+        labels = torch.cat([ids[1:], ids[:1]]) if rng.random() < 0.8 else None
+        loss_mask = torch.rand(ids.numel()) if rng.random() < 0.8 else None
+        names = ("image_begin", "image_start", "row_starts", "cu_seqlens_padded")
+        maps = [layout[name] for name in names]
+        tokens = (ids, labels, loss_mask, *maps, IMAGE, num_rows, cp_size, cp_rank)
+        num_image_rows = min(int(layout["image_start"][-1]), 500)
+        rest = (num_image_rows, IMAGE, cp_size, cp_rank)
+        positions = (ids, layout["expanded_start"], *maps, *rest)
+        found_tokens = expand_tokens(*to_device(tokens))
+        found_positions = source_positions(*to_device(positions))
+
+        width = rng.choice([1, 3, 16])
+        length = rng.choice(
+            [n for n in range(1, num_image_rows + 1) if num_image_rows % n == 0] or [1]
+        )
+        tiles = num_image_rows // length
+        text = torch.randn(ids.numel(), width)
+        images = torch.randn(length, tiles, width) if tiles else None
+        source, status = found_tokens[0], layout["status"]
+        rows = expand_rows(*to_device((text, images)), source, status.to(DEVICE))
+        grad = torch.randn(rows.shape)
+        if int(status[0]) and bad:  # in bounds, whatever the layout; and nothing but NaN comes out
+            assert rows.isnan().all()
+            for index, sizes in zip(
+                found_positions, ((ids.numel(), 1), (length, tiles)), strict=True
+            ):
+                collect_rows(grad.to(DEVICE), index, *sizes)
+            continue
+        assert_same(found_tokens, reference.expand_tokens(*tokens))
+        expected = reference.source_positions(*positions)
+        assert_same(found_positions, expected)
+        assert_same([rows], [reference.expand_rows(text, images, source.cpu(), status)])
+        for index, sizes in zip(expected, ((ids.numel(), 1), (length, tiles)), strict=True):
+            found = collect_rows(*to_device((grad, index)), *sizes)
+            assert_same([found], [reference.collect_rows(grad, index, *sizes)])
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_any_width(dtype):
+    from mcore_packing.kernels.expand_rows import expand_rows
+
+    source = torch.tensor([0, -2, -3, -1, 2, -4, -5], dtype=torch.int32)
+    status = torch.zeros(5, dtype=torch.int64)
+    for width in (1, 7, 64, 4096, 5000):
+        text, images = torch.randn(3, width).to(dtype), torch.randn(2, 2, width).to(dtype)
+        found = expand_rows(*to_device((text, images, source, status)))
+        assert_same([found], [reference.expand_rows(text, images, source, status)])
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_billion_elements():
+    from mcore_packing.kernels.expand_rows import collect_rows, expand_rows
+
+    width, count = 8192, 2**31 // 8192 + 100
+    text = torch.empty(count, width, dtype=torch.bfloat16, device="cuda")
+    text[:] = torch.arange(count, device="cuda")[:, None] % 251
+    source = torch.arange(count - 1, -1, -1, dtype=torch.int32, device="cuda")
+    status = torch.zeros(5, dtype=torch.int64, device="cuda")
+    assert torch.equal(expand_rows(text, None, source, status), text.flip(0))
+    assert torch.equal(collect_rows(text, source, count, 1)[:, 0], text.flip(0))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", ["layout", "expand_tokens", "source_positions", "copy_rows"])
+def test_compiles_ahead_of_time(name, arch, tmp_path):
+    if INTERPRETED:
+        pytest.skip("the interpreter does not compile")
+    pytest.importorskip("triton")
+    from mcore_packing.kernels import expand_rows, expand_tokens, layout, source_positions
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernels = {
+        "layout": (layout.layout_kernel, {"TRUNCATE": False, "BLOCK_T": 4096, "BLOCK_B": 1024}, 16),
+        "expand_tokens": (
+            expand_tokens.expand_tokens_kernel,
+            {"HAS_LABELS": True, "HAS_LOSS_MASK": True, "BLOCK": 256},
+            4,
+        ),
+        "source_positions": (source_positions.source_positions_kernel, {"BLOCK": 256}, 4),
+        "copy_rows": (
+            expand_rows.copy_rows_kernel, {"POISON": True, "BLOCK_R": 1, "BLOCK_H": 4096}, 4,
+        ),
+    }  # fmt: skip
+    kernel, constants, num_warps = kernels[name]
+    wide = ("input_ids_ptr", "tokens_per_image_ptr", "status_ptr", "labels_ptr", "position_ids_ptr",
+            "token_ids_ptr", "new_labels_ptr")  # fmt: skip
+    bf16 = ("rows_ptr", "images_ptr", "out_ptr", "loss_mask_ptr", "new_loss_mask_ptr")
+    signature = {
+        argument: "constexpr" if argument in constants
+        else "*i64" if argument in wide
+        else "*bf16" if argument in bf16
+        else "*i32" if argument.endswith("_ptr")
+        else "i32"
+        for argument in kernel.arg_names
+    }  # fmt: skip
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, argument in enumerate(kernel.arg_names)
+        if argument.endswith("_ptr") or argument == "width"
+    }
+    compiled = compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": num_warps},
+    )
+    assert compiled.asm["cubin"]
+    assert stack_bytes(compiled.asm["cubin"], tmp_path) in (0, None), "registers spill"
+    if name == "layout":
+        assert compiled.asm["ptx"].count("bar.sync") >= 4
+    if name == "copy_rows":
+        assert "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"]
+
+
+def stack_bytes(cubin: bytes, folder):
+    """Local memory per thread, where this Triton brings ``cuobjdump``, else None."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.is_file():
+        return None
+    (folder / "kernel.cubin").write_bytes(cubin)
+    command = [tool, "-res-usage", folder / "kernel.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])

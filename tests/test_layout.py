@@ -1,0 +1,286 @@
+"""The laws of the layout: boundaries, lengths, positions, padding, truncation, errors."""
+
+import pickle
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import mcore_packing as mp
+from mcore_packing import PackedLayout
+
+from . import oracle
+from .packs import IMAGE, NAMED, Row, make_row, structures
+
+pytestmark = pytest.mark.usefixtures("megatron", "poisoned_memory")
+
+
+def build(row: Row, **kwargs) -> PackedLayout:
+    kwargs = {"space": "collapsed", **kwargs}
+    return PackedLayout.build(row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, **kwargs)
+
+
+def cumsum(lengths) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+def check_laws(row: Row) -> None:
+    layout = build(row)
+    # Law 1 and 2: the boundaries are the lengths Megatron gives each sequence by itself.
+    assert layout.cu_seqlens_expanded.tolist() == cumsum(oracle.lengths(row))
+    # Law 4.
+    start = layout.expanded_start
+    assert torch.equal(layout.cu_seqlens_expanded, start[row.cu_seqlens.long()])
+    is_image = row.input_ids == IMAGE
+    rows = torch.ones_like(row.input_ids).masked_scatter(is_image, row.tokens_per_image)
+    assert start.tolist() == cumsum(rows.tolist())
+    # Law 6: the last boundary is the row, and nothing is left for a tail.
+    assert layout.num_expanded == start[-1] and not layout.has_tail
+    assert layout.cu_seqlens_padded[-2:].tolist() == [layout.num_expanded] * 2
+    assert layout.max_seqlen == max(oracle.lengths(row)) and type(layout.max_seqlen) is int
+    for position_ids, cu in (
+        (layout.position_ids, layout.cu_seqlens_expanded),
+        (layout.position_ids_collapsed, layout.cu_seqlens_collapsed),
+    ):
+        lengths = cu.diff().tolist()
+        assert position_ids.tolist() == [i for length in lengths for i in range(length)]
+    assert not layout.padding_mask.any()
+    # Law 5: what is expanded already comes back.
+    expanded = PackedLayout.build(
+        row.input_ids, layout.cu_seqlens_expanded, row.tokens_per_image, IMAGE, space="expanded"
+    )
+    for name in ("cu_seqlens_collapsed", "cu_seqlens_expanded", "cu_seqlens_padded"):
+        assert torch.equal(getattr(expanded, name), getattr(layout, name))
+    assert torch.equal(expanded.token_starts, layout.token_starts)
+
+
+@pytest.mark.parametrize("structure", NAMED.values(), ids=NAMED)
+def test_laws_named(structure):
+    check_laws(make_row(structure))
+
+
+@hypothesis.settings(max_examples=2000)
+@hypothesis.given(structures())
+def test_laws(structure):
+    check_laws(make_row(structure))
+
+
+@hypothesis.given(structures(), st.integers(1, 9), st.integers(1, 5))
+def test_padding(structure, seq_multiple, factor):
+    row = make_row(structure)
+    bare = build(row)
+    total_multiple = seq_multiple * factor
+    layout = build(row, seq_multiple=seq_multiple, total_multiple=total_multiple)
+    lengths = layout.cu_seqlens_padded[:-1].diff()
+    assert torch.equal(layout.cu_seqlens_expanded, bare.cu_seqlens_expanded)
+    assert torch.equal(lengths, -(-bare.cu_seqlens_expanded.diff() // seq_multiple) * seq_multiple)
+    used = int(layout.cu_seqlens_padded[-2])
+    assert layout.num_expanded == -(-used // total_multiple) * total_multiple
+    assert layout.cu_seqlens_padded[-1] == layout.num_expanded
+    assert layout.has_tail == (layout.num_expanded > used)
+    assert layout.max_seqlen == int(layout.cu_seqlens_padded.diff().max())
+    # Positions go on through the padding of a sequence and restart behind it.
+    lengths = layout.cu_seqlens_padded.diff().tolist()
+    assert layout.position_ids.tolist() == [i for length in lengths for i in range(length)]
+    assert int((~layout.padding_mask).sum()) == bare.num_expanded
+
+
+@hypothesis.given(structures(), st.integers(0, 60), st.sampled_from([1, 2, 4]))
+def test_truncation_keeps_the_front(structure, longest, multiple):
+    row = make_row(structure)
+    whole = build(row, seq_multiple=multiple)
+    longest = longest // multiple * multiple
+    layout = build(row, seq_multiple=multiple, max_expanded=longest)
+    assert layout.num_expanded == min(longest, whole.num_expanded)
+    assert torch.equal(layout.cu_seqlens_padded, whole.cu_seqlens_padded.clamp(max=longest))
+    kept = layout.cu_seqlens_padded[:-1].diff()
+    assert torch.equal(
+        layout.cu_seqlens_expanded.diff(), whole.cu_seqlens_expanded.diff().min(kept)
+    )
+    if layout.num_expanded:
+        assert torch.equal(layout.tokens()[0], whole.tokens()[0][:longest])
+        assert torch.equal(layout.position_ids, whole.position_ids[:longest])
+
+
+def test_a_known_length_gives_the_surplus_to_the_tail():
+    row = make_row([[0, 1, 0], [0, 0]])
+    layout = build(row, num_padded_rows=16)
+    assert layout.cu_seqlens_padded.tolist() == [0, 7, 9, 16]
+    assert layout.has_tail and layout.num_expanded == 16
+    assert layout.padding_mask.tolist() == [False] * 9 + [True] * 7
+    with pytest.raises(mp.PackingError, match="9 rows, more than the num_padded_rows=8"):
+        build(row, num_padded_rows=8)
+    assert build(row, num_padded_rows=8, max_expanded=8).cu_seqlens_padded.tolist() == [0, 7, 8, 8]
+
+
+def test_real_and_padded_boundaries():
+    # ids [1, 2, 3, P, 6, <img>, P, P], an image of 4 rows; the padding tokens are the row's own.
+    ids = torch.tensor([1, 2, 3, 0, 6, IMAGE, 0, 0])
+    real = torch.tensor([0, 3, 5], dtype=torch.int32)
+    padded = torch.tensor([0, 4, 8], dtype=torch.int32)
+    options = {"space": "collapsed", "cu_seqlens_padded": padded}
+    layout = PackedLayout.build(ids, real, [4], IMAGE, **options)
+    assert layout.cu_seqlens_expanded.tolist() == [0, 3, 8]
+    assert layout.cu_seqlens_collapsed.tolist() == [0, 3, 5]
+    assert layout.cu_seqlens_padded.tolist() == [0, 4, 11, 11]
+    assert layout.padding_mask.nonzero().flatten().tolist() == [3, 9, 10]
+    layout = PackedLayout.build(ids, real, [4], IMAGE, seq_multiple=4, **options)
+    assert layout.cu_seqlens_padded.tolist() == [0, 4, 12, 12]
+    longer = torch.tensor([0, 5, 6], dtype=torch.int32)
+    with pytest.raises(mp.PackingError, match="sequence 0: 5 long by cu_seqlens, but only 4"):
+        PackedLayout.build(ids, longer, [4], IMAGE, **options)
+
+
+@hypothesis.given(structures(), st.data())
+def test_real_and_padded_boundaries_of_either_space(structure, data):
+    row = make_row(structure)
+    real = [data.draw(st.integers(0, end - begin)) for begin, end in row.spans()]
+    real = torch.tensor(cumsum(real), dtype=torch.int32)
+    ids, rows = row.input_ids, row.tokens_per_image
+    collapsed = PackedLayout.build(
+        ids, real, rows, IMAGE, space="collapsed", cu_seqlens_padded=row.cu_seqlens
+    )
+    start = collapsed.expanded_start
+    begins, ends = row.cu_seqlens[:-1].long(), (row.cu_seqlens[:-1] + real.diff()).long()
+    assert torch.equal(collapsed.cu_seqlens_expanded.diff(), start[ends] - start[begins])
+    assert torch.equal(collapsed.cu_seqlens_collapsed, real)
+    expanded = PackedLayout.build(
+        ids, collapsed.cu_seqlens_expanded, rows, IMAGE, space="expanded",
+        cu_seqlens_padded=collapsed.cu_seqlens_padded[:-1],
+    )  # fmt: skip
+    assert torch.equal(expanded.cu_seqlens_expanded, collapsed.cu_seqlens_expanded)
+    assert torch.equal(expanded.cu_seqlens_collapsed, real)
+
+
+def test_boundaries_inside_an_image_are_left_alone():
+    # Megatron's own unit test: 512 lies inside a 577-row image.
+    ids = torch.cat([torch.tensor([IMAGE]), torch.arange(1, 1024)])
+    cu_seqlens = torch.tensor([0, 512, 1024, 1600], dtype=torch.int32)
+    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE)
+    assert layout.space == "expanded"
+    assert layout.cu_seqlens_padded.tolist() == [0, 512, 1024, 1600, 1600]
+    assert layout.position_ids[[511, 512, 1599]].tolist() == [511, 0, 575]
+    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE, seq_multiple=5)
+    assert layout.cu_seqlens_padded.tolist() == [0, 515, 1030, 1610, 1610]
+    source = layout.tokens()[0]
+    assert source[[511, 512, 514, 515]].tolist() == [-2 - 511, -1, -1, -2 - 512]
+
+
+def test_tokens_past_the_last_boundary_are_the_tail():
+    row = make_row([[0, 1], [0, 0], [0, 2, 0]])
+    layout = PackedLayout.build(
+        row.input_ids, row.cu_seqlens[:-1], row.tokens_per_image, IMAGE, space="collapsed"
+    )
+    assert layout.cu_seqlens_padded.tolist() == [0, 6, 8, 20] and layout.has_tail
+    assert layout.position_ids[8:].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("num_tokens, num_seqs", [(4_000_000, 1), (300_000, 65_536)])
+def test_large_rows(num_tokens, num_seqs):
+    ids = torch.ones(num_tokens, dtype=torch.int64)
+    ids[::1000] = IMAGE
+    cu_seqlens = torch.linspace(0, num_tokens, num_seqs + 1).int()
+    rows = torch.full((int((ids == IMAGE).sum()),), 300)
+    layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, space="collapsed")
+    assert layout.num_expanded == num_tokens + rows.numel() * 299
+    expected = layout.expanded_start[cu_seqlens.long()]
+    assert torch.equal(layout.cu_seqlens_expanded, expected)
+
+
+def test_one_list_per_sequence():
+    row = make_row([[0, 1], [0, 0], [0, 2, 0, 1]])
+    nested = [[5], [], [10, 5]]
+    layout = PackedLayout.build(row.input_ids, row.cu_seqlens, nested, IMAGE, space="collapsed")
+    assert torch.equal(layout.cu_seqlens_expanded, build(row).cu_seqlens_expanded)
+    with pytest.raises(
+        mp.PlaceholderMismatch, match=r"sequence 0: 1 placeholders .* but 0 entries"
+    ):
+        PackedLayout.build(row.input_ids, row.cu_seqlens, [[], [5], [10, 5]], IMAGE, "collapsed")
+
+
+def test_moves_and_pickles():
+    layout = build(make_row(NAMED["T63-N5-B3"]), seq_multiple=4)
+    for copy in (layout.to("cpu"), pickle.loads(pickle.dumps(layout))):
+        assert torch.equal(copy.cu_seqlens_padded, layout.cu_seqlens_padded)
+        assert copy.num_expanded == layout.num_expanded
+        assert torch.equal(copy.position_ids, layout.position_ids)
+
+
+def test_remap_cu_seqlens():
+    row = make_row(NAMED["T63-N5-B3"])
+    cu_seqlens = mp.remap_cu_seqlens(row.cu_seqlens, row.input_ids, row.tokens_per_image, IMAGE)
+    assert cu_seqlens.tolist() == cumsum(oracle.lengths(row))
+    assert cu_seqlens.dtype == torch.int32
+
+
+IDS = torch.tensor([1, 2, IMAGE, 3, IMAGE, 4, 5])
+CU_SEQLENS = torch.tensor([0, 3, 7], dtype=torch.int32)
+ROWS = torch.tensor([4, 6])
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cu_seqlens": CU_SEQLENS.long()}, "cu_seqlens is torch.int64 .*expected torch.int32"),
+        ({"cu_seqlens": CU_SEQLENS[None]}, r"cu_seqlens is torch.int32 \[1, 3\]"),
+        ({"cu_seqlens": CU_SEQLENS.tolist()}, "cu_seqlens is a list"),
+        ({"cu_seqlens": int32(0)}, "cu_seqlens has 1 entries"),
+        ({"cu_seqlens": int32(1, 3, 7)}, "cu_seqlens starts at 1, expected 0"),
+        ({"cu_seqlens": int32(0, 5, 3, 7)}, "sequence 1: cu_seqlens decreases by 2"),
+        ({"cu_seqlens": int32(0, 3, 8)}, "the last boundary is 8, past the end of the row at 7"),
+        ({"cu_seqlens": CU_SEQLENS.to("meta")}, "cu_seqlens is on meta, but input_ids on cpu"),
+        ({"tokens_per_image": ROWS.to("meta")}, "tokens_per_image is on meta"),
+        (
+            {"tokens_per_image": ROWS[:1]},
+            r"sequence 1: 1 placeholders \(id -200\) but 0 entries .* has 2 placeholders and 1",
+        ),
+        (
+            {"tokens_per_image": torch.tensor([4, 6, 8])},
+            r"sequence 1: 1 placeholders \(id -200\) but 2 entries",
+        ),
+        ({"tokens_per_image": torch.tensor([4, 0])}, "image 1: tokens_per_image is 0"),
+        ({"tokens_per_image": torch.tensor([-3, 4])}, "image 0: tokens_per_image is -3"),
+        ({"tokens_per_image": torch.tensor([2**31, 4])}, "more than int32 can count"),
+        ({"tokens_per_image": torch.tensor([2**30, 2**30])}, "more than int32 can count"),
+        ({"tokens_per_image": ROWS.float()}, "tokens_per_image is torch.float32"),
+        ({"tokens_per_image": [[4], [6], []]}, "3 lists, but cu_seqlens 2 sequences"),
+        ({"input_ids": IDS.float()}, "input_ids is torch.float32, expected integers"),
+        ({"input_ids": IDS.expand(2, -1)}, r"input_ids is \[2, 7\], expected one packed row"),
+        ({"input_ids": IDS[:0]}, "input_ids is empty"),
+        ({"input_ids": IDS.tolist()}, "input_ids is a list"),
+        ({"space": "both"}, "space is 'both'"),
+        ({"seq_multiple": 0}, "seq_multiple is 0"),
+        ({"total_multiple": 1.5}, "total_multiple is 1.5"),
+        ({"max_expanded": 10, "total_multiple": 4}, "max_expanded is 10, expected a multiple of 4"),
+        ({"num_image_rows": 11}, "become 10 image rows, but there are 11"),
+        ({"cu_seqlens_padded": int32(0, 7)}, "cu_seqlens_padded has 2 entries, expected 3"),
+    ],
+)
+def test_bad_input(change, message):
+    given = {"input_ids": IDS, "cu_seqlens": CU_SEQLENS, "tokens_per_image": ROWS}
+    given |= {"image_token_id": IMAGE, "space": "collapsed", **change}
+    before = {name: pickle.dumps(value) for name, value in given.items()}
+    with pytest.raises(mp.PackingError, match=message):
+        PackedLayout.build(**given)
+    assert before == {name: pickle.dumps(value) for name, value in given.items()}
+
+
+def test_a_mismatch_names_both_numbers():
+    with pytest.raises(mp.PlaceholderMismatch) as caught:
+        PackedLayout.build(IDS, CU_SEQLENS, ROWS[:1], IMAGE, space="collapsed")
+    assert (caught.value.actual, caught.value.expected) == (1, 2)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.actual, copy.expected, str(copy)) == (1, 2, str(caught.value))
+
+
+def test_a_rank_needs_lengths_that_divide():
+    layout = build(make_row([[0, 1, 0], [0, 0]]), seq_multiple=4)
+    assert layout.tokens(cp_size=2, cp_rank=1)[0].numel() == layout.num_expanded // 2
+    for cp_size, cp_rank in ((4, 0), (2, 2), (2, -1)):
+        with pytest.raises(mp.PackingError):
+            layout.tokens(cp_size=cp_size, cp_rank=cp_rank)

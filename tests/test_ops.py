@@ -1,0 +1,195 @@
+"""Every op: opcheck, torch.compile, fakes on a GPU that is not there, no value ever read."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mcore_packing as mp
+from mcore_packing import PackedLayout, ops
+
+from . import oracle
+from .packs import IMAGE, NAMED, make_row
+
+NAMES = [name for name in NAMED if name not in ("one-token",)]
+
+
+def arguments(structure, grad=False):
+    """``{op: its arguments}`` for one row."""
+    row = make_row(structure)
+    ids, cu_seqlens, rows = row.input_ids, row.cu_seqlens, row.tokens_per_image
+    layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, "collapsed", seq_multiple=4)
+    maps = (layout.image_begin, layout.image_start, layout.row_starts, layout.cu_seqlens_padded)
+    source = layout.tokens()[0]
+    text, images = row.text.requires_grad_(grad), row.images.requires_grad_(grad)
+    positions = layout.source_positions()
+    num_rows = layout.num_expanded
+    return {
+        ops.layout: (ids, cu_seqlens, None, rows, IMAGE, 0, -1, num_rows, 4, False),
+        ops.expand_tokens: (ids, row.labels, row.loss_mask, *maps, IMAGE, num_rows, 2, 1),
+        ops.source_positions: (
+            ids, layout.expanded_start, *maps, row.num_image_rows, IMAGE, 2, 0,
+        ),
+        ops.expand_rows: (text, images, source, layout.status, *positions),
+        ops.collect_rows: (
+            torch.randn(num_rows, 4), positions[1], row.images.shape[0], row.images.shape[1],
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", arguments(NAMED["T63-N5-B3"]), ids=lambda op: op.name())
+@pytest.mark.parametrize("structure", [NAMED["T63-N5-B3"], NAMED["text-only"]], ids=["N5", "N0"])
+def test_opcheck(op, structure):
+    torch.library.opcheck(op, arguments(structure)[op])
+
+
+@pytest.mark.parametrize("structure", [NAMED["T63-N5-B3"], NAMED["text-only"]], ids=["N5", "N0"])
+def test_opcheck_with_gradients(structure):
+    torch.library.opcheck(ops.expand_rows, arguments(structure, grad=True)[ops.expand_rows])
+
+
+def whole_path(input_ids, cu_seqlens, rows, num_rows, text, images, labels, loss_mask):
+    """Everything between the tokens and the language model."""
+    layout = PackedLayout.build(
+        input_ids, cu_seqlens, rows, IMAGE, "collapsed", num_image_rows=num_rows, seq_multiple=4
+    )
+    embeddings = mp.expand_embeddings(layout, text, images)
+    labels, loss_mask = mp.expand_labels(layout, labels, loss_mask)
+    # Backward, spelled out: without a GPU, autograd itself cannot run on tensors that claim one.
+    text_position, image_position = layout.source_positions()
+    grad_text = ops.collect_rows(embeddings, text_position, text.shape[0], 1)
+    grad_images = ops.collect_rows(embeddings, image_position, *images.shape[:2])
+    boundaries = layout.cu_seqlens_padded, layout.position_ids, layout.position_ids_collapsed
+    return embeddings, labels, loss_mask, grad_text, grad_images, *boundaries, layout.padding_mask
+
+
+def inputs_of(row):
+    return (
+        row.input_ids, row.cu_seqlens, row.tokens_per_image, row.num_image_rows,
+        row.text, row.images, row.labels, row.loss_mask,
+    )  # fmt: skip
+
+
+def expand_only(text, images, source, status, text_position, image_position):
+    return ops.expand_rows(text, images, source, status, text_position, image_position) * 2
+
+
+def test_compiles_whole_and_dynamic():
+    torch._dynamo.reset()
+    compiled = torch.compile(expand_only, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed, name in enumerate(("T63-N5-B3", "adjacent-images", "image-first")):
+        given = arguments(NAMED[name], grad=True)[ops.expand_rows]
+        found, expected = compiled(*given), expand_only(*given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        y = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+        for x in given[:2]:
+            gradients = [
+                torch.autograd.grad(out, x, y, retain_graph=True)[0] for out in (found, expected)
+            ]
+            torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # no graph per shape
+
+
+def expand_with_layout(layout, text, images, labels, loss_mask):
+    embeddings = mp.expand_embeddings(layout, text, images)
+    return embeddings, *mp.expand_labels(layout, labels, loss_mask)
+
+
+def test_expansion_compiles_around_a_layout():
+    torch._dynamo.reset()
+    compiled = torch.compile(expand_with_layout, fullgraph=True, dynamic=True, backend="aot_eager")
+    for name in ("T63-N5-B3", "adjacent-images"):
+        row = make_row(NAMED[name])
+        found, expected = (
+            function(
+                PackedLayout.build(
+                    row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed"
+                ),
+                row.text.requires_grad_(), row.images.requires_grad_(), row.labels, row.loss_mask,
+            )
+            for function in (compiled, expand_with_layout)
+        )  # fmt: skip
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+        found[0].sum().backward()
+        assert torch.equal(row.images.grad, torch.ones_like(row.images))
+
+
+@pytest.mark.parametrize("op", arguments(NAMED["T63-N5-B3"]), ids=lambda op: op.name())
+def test_every_op_compiles(op):
+    torch._dynamo.reset()
+
+    def call(*args):
+        return op(*args)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for name in ("T63-N5-B3", "adjacent-images"):
+        given = arguments(NAMED[name])[op]
+        found, expected = compiled(*given), op(*given)
+        if isinstance(found, torch.Tensor):
+            found, expected = (found,), (expected,)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make a GPU wait: values read, and shapes that depend on them."""
+
+    READS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "item",
+        "is_nonzero",
+        "equal",
+        "masked_select",
+        "unique",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        boolean = any(i is not None and i.dtype == torch.bool for i in indices)
+        if name.startswith(self.READS) or boolean:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_between_tokens_and_language_model():
+    row = make_row(NAMED["T63-N5-B3"])
+    inputs = inputs_of(row)
+    with FakeTensorMode():  # its tensors are on a GPU that need not be there
+        given = [
+            torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+            for x in inputs
+        ]
+        with HostReads() as reads:
+            outputs = whole_path(*given)
+    assert reads.found == []
+    assert {output.device.type for output in outputs} == {"cuda"}
+    assert outputs[4].shape == row.images.shape
+
+
+def fake(mode, values):
+    return [
+        mode.from_tensor(value.detach()) if isinstance(value, torch.Tensor) else value
+        for value in values
+    ]
+
+
+def test_the_proof_catches_megatrons_own(megatron):
+    row = make_row(NAMED["T63-N5-B3"])
+    with HostReads() as reads:
+        oracle.preprocess(row)
+    assert len(reads.found) >= 15, reads.found
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = fake(mode, vars(row).values())
+    with mode, pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        oracle.preprocess(type(row)(*fakes))
