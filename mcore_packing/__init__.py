@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 # What needs Megatron is imported when it is first used.
 _LAZY = {
+    "boundaries": "packed_seq",
     "packed_seq_params": "packed_seq",
     "remap_packed_seq_params": "packed_seq",
     "install": "llava",

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.multimodal import llava_model
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -70,13 +71,14 @@ def process_groups(backend: str, **parallel_sizes):
         yield
 
 
-def layer_spec(**kwargs) -> ModuleSpec:
+def layer_spec(num_experts: int | None = None, **kwargs) -> ModuleSpec:
     """Megatron's local GPT layer with ``PackedAttention`` as its core attention.
 
     Args:
+        num_experts: of the MLP, if it has any.
         **kwargs: for ``get_gpt_layer_local_spec``.
     """
-    spec = get_gpt_layer_local_spec(**kwargs)
+    spec = get_gpt_layer_local_spec(num_experts, **kwargs)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return spec
 
@@ -94,6 +96,8 @@ def _patches():
     yield random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
     yield tracker, "fork", _fork
     yield WrappedTorchNorm, "__new__", staticmethod(_norm)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        yield moe_utils, "te_general_gemm", None
     if not llava_model.HAVE_TE:
         yield llava_model, "HAVE_TE", True
         yield llava_model, "HAVE_TEX", True

@@ -15,6 +15,7 @@ from .context_parallel import alignment
 from .errors import Fault, PackingError, Space
 from .layout import PackedLayout, expand_embeddings, expand_labels
 from .packed_seq import expand_params, layouts_of
+from .reference import local_positions
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,11 @@ _NO_IMAGE = -(2**31)  # an id that no tokenizer has
 
 
 def install(
-    model, space: str = "auto", fused: bool = True, on_missing: str = "pass"
+    model,
+    space: str = "auto",
+    fused: bool = True,
+    on_missing: str = "pass",
+    pad_between_seqs: bool | None = None,
 ) -> "Installation":
     """Make packed rows correct in a ``LLaVAModel``, by a hook around its ``forward``.
 
@@ -52,6 +57,9 @@ def install(
             that never cross a boundary. Without it only boundaries and position ids change.
         on_missing: "raise" makes a call without boundaries an error, "pass" lets it through. A
             pipeline stage that gets neither tokens nor boundaries silently attends across samples.
+        pad_between_seqs: whether ``cu_seqlens_q`` counts real rows, padding excluded, and
+            ``cu_seqlens_q_padded`` says where sequences are. By default one tensor, the padded
+            boundaries, serves as both, unless the caller's own parameters tell them apart.
 
     Returns:
         A handle: ``check()`` raises what the last row had wrong, ``remove()`` restores the model.
@@ -70,7 +78,10 @@ def install(
     if on_missing not in ("pass", "raise"):
         raise PackingError(f"on_missing is {on_missing!r}, expected 'pass' or 'raise'")
     chunks = list(model) if isinstance(model, list | tuple) else [model]
-    hooks = [_Hook(find_llava(chunk), space, fused, on_missing == "raise") for chunk in chunks]
+    hooks = [
+        _Hook(find_llava(chunk), space, fused, on_missing == "raise", pad_between_seqs)
+        for chunk in chunks
+    ]
     if len({id(hook.model) for hook in hooks}) < len(hooks):
         raise PackingError("the same LLaVAModel is in the list twice")
     for hook in hooks:
@@ -126,7 +137,7 @@ class _Hook:
     the two methods it calls in between find the layout of the call in progress in ``self.call``.
     """
 
-    def __init__(self, model: LLaVAModel, space: str, fused: bool, raises: bool):
+    def __init__(self, model: LLaVAModel, space: str, fused: bool, raises: bool, pad_between_seqs):
         if hasattr(model.forward, "_mcore_packing"):
             raise PackingError(
                 "mcore_packing is installed on this model already; remove() it first"
@@ -158,10 +169,17 @@ class _Hook:
                 f"{type(language_model).__name__}, so packed samples leak into each other; hybrid "
                 "models need megatron-core >= 0.16"
             )
-        self.is_hybrid = type(language_model).__name__ in ("MambaModel", "HybridModel")
         self.restarts = (
             getattr(language_model, "position_embedding_type", None) == "learned_absolute"
         )
+        self.fields = {}  # arguments of packed_seq_params
+        if type(language_model).__name__ in ("MambaModel", "HybridModel"):
+            self.fields["seq_idx"] = True
+        if pad_between_seqs is not None:
+            self.fields["pad_between_seqs"] = pad_between_seqs
+        # Routers of experts count padding otherwise.
+        self.masks_padding = self.fused and _takes_padding_mask(language_model)
+        self.pre_hook = None
 
     # Installation
 
@@ -169,6 +187,10 @@ class _Hook:
         self._replace("forward", self._forward)
         for name in _METHODS if self.fused else ():
             self._replace(name, getattr(self, name))
+        if self.masks_padding:
+            self.pre_hook = self.model.language_model.register_forward_pre_hook(
+                self._add_padding_mask, with_kwargs=True
+            )
 
     def remove(self) -> None:
         attributes = self.model.__dict__
@@ -180,6 +202,8 @@ class _Hook:
             if before is not None:
                 setattr(self.model, name, before)
         self.replaced = {}
+        if self.pre_hook is not None:
+            self.pre_hook.remove()
 
     def _replace(self, name: str, method) -> None:
         original = getattr(self.model, name)
@@ -215,8 +239,7 @@ class _Hook:
             layout, layout_kv = self._lay_out(given, params, input_ids)
             self.last_layout = layout
             alarm = self._watch_layout(layout)
-            seq_idx = {"seq_idx": True} if self.is_hybrid else {}
-            params = expand_params(params, layout, layout_kv, **seq_idx)
+            params = expand_params(params, layout, layout_kv, **self.fields)
             if self.restarts and self.model.pre_process:
                 given["position_ids"] = layout.position_ids_collapsed.unsqueeze(0)
         given["packed_seq_params"] = params
@@ -262,6 +285,19 @@ class _Hook:
         if self.model.sequence_parallel_lm and embeddings is not None:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings, labels, loss_mask, self.call[1]
+
+    def _add_padding_mask(self, language_model, args, kwargs):
+        """bool ``[1, rows of this rank]``, True for padding."""
+        if self.call is None or self.call[0] is None:
+            return None
+        layout, mask = self.call[0], self.call[0].padding_mask
+        if self.model.context_parallel_lm > 1:
+            cu_seqlens = layout.cu_seqlens_padded
+            mask = mask[local_positions(cu_seqlens, layout.num_expanded, **self.rank)]
+        if self.model.sequence_parallel_lm:
+            group = language_model.tp_group
+            mask = mask.chunk(group.size())[group.rank()]
+        return args, {**kwargs, "padding_mask": mask[None]}
 
     # The layout of a row
 
@@ -474,6 +510,13 @@ def find_llava(model) -> LLaVAModel:
             f"LLaVAModel, a wrapper around one, or a list of pipeline chunks"
         )
     return found[0]
+
+
+def _takes_padding_mask(language_model) -> bool:
+    """Whether it has experts, and hands their routers a mask (megatron-core >= 0.16)."""
+    if getattr(getattr(language_model, "config", None), "num_moe_experts", None) is None:
+        return False
+    return "padding_mask" in inspect.signature(language_model.forward).parameters
 
 
 def understanding(model_class) -> str:

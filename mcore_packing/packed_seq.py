@@ -7,13 +7,50 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from .errors import PackingError
 from .layout import PackedLayout
 
 _FIELDS = {item.name for item in dataclasses.fields(PackedSeqParams)}
 
 
+def boundaries(layout: PackedLayout, capacity: int | None = None) -> Tensor:
+    """The expanded boundaries of a row as one tensor, to broadcast to stages without tokens.
+
+    Compute it once, in the data path, from the layout of the collapsed row; ``packed_seq_params``
+    turns it into parameters on the other side.
+
+    Args:
+        layout: of the row, built with ``Installation.layout_options``.
+        capacity: number of sequences to make room for, the tail included, so that every
+            micro-batch has the same shape; spare ones repeat the last boundary. By default as many
+            as there are.
+
+    Returns:
+        int32 ``[capacity + 2]``: ``max_seqlen``, then the padded boundaries, the tail's included.
+
+    Raises:
+        PackingError: more sequences than ``capacity``.
+
+    Example:
+        >>> ids = torch.tensor([11, 12, -200])
+        >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+        >>> layout = PackedLayout.build(ids, cu_seqlens, [9], space="collapsed", seq_multiple=4)
+        >>> boundaries(layout, capacity=4).tolist()
+        [12, 0, 4, 16, 16, 16]
+    """
+    cu_seqlens = layout.cu_seqlens_padded
+    spare = 0 if capacity is None else capacity + 1 - cu_seqlens.numel()
+    if spare < 0:
+        raise PackingError(
+            f"the row has {cu_seqlens.numel() - 1} sequences, the tail included, but "
+            f"capacity={capacity}"
+        )
+    longest = torch.full_like(cu_seqlens[:1], layout.max_seqlen)
+    return torch.cat([longest, cu_seqlens, cu_seqlens[-1:].expand(spare)])
+
+
 def packed_seq_params(
-    layout: PackedLayout,
+    layout: PackedLayout | Tensor,
     like: PackedSeqParams | None = None,
     *,
     pad_between_seqs: bool | None = None,
@@ -27,7 +64,8 @@ def packed_seq_params(
     compare real with padded boundaries on the GPU.
 
     Args:
-        layout: of the row.
+        layout: of the row; or what ``boundaries`` gave (on a GPU, reading ``max_seqlen`` from it
+            synchronises once).
         like: every field that is not about boundaries is carried over from here.
         pad_between_seqs: give real boundaries in ``cu_seqlens_q`` and padded ones in
             ``cu_seqlens_q_padded``. By default what ``like`` does.
@@ -42,6 +80,8 @@ def packed_seq_params(
         ``PackedSeqParams`` of Megatron-Core 0.12.3 to 0.16.1 and main;
         ``DotProductAttention.forward`` of Transformer Engine 2.x for what it does with them.
     """
+    if isinstance(layout, Tensor):
+        layout = _Received(layout)
     if pad_between_seqs is None:
         padded = None if like is None else like.cu_seqlens_q_padded
         pad_between_seqs = padded is not None and padded is not like.cu_seqlens_q
@@ -75,6 +115,19 @@ def packed_seq_params(
         params.seq_idx = index.to(torch.int32).unsqueeze(0)
         params.total_tokens = layout.num_expanded
     return params
+
+
+class _Received:
+    """What ``packed_seq_params`` needs of a layout, from what ``boundaries`` gave."""
+
+    def __init__(self, received: Tensor):
+        self.cu_seqlens_padded = self.cu_seqlens_expanded = received[1:]
+        self.max_seqlen = int(received[0])
+        self.has_tail = True
+
+    @property
+    def num_expanded(self) -> int:
+        return int(self.cu_seqlens_padded[-1])
 
 
 def remap_packed_seq_params(

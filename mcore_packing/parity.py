@@ -180,7 +180,7 @@ def _complete(sample: dict) -> dict:
 def forward(model, row: dict) -> tuple[Tensor, Tensor]:
     """Loss and expanded loss mask, ``[1, S]`` each, of a row that ``pack`` made.
 
-    With ``cu_seqlens=None`` in the row it runs unpacked.
+    With ``cu_seqlens=None`` in the row it runs unpacked; the last pipeline stage has no images.
     """
     from .packed_seq import PackedSeqParams
 
@@ -193,8 +193,11 @@ def forward(model, row: dict) -> tuple[Tensor, Tensor]:
             max_seqlen_q=row["max_seqlen"],
             max_seqlen_kv=row["max_seqlen"],
         )
+    images = row["images"]
+    if images is not None:
+        images = images.to(next(model.parameters()).dtype)
     return model(
-        row["images"].to(next(model.parameters()).dtype),
+        images,
         row["input_ids"],
         row["position_ids"],
         None,

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 
@@ -90,8 +89,8 @@ def llava_model(
     vision_config.vision_model_type = vision_model_type
     for config in (vision_config, projector_config):
         config.tensor_model_parallel_size = language_config.tensor_model_parallel_size
-    spec = get_gpt_layer_with_transformer_engine_spec() if HAVE_TE else cpu.layer_spec()
-    vision_spec = deepcopy(spec)
+    make_spec = get_gpt_layer_with_transformer_engine_spec if HAVE_TE else cpu.layer_spec
+    spec, vision_spec = make_spec(language_config.num_moe_experts), make_spec()
     vision_spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask
     settings = {
         "drop_vision_class_token": False,
@@ -109,7 +108,7 @@ def llava_model(
         vision_transformer_config=vision_config,
         vision_transformer_layer_spec=vision_spec,
         vision_projection_config=projector_config,
-        vision_projection_layer_spec=deepcopy(_submodules(spec.submodules.mlp)),
+        vision_projection_layer_spec=_submodules(make_spec().submodules.mlp),
         **{**settings, **kwargs},
     )
     return model.to(DEVICE, DTYPE) if HAVE_GPU else model

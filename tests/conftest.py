@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -18,6 +19,10 @@ if os.environ.get("MCORE_PACKING_TEST_KERNELS") == "1":
         for name in ("layout", "expand_tokens", "source_positions", "expand_rows", "collect_rows"):
             if hasattr(module, name):
                 setattr(reference, name, getattr(module, name))
+
+# Subprocesses find this checkout too.
+ROOT = str(Path(__file__).parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=300, database=None

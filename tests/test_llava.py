@@ -448,6 +448,42 @@ def test_one_tile_an_image_is_the_default():
         assert torch.equal(model(**given)[0], expected)
 
 
+def test_routers_of_experts_do_not_count_padding():
+    language = {"num_moe_experts": 2, "add_bias_linear": False}
+    try:
+        model = model_of("rope", language=language, max_sequence_length=400)
+    except Exception as error:
+        pytest.skip(f"this megatron-core builds no experts on a CPU: {error}")
+    masks = []
+    for layer in model.language_model.decoder.layers:
+        layer.mlp.router.register_forward_pre_hook(lambda module, args: masks.append(args[1:]))
+    model._language_is_pipeline_parallel = True  # a fixed length: the surplus is the tail
+    with mp.install(model), torch.no_grad():
+        _, loss_mask = model(**arguments(tiny.samples(3, img_size=SIZE)))
+    assert len(masks) == 3
+    if OLD:
+        assert masks == [()] * 3
+        return
+    for (mask,) in masks:
+        assert mask.shape == (400, 1) and not (loss_mask[0] * mask[:, 0]).any()
+        assert 0 < mask.sum() < 400
+    handle = mp.install(model)
+    handle.remove()
+    assert not model.language_model._forward_pre_hooks
+
+
+def test_real_and_padded_boundaries_by_choice(seen):
+    model, samples = model_of("rope", max_sequence_length=400), tiny.samples(3, img_size=SIZE)
+    alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
+    calls = seen(model)
+    model._language_is_pipeline_parallel = True
+    with mp.install(model, pad_between_seqs=True), torch.no_grad():
+        loss, mask = model(**arguments(samples))
+    params = calls[-1]["packed_seq_params"]
+    assert params.cu_seqlens_q[-1] == alone.numel() and params.cu_seqlens_q_padded[-1] == 400
+    assert ((loss[0, : alone.numel()] + alone) * mask[0, : alone.numel()]).abs().max() < 1e-5
+
+
 def test_a_stage_without_tokens_needs_boundaries_that_cover_its_rows():
     model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
     with mp.install(model) as handle:

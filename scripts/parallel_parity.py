@@ -1,0 +1,248 @@
+"""Real models in real processes: context, tensor, sequence, pipeline parallelism against one.
+
+Without arguments of torchrun it is the reference; ``parallel_parity.sh`` starts it for every case.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+import mcore_packing as mp
+from mcore_packing import cpu, parity, tiny
+
+SIZE = 28  # pixels: 5 rows a tile
+LONGEST = 512  # rows of the language model, and of every row under pipeline parallelism
+CAPACITY = 8
+LAYERS = 4
+
+
+def build(positions: str, cp: int, tp: int, pp: int, sequence_parallel: bool):
+    """This rank's part of the model."""
+    first = parallel_state.is_pipeline_first_stage()
+    model = tiny.llava_model(
+        positions,
+        img_size=SIZE,
+        max_sequence_length=LONGEST,
+        language_layers=LAYERS,
+        language={
+            "context_parallel_size": cp,
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "pipeline_dtype": torch.float32,
+            "sequence_parallel": sequence_parallel,
+            "calculate_per_token_loss": True,
+        },
+        pre_process=first,
+        post_process=parallel_state.is_pipeline_last_stage(),
+        add_encoder=first,
+    )
+    model.model_type = ModelType.encoder_or_decoder  # as megatron.training does
+    return model
+
+
+def load(model, state: dict) -> dict:
+    """Copy this rank's share of the reference weights; return each parameter's name there."""
+    names = {}
+    decoder = model.language_model.decoder
+    offset = decoder.layers[0].layer_number - 1
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if name.startswith("language_model.decoder.layers."):
+            parts[3] = str(int(parts[3]) + offset)
+        names[name] = ".".join(parts)
+        parameter.data.copy_(share(parameter, state[names[name]]))
+    return names
+
+
+def share(parameter, full):
+    """This tensor-parallel rank's part of a full tensor."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return full.chunk(size, dim=parameter.partition_dim)[rank]
+
+
+def rows(img_seq_len: int):
+    """Two micro-batches of packed rows; the second as Energon gives it, its boundaries expanded."""
+    first, second = (parity.pack(tiny.samples(n, img_size=SIZE, seed=n)) for n in (4, 3))
+    tiles = second["num_image_tiles"] * img_seq_len
+    second["cu_seqlens"] = mp.remap_cu_seqlens(
+        second["cu_seqlens"], second["input_ids"], tiles, tiny.IMAGE_TOKEN_ID
+    )
+    second["max_seqlen"] = int(second["cu_seqlens"].diff().max())
+    return first, second
+
+
+def step_function(received):
+    """Megatron's forward step: what each stage hands its model, and the loss."""
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+
+    def forward_step(iterator, model):
+        row = next(iterator)
+        if first or last:
+            images = row["images"] if first else None
+            output, mask = parity.forward(model, {**row, "images": images})
+        else:  # no tokens here: the boundaries that the data path computed
+            nothing = dict.fromkeys(("images", "input_ids", "position_ids", "attention_mask"))
+            params = mp.packed_seq_params(received[id(row)])
+            output, mask = model(**nothing, packed_seq_params=params)
+
+        def loss_function(output):
+            loss = (output * mask).sum()
+            return loss, mask.sum().int(), {"loss": loss.detach().clone()}
+
+        return output, loss_function
+
+    return forward_step
+
+
+def run(model, on_missing="raise"):
+    """Loss of every micro-batch and the summed gradients, by Megatron's own schedule."""
+    handle = mp.install(model, on_missing=on_missing)
+    batches = rows(model.img_seq_len)
+    received = {}
+    for row in batches:
+        tiles = row["num_image_tiles"] * model.img_seq_len
+        layout = mp.PackedLayout.build(
+            row["input_ids"], row["cu_seqlens"], tiles, tiny.IMAGE_TOKEN_ID, **handle.layout_options
+        )
+        received[id(row)] = mp.boundaries(layout, CAPACITY)
+    losses = get_forward_backward_func()(
+        forward_step_func=step_function(received),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=LONGEST,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    handle.remove()
+    reduce_gradients(model)
+    total = torch.tensor([loss["loss"] for loss in losses] or [0.0] * len(batches))
+    if parallel_state.is_pipeline_last_stage():
+        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def reduce_gradients(model):
+    """What Megatron's DDP and finalize_model_grads do, for plain gradients."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        if getattr(parameter, "sequence_parallel", False):
+            group = parallel_state.get_tensor_model_parallel_group()
+            dist.all_reduce(parameter.grad, group=group)
+        dist.all_reduce(parameter.grad, group=parallel_state.get_context_parallel_group())
+
+
+def one_by_one(model):
+    """The same, every sample by itself and unpacked."""
+    losses = []
+    for count in (4, 3):
+        total = 0.0
+        for sample in tiny.samples(count, img_size=SIZE, seed=count):
+            loss, mask = parity.forward(model, {**parity.pack([sample]), "cu_seqlens": None})
+            (loss * mask).sum().backward()
+            total += (loss * mask).sum().item()
+        losses.append(total)
+    return torch.tensor(losses), {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative(found, expected) -> float:
+    """Relative difference; of what is nothing but rounding, the absolute one."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-3))
+
+
+def make_reference(path: Path, positions: str) -> dict:
+    """One process: weights, losses and gradients of the packed run; and it equals one by one."""
+    with cpu.megatron_on_cpu():
+        model = build(positions, 1, 1, 1, False)
+        state = {name: p.detach().clone() for name, p in model.named_parameters()}
+        losses, gradients = run(model)
+        alone_losses, alone = one_by_one(build(positions, 1, 1, 1, False))
+    torch.save({"state": state, "losses": losses, "gradients": gradients}, path)
+    return {
+        "case": "one process, packed",
+        "against": "one by one",
+        "positions": positions,
+        "loss": relative(losses, alone_losses),
+        "gradient": max(relative(gradients[name], alone[name]) for name in gradients),
+        "parameters": len(gradients),
+    }
+
+
+def compare(path: Path, options) -> dict:
+    """This process's part of a parallel run against the reference; the worst over all of them."""
+    reference = torch.load(path)
+    dist.init_process_group("gloo")
+    sizes = {
+        "context_parallel_size": options.cp,
+        "tensor_model_parallel_size": options.tp,
+        "pipeline_model_parallel_size": options.pp,
+    }
+    with cpu.megatron_on_cpu(**sizes):
+        model = build(options.positions, options.cp, options.tp, options.pp, options.sp)
+        names = load(model, reference["state"])
+        losses, gradients = run(model)
+        loss = 0.0
+        if parallel_state.is_pipeline_last_stage():
+            loss = relative(losses, reference["losses"])
+        parameters = dict(model.named_parameters())
+        errors = {
+            names[name]: relative(
+                gradient, share(parameters[name], reference["gradients"][names[name]])
+            )
+            for name, gradient in gradients.items()
+        }
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (loss, errors))
+    worst = max((error, name) for _, mine in found for name, error in mine.items())
+    name = [f"cp {options.cp}"] * (options.cp > 1) + [f"tp {options.tp}"] * (options.tp > 1)
+    name += ["sequence parallel"] * options.sp + [f"pp {options.pp}"] * (options.pp > 1)
+    return {
+        "case": ", ".join(name),
+        "against": "one process, packed",
+        "positions": options.positions,
+        "loss": max(loss for loss, _ in found),
+        "gradient": worst[0],
+        "parameters": len({name for _, mine in found for name in mine}),
+        "worst": worst[1],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True, help="file of the reference run")
+    parser.add_argument("--positions", default="rope", choices=["rope", "learned_absolute"])
+    for size in ("cp", "tp", "pp"):
+        parser.add_argument(f"--{size}", type=int, default=1)
+    parser.add_argument("--sp", action="store_true", help="sequence parallelism")
+    parser.add_argument("--tolerance", type=float, default=1e-5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    parallel = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if parallel:
+        result = compare(options.reference, options)
+    else:
+        result = make_reference(options.reference, options.positions)
+    if not parallel or dist.get_rank() == 0:
+        print(json.dumps(result), flush=True)
+    passed = result["loss"] <= options.tolerance and result["gradient"] <= options.tolerance
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

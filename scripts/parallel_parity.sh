@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Losses and gradients of parallel runs, in real gloo processes, against one process. Prints a table.
+# Arguments: the cases to run ("cp2 cp4 tp2sp ..."), or nothing for all of them.
+set -eo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+declare -A cases=(
+    [cp2]="2 --cp 2" [cp4]="4 --cp 4" [tp2sp]="2 --tp 2 --sp" [cp2tp2sp]="4 --cp 2 --tp 2 --sp"
+    [pp2]="2 --pp 2" [pp4]="4 --pp 4" [cp2pp2]="4 --cp 2 --pp 2"
+)
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+results="$folder/results.jsonl"
+failed=
+for positions in rope learned_absolute; do
+    script="scripts/parallel_parity.py --reference $folder/$positions.pt --positions $positions"
+    "$PYTHON" -W ignore $script >>"$results" || failed=yes
+    for name in ${@:-cp2 cp4 tp2sp cp2tp2sp pp2 pp4 cp2pp2}; do
+        read -r processes options <<<"${cases[$name]}"
+        echo "$positions: $processes processes, $options" >&2
+        "$PYTHON" -W ignore -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+            $script $options >>"$results" 2>"$folder/errors" ||
+            { failed=yes && grep "^\[rank" "$folder/errors" | tail -n 20 >&2; }
+    done
+done
+"$PYTHON" - "$results" <<'END'
+import json, sys
+print(f"{'case':32} {'positions':17} {'against':19} {'loss':>9} {'gradients':>10}")
+for line in open(sys.argv[1]):
+    if line.startswith("{"):
+        r = json.loads(line)
+        print(f"{r['case']:32} {r['positions']:17} {r['against']:19} {r['loss']:9.1e} "
+              f"{r['gradient']:10.1e}  of {r['parameters']} parameters")
+END
+if [ -n "$failed" ]; then
+    echo "FAILED: a case failed or differs by more than 1e-5" >&2
+    exit 1
+fi
