@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .errors import PackingError
+from .packed_seq import physical_boundaries
 from .reference import local_positions
 
 try:
@@ -188,11 +189,7 @@ class PackedAttention(torch.nn.Module):
         group = getattr(params, "cp_group", None) or getattr(self._groups, "cp", None)
         group = group or get_context_parallel_group()
         size, rank = group.size(), group.rank()
-        cu = (
-            params.cu_seqlens_q
-            if params.cu_seqlens_q_padded is None
-            else params.cu_seqlens_q_padded
-        )
+        cu = physical_boundaries(params)
         total = query.shape[0] * size
         order = torch.cat([local_positions(cu, total, size, r) for r in range(size)]).argsort()
         key, value = (_GatherRows.apply(x, group)[order] for x in (key, value))
@@ -214,9 +211,7 @@ class PackedAttention(torch.nn.Module):
 
 def _sequences(params: PackedSeqParams, num_rows: int) -> list[tuple[int, int, int]]:
     """``(begin, real length, end)`` of every sequence that fits the row."""
-    padded = (
-        params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-    )
+    padded = physical_boundaries(params)
     edges = padded.clamp(max=num_rows).tolist()
     lengths = params.cu_seqlens_q.diff().tolist()
     return [

@@ -14,7 +14,7 @@ from torch import Tensor
 from .context_parallel import alignment
 from .errors import Fault, PackingError, Space
 from .layout import PackedLayout, expand_embeddings, expand_labels
-from .packed_seq import expand_params, layouts_of
+from .packed_seq import expand_params, layouts_of, physical_boundaries
 from .reference import local_positions
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,25 @@ class Installation:
             self.remove()
 
 
+class _Replacement:
+    """A method replaced on an instance, that will not be copied along with it."""
+
+    _mcore_packing = True
+
+    def __init__(self, method, original):
+        functools.update_wrapper(self, original)
+        self._call = functools.partial(method, original)
+
+    def __call__(self, *args, **kwargs):
+        return self._call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        raise PackingError(
+            "a copy of this model would run the original's forward; remove() the hook, copy or "
+            "pickle the model, then install() on both"
+        )
+
+
 class _Hook:
     """The hook on one ``LLaVAModel``: methods replaced on the instance.
 
@@ -208,12 +227,8 @@ class _Hook:
     def _replace(self, name: str, method) -> None:
         original = getattr(self.model, name)
 
-        @functools.wraps(original)
-        def wrapper(*args, **kwargs):
-            return method(original, *args, **kwargs)
-
         # On the instance: callers that use model.forward(...) skip a forward pre-hook.
-        wrapper._mcore_packing = self
+        wrapper = _Replacement(method, original)
         self.replaced[name] = (wrapper, self.model.__dict__.get(name))
         setattr(self.model, name, wrapper)
 
@@ -233,6 +248,7 @@ class _Hook:
             return original(*args, **kwargs)
 
         layout = None
+        self._check_context_parallel(params)
         if input_ids is None:
             alarm = self._watch_boundaries(params)
         else:
@@ -267,9 +283,11 @@ class _Hook:
             labels, loss_mask = (x if x is None else x[None] for x in expanded)
         if model.pre_process:
             text, images = given["language_embeddings"][0], given["image_embeddings"]
-            is_dummy = layout.image_begin.numel() == 0 or images is None or images.numel() == 0
+            if images is not None and images.numel() == 0:
+                images = None
+            is_dummy = images is not None and self._allows_dummy(layout)
             embeddings = expand_embeddings(layout, text, None if is_dummy else images, **self.rank)
-            if is_dummy and images is not None:  # it keeps the vision model in the graph
+            if is_dummy:
                 embeddings = _KeepInGraph.apply(embeddings, images)
             embeddings = embeddings[:, None]
         if not self.is_main:
@@ -285,6 +303,12 @@ class _Hook:
         if self.model.sequence_parallel_lm and embeddings is not None:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings, labels, loss_mask, self.call[1]
+
+    def _allows_dummy(self, layout: PackedLayout) -> bool:
+        """A row without images may carry one that only keeps the vision model in the graph: of
+        FSDP's by the caller, on main of Megatron's own."""
+        is_fsdp = getattr(self.model.vision_model, "_is_fsdp_managed_module", False)
+        return layout.image_begin.numel() == 0 and (is_fsdp or self.is_main)
 
     def _add_padding_mask(self, language_model, args, kwargs):
         """bool ``[1, rows of this rank]``, True for padding."""
@@ -403,6 +427,14 @@ class _Hook:
             rows = before[ends] - before[ends - num_image_tiles]
         return rows
 
+    def _check_context_parallel(self, params: PackedSeqParams) -> None:
+        size = getattr(params, "local_cp_size", None)
+        if size not in (None, self.model.context_parallel_lm):
+            raise PackingError(
+                f"local_cp_size is {size}, but the model's context_parallel_size "
+                f"{self.model.context_parallel_lm}: LLaVAModel cannot change it from row to row"
+            )
+
     def _check_lengths(self, layout: PackedLayout) -> None:
         """Megatron's own expansion cannot pad a sequence, and TE's partition would not complain."""
         multiple = self.layout_options["seq_multiple"]
@@ -427,7 +459,7 @@ class _Hook:
                 space = "expanded" if status[1] == Space.EXPANDED else "collapsed"
                 logger.info("the boundaries of the first packed row are %s", space)
 
-        return _watch(layout.status, tell)
+        return _watch(layout.status, Fault.NONE, tell)
 
     def _watch_boundaries(self, params: PackedSeqParams):
         """A stage without tokens can use expanded boundaries only: those that cover its rows."""
@@ -440,11 +472,6 @@ class _Hook:
         num_rows = hidden.shape[0] * self.model.context_parallel_lm
         if self.model.sequence_parallel_lm:
             num_rows *= self.model.tensor_model_parallel_size_lm
-        cu = (
-            params.cu_seqlens_q
-            if params.cu_seqlens_q_padded is None
-            else params.cu_seqlens_q_padded
-        )
 
         def tell(last: list[int]) -> None:
             if last[0] != num_rows:
@@ -454,11 +481,13 @@ class _Hook:
                     f"mp.packed_seq_params and Installation.layout_options"
                 )
 
-        return _watch(cu[-1:], tell)
+        return _watch(physical_boundaries(params)[-1:], num_rows, tell)
 
 
-def _watch(word: Tensor, tell):
+def _watch(word: Tensor, expected: int, tell):
     """Call ``tell`` with the values of ``word``: at once on a CPU, else by the function returned.
+
+    Under graph capture, where nothing can be told, ``word[0] == expected`` is asserted on the GPU.
 
     The copy to pinned memory is queued here, right behind the kernel that wrote the word; at the
     end of the forward, with the language model queued behind it, waiting for it leaves the GPU
@@ -468,7 +497,7 @@ def _watch(word: Tensor, tell):
         tell(word.tolist())
         return None
     if torch.cuda.is_current_stream_capturing():
-        torch._assert_async(word[0] == Fault.NONE)
+        torch._assert_async(word[0] == expected)
         return None
     host = torch.empty(word.shape, dtype=word.dtype, pin_memory=True)
     host.copy_(word, non_blocking=True)

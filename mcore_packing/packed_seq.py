@@ -117,6 +117,12 @@ def packed_seq_params(
     return params
 
 
+def physical_boundaries(params: PackedSeqParams) -> Tensor:
+    """Where the sequences of the queries are in the row: the padded boundaries, where given."""
+    padded = params.cu_seqlens_q_padded
+    return params.cu_seqlens_q if padded is None else padded
+
+
 class _Received:
     """What ``packed_seq_params`` needs of a layout, from what ``boundaries`` gave."""
 

@@ -1,6 +1,8 @@
 """The hook on a real LLaVAModel: packed equals one by one, and nothing else changes."""
 
+import copy as copy_module
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -14,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mcore_packing as mp
 from mcore_packing import parity, tiny
-from mcore_packing.llava import takes_boundaries
+from mcore_packing.llava import takes_boundaries, understanding
 
 pytestmark = pytest.mark.usefixtures("megatron")
 SIZE = 28  # pixels: 5 rows a tile
@@ -267,6 +269,28 @@ def test_text_only_with_fsdps_dummy_image(fused):
     assert all(grad is not None and not grad.any() for grad in grads)
 
 
+def test_images_of_nobody_are_refused():
+    model = model_of()
+    given = arguments([{"input_ids": torch.randint(1, 500, (9,))}])
+    given["images"] = torch.randn(1, 3, SIZE, SIZE)
+    with mp.install(model) as handle:
+        if "main" in understanding(LLaVAModel):  # there they take part with weight zero
+            model(**given)
+        else:
+            with pytest.raises(mp.PlaceholderMismatch, match="images have 5 rows"):
+                model(**given)
+        handle.check()
+
+
+def test_another_context_parallel_size_is_refused():
+    if not hasattr(PackedSeqParams(), "local_cp_size"):
+        pytest.skip("this megatron-core has no local_cp_size")
+    model, given = model_of(), arguments(tiny.samples(1, img_size=SIZE))
+    given["packed_seq_params"].local_cp_size = 2
+    with mp.install(model), pytest.raises(mp.PackingError, match="local_cp_size is 2"):
+        model(**given)
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
 def test_truncation_at_the_models_length(fused, seen):
     samples = tiny.samples(4, img_size=SIZE)
@@ -353,6 +377,15 @@ def test_remove_puts_another_wrapper_back():
     model.forward = wrapper
     with pytest.raises(mp.PackingError, match="someone replaced forward"):
         handle.remove()
+
+
+def test_copies_are_refused():
+    # A copy would run the original's forward, with the original's weights, and nobody would know.
+    model = model_of()
+    with mp.install(model):
+        for copy in (copy_module.deepcopy, pickle.dumps):
+            with pytest.raises(mp.PackingError, match="would run the original's forward"):
+                copy(vars(model)["forward"])
 
 
 def test_install_is_refused():
