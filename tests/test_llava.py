@@ -118,6 +118,7 @@ def test_vision_towers(options, fused):
 def test_dynamic_resolution(options, fused):
     options = {"drop_vision_class_token": True, **options}
     model = model_of("rope", vision_model_type="radio", dynamic_resolution=True, **options)
+    model.eval()  # in training, RADIO moves its positions at random
     tiles = [[2], [1, 1], [1]] if "max_num_tiles" in options else [[1], [1, 1], [1]]
     sizes = [[(56, 84), (28, 28)], [(28, 28), (56, 28)], [(84, 28)]]
     places = ([2], [0, 3], [11])
@@ -141,8 +142,8 @@ def test_dynamic_resolution(options, fused):
             return model(
                 patches[None], ids[None], torch.arange(ids.numel())[None], None,
                 labels=labels[None], loss_mask=torch.ones(1, ids.numel()),
-                num_image_tiles=torch.tensor([n for sample in samples for n in sample[3]]),
-                imgs_sizes=torch.tensor([size for sample in samples for size in sample[2]]),
+                num_image_tiles=torch.tensor([n for s in samples for n in s[3]], dtype=torch.int),
+                imgs_sizes=torch.tensor([size for s in samples for size in s[2]]),
                 packed_seq_params=params,
             )  # fmt: skip
 
