@@ -141,8 +141,7 @@ class PackedLayout:
             tokens_per_image, input_ids, cu_seqlens.numel() - 1
         )
         seq_multiple, total_multiple = _as_multiples(seq_multiple, total_multiple)
-        looks = num_image_rows is None and num_padded_rows is None
-        looks = looks or input_ids.device.type == "cpu"
+        looks = _may_look(input_ids) or (num_image_rows is None and num_padded_rows is None)
 
         # The physical length: exact without padding between sequences, else a bound.
         num_tokens, num_images, num_seqs = input_ids.numel(), rows.numel(), cu_seqlens.numel() - 1
@@ -450,6 +449,11 @@ def expand_labels(
         None if labels is None else expanded[3],
         None if loss_mask is None else expanded[4],
     )
+
+
+def _may_look(input_ids: Tensor) -> bool:
+    """Whether reading a value costs nothing."""
+    return input_ids.device.type == "cpu"
 
 
 def _as_row(tensor: Tensor, name: str, length: int | None = None, floating: bool = False) -> Tensor:

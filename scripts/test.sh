@@ -2,6 +2,7 @@
 # Every test that needs no GPU. Arguments go to pytest.
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+export CUDA_VISIBLE_DEVICES= # what needs a GPU is in gpu_ci.sh
 if "$PYTHON" -c "import ruff" 2>/dev/null; then
     "$PYTHON" -m ruff check --quiet . && "$PYTHON" -m ruff format --check --quiet .
 fi

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The hook's tests against every released megatron-core it supports. Arguments: versions, or nothing for all.
+# The hook's tests against every released megatron-core it supports.
+# Arguments: versions, or nothing for all of them.
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+export CUDA_VISIBLE_DEVICES=
 tests="tests/test_llava.py tests/test_packed_seq.py tests/test_cpu.py tests/test_attention.py"
 failed=
 for version in ${@:-0.12.3 0.13.1 0.14.0 0.15.3 0.16.1}; do

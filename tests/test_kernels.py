@@ -49,6 +49,7 @@ def test_the_hook_on_the_kernels():
     # The real model, the hook and the gradients, with every op running its kernel.
     folder = Path(__file__).parent
     chosen = "many_packs or gradients or adjoint or named or fixed_length or truncation_at or ranks"
+    chosen += " or looking or bad_row"
     files = [folder / "test_llava.py", folder / "test_expand.py"]
     run_interpreted(*map(str, files), "-k", chosen, MCORE_PACKING_TEST_KERNELS="1")
 

@@ -15,6 +15,8 @@ from megatron.core.transformer.module import Float16Module
 from torch.nn.parallel import DistributedDataParallel
 
 import mcore_packing as mp
+from mcore_packing import layout as layout_room
+from mcore_packing import llava as llava_room
 from mcore_packing import parity, tiny
 from mcore_packing.llava import takes_boundaries, understanding
 
@@ -573,6 +575,76 @@ def test_real_and_padded_boundaries_by_choice(seen):
     params = calls[-1]["packed_seq_params"]
     assert params.cu_seqlens_q[-1] == alone.numel() and params.cu_seqlens_q_padded[-1] == 400
     assert ((loss[0, : alone.numel()] + alone) * mask[0, : alone.numel()]).abs().max() < 1e-5
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Nobody looks at a value before the end of a forward, as on a GPU."""
+    monkeypatch.setattr(layout_room, "_may_look", lambda input_ids: False)
+    watch = lambda word, expected, tell: lambda: tell(word.tolist())  # noqa: E731
+    monkeypatch.setattr(llava_room, "_watch", watch)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_without_looking(like_a_gpu, positions, seen):
+    model = model_of(positions)
+    calls = seen(model)
+    for seed in range(6):
+        samples = tiny.samples(1 + seed, img_size=SIZE, seed=seed)
+        alone = parity.run_alone(model, samples)
+        with mp.install(model):
+            result = parity.compare(model, samples, alone)
+        assert result.max_difference < 1e-5 and result.lost_labels == 0
+        params = calls[-1]["packed_seq_params"]  # bounds: the tail is kept, however empty
+        assert params.cu_seqlens_q.numel() == len(samples) + 2
+        assert type(params.max_seqlen_q) is int and params.max_seqlen_q % 1024 == 0
+        assert params.max_seqlen_q > result.num_expanded
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cu_seqlens": [0, 9, 3, 200]}, "sequence 1: cu_seqlens decreases by 6"),
+        ({"cu_seqlens": [0, 9, 20, 2000]}, "the last boundary is 2000, past the end"),
+        ({"num_image_tiles": [1, 2, 1, 1]}, "become 20 image rows|become 25 image rows"),
+        ({"num_image_tiles": [1, -2, 1, 1]}, "image 1: tokens_per_image is -10"),
+        ({"num_image_tiles": [1, 2]}, "placeholders .* entries in tokens_per_image"),
+    ],
+)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_bad_row_raises_at_the_end_of_its_forward(like_a_gpu, positions, change, message, seen):
+    model, samples = model_of(positions), tiny.samples(3, img_size=SIZE)
+    given = arguments(samples)
+    if "cu_seqlens" in change:
+        cu_seqlens = torch.tensor(change["cu_seqlens"], dtype=torch.int32)
+        given["packed_seq_params"].cu_seqlens_q = cu_seqlens
+        given["packed_seq_params"].cu_seqlens_kv = cu_seqlens
+    else:
+        given["num_image_tiles"] = torch.tensor(change["num_image_tiles"], dtype=torch.int)
+    calls = seen(model)
+    with mp.install(model, space="collapsed") as handle:
+        with pytest.raises(mp.PackingError, match=message):
+            model(**given)
+        # The language model had run by then, on boundaries that stay in the row, and on NaN.
+        (call,) = calls
+        edges = call["packed_seq_params"].cu_seqlens_q
+        assert (edges.diff() >= 0).all() and edges[-1] == call["decoder_input"].shape[0]
+        assert call["decoder_input"].isnan().all()
+        with pytest.raises(mp.PackingError, match=message):
+            handle.check()
+
+
+def test_a_last_stage_without_looking(like_a_gpu):
+    # It sees tokens but no images, so only the fixed length of pipelines tells it its size.
+    whole, samples = model_of("rope", max_sequence_length=400), tiny.samples(3, img_size=SIZE)
+    last = model_of("rope", max_sequence_length=400, pre_process=False, add_encoder=False)
+    whole._language_is_pipeline_parallel = last._language_is_pipeline_parallel = True
+    last.set_input_tensor(torch.randn(400, 1, 64))
+    with mp.install(whole), mp.install(last), torch.no_grad():
+        expected, expected_mask = whole(**arguments(samples))
+        loss, mask = last(**{**arguments(samples), "images": None})
+    assert loss.shape == expected.shape == (1, 400)
+    torch.testing.assert_close(mask, expected_mask, rtol=0, atol=0)
 
 
 def test_a_stage_without_tokens_needs_boundaries_that_cover_its_rows():
