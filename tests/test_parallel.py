@@ -20,7 +20,7 @@ CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in
 
 
 def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(lines[0])
