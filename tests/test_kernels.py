@@ -4,6 +4,7 @@ of time for sm_80, sm_90 and sm_100, and (marker ``gpu``) on a GPU.
 The first and the last are the same tests: a subprocess with ``TRITON_INTERPRET=1`` runs this file.
 """
 
+import importlib
 import os
 import random
 import re
@@ -290,40 +291,56 @@ def test_rows_beyond_two_billion_elements():
     assert torch.equal(collect_rows(text, source, count, 1)[:, 0], text.flip(0))
 
 
+VARIANTS = {
+    "layout": ("layout", "layout_kernel", {"TRUNCATE": False}),
+    "layout, truncated": ("layout", "layout_kernel", {"TRUNCATE": True}),
+    "tokens": (
+        "expand_tokens", "expand_tokens_kernel", {"HAS_LABELS": True, "HAS_LOSS_MASK": True},
+    ),
+    "tokens, no loss mask": (
+        "expand_tokens", "expand_tokens_kernel", {"HAS_LABELS": True, "HAS_LOSS_MASK": False},
+    ),
+    "tokens, maps only": (
+        "expand_tokens", "expand_tokens_kernel", {"HAS_LABELS": False, "HAS_LOSS_MASK": False},
+    ),
+    "positions": ("source_positions", "source_positions_kernel", {}),
+    "rows": ("expand_rows", "copy_rows_kernel", {"POISON": True, "BLOCK_R": 1, "BLOCK_H": 4096}),
+    "rows, narrow": (
+        "expand_rows", "copy_rows_kernel", {"POISON": True, "BLOCK_R": 64, "BLOCK_H": 64},
+    ),
+    "rows, backward": (
+        "expand_rows", "copy_rows_kernel", {"POISON": False, "BLOCK_R": 1, "BLOCK_H": 4096},
+    ),
+}  # fmt: skip
+BLOCKS = {"BLOCK": 256, "BLOCK_T": 4096, "BLOCK_B": 1024}
+TYPES = {
+    "*i64": ("input_ids_ptr", "tokens_per_image_ptr", "status_ptr", "labels_ptr", "new_labels_ptr",
+             "position_ids_ptr", "token_ids_ptr"),
+    "*bf16": ("rows_ptr", "images_ptr", "out_ptr", "loss_mask_ptr", "new_loss_mask_ptr"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", ["layout", "expand_tokens", "source_positions", "copy_rows"])
-def test_compiles_ahead_of_time(name, arch, tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_compiles_ahead_of_time(variant, arch, tmp_path):
     if INTERPRETED:
         pytest.skip("the interpreter does not compile")
     pytest.importorskip("triton")
-    from mcore_packing.kernels import expand_rows, expand_tokens, layout, source_positions
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernels = {
-        "layout": (layout.layout_kernel, {"TRUNCATE": False, "BLOCK_T": 4096, "BLOCK_B": 1024}, 16),
-        "expand_tokens": (
-            expand_tokens.expand_tokens_kernel,
-            {"HAS_LABELS": True, "HAS_LOSS_MASK": True, "BLOCK": 256},
-            4,
-        ),
-        "source_positions": (source_positions.source_positions_kernel, {"BLOCK": 256}, 4),
-        "copy_rows": (
-            expand_rows.copy_rows_kernel, {"POISON": True, "BLOCK_R": 1, "BLOCK_H": 4096}, 4,
-        ),
-    }  # fmt: skip
-    kernel, constants, num_warps = kernels[name]
-    wide = ("input_ids_ptr", "tokens_per_image_ptr", "status_ptr", "labels_ptr", "position_ids_ptr",
-            "token_ids_ptr", "new_labels_ptr")  # fmt: skip
-    bf16 = ("rows_ptr", "images_ptr", "out_ptr", "loss_mask_ptr", "new_loss_mask_ptr")
+    module, name, constants = variant
+    kernel = getattr(importlib.import_module(f"mcore_packing.kernels.{module}"), name)
+    constants = {**BLOCKS, **constants}
+    constants = {
+        argument: constants[argument] for argument in kernel.arg_names if argument in constants
+    }
+    types = {argument: kind for kind, arguments in TYPES.items() for argument in arguments}
     signature = {
-        argument: "constexpr" if argument in constants
-        else "*i64" if argument in wide
-        else "*bf16" if argument in bf16
-        else "*i32" if argument.endswith("_ptr")
-        else "i32"
+        argument: types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
         for argument in kernel.arg_names
-    }  # fmt: skip
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.arg_names)
@@ -332,13 +349,13 @@ def test_compiles_ahead_of_time(name, arch, tmp_path):
     compiled = compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": 16 if module == "layout" else 4},
     )
     assert compiled.asm["cubin"]
     assert stack_bytes(compiled.asm["cubin"], tmp_path) in (0, None), "registers spill"
-    if name == "layout":
+    if module == "layout":
         assert compiled.asm["ptx"].count("bar.sync") >= 4
-    if name == "copy_rows":
+    if module == "expand_rows":
         assert "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"]
 
 
