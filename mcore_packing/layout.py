@@ -221,21 +221,16 @@ class PackedLayout:
     def position_ids_collapsed(self) -> Tensor:
         """int64 ``[T]``, restarting in every sequence, as ``learned_absolute`` needs it."""
         if "collapsed" not in self._maps:
-            token = torch.arange(self.num_collapsed, device=self.input_ids.device)
-            starts = self.token_starts.long()
-            seq = reference.last_at_or_below(starts, token)
-            self._maps["collapsed"] = (token - starts.index_select(0, seq)).clamp(min=0)
+            _, offset = _find_seq(self.token_starts, self.num_collapsed)
+            self._maps["collapsed"] = offset.clamp(min=0)
         return self._maps["collapsed"]
 
     @property
     def padding_mask(self) -> Tensor:
         """bool ``[S]``, True for padding: behind each sequence's real rows, and the whole tail."""
         if "padding" not in self._maps:
-            position = torch.arange(self.num_expanded, device=self.input_ids.device)
-            starts = self.cu_seqlens_padded.long()
-            seq = reference.last_at_or_below(starts, position)
+            seq, offset = _find_seq(self.cu_seqlens_padded, self.num_expanded)
             length = torch.nn.functional.pad(self.cu_seqlens_expanded.diff(), (0, 1))
-            offset = position - starts.index_select(0, seq)
             self._maps["padding"] = offset >= length.index_select(0, seq)
         return self._maps["padding"]
 
@@ -449,6 +444,14 @@ def expand_labels(
         None if labels is None else expanded[3],
         None if loss_mask is None else expanded[4],
     )
+
+
+def _find_seq(starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The sequence that each of ``size`` positions lies in, and how far behind its start."""
+    position = torch.arange(size, device=starts.device)
+    starts = starts.long()
+    seq = reference.last_at_or_below(starts, position)
+    return seq, position - starts.index_select(0, seq)
 
 
 def _may_look(input_ids: Tensor) -> bool:
