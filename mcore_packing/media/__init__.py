@@ -1,5 +1,6 @@
 """Images before the model: placement, counts, truncation and slicing that agree with each other."""
 
+from .counts import check_placeholders, count_with_processor, num_image_tokens
 from .families import FAMILIES, MEGATRON_TURN_OPENERS, Family, get_family, register_family
 from .placement import Placement, place_image_blocks, splice_image_blocks
 
@@ -8,7 +9,10 @@ __all__ = [
     "MEGATRON_TURN_OPENERS",
     "Family",
     "Placement",
+    "check_placeholders",
+    "count_with_processor",
     "get_family",
+    "num_image_tokens",
     "place_image_blocks",
     "register_family",
     "splice_image_blocks",
