@@ -3,17 +3,21 @@
 from .counts import check_placeholders, count_with_processor, num_image_tokens
 from .families import FAMILIES, MEGATRON_TURN_OPENERS, Family, get_family, register_family
 from .placement import Placement, place_image_blocks, splice_image_blocks
+from .truncation import Truncation, reconcile, truncate
 
 __all__ = [
     "FAMILIES",
     "MEGATRON_TURN_OPENERS",
     "Family",
     "Placement",
+    "Truncation",
     "check_placeholders",
     "count_with_processor",
     "get_family",
     "num_image_tokens",
     "place_image_blocks",
+    "reconcile",
     "register_family",
     "splice_image_blocks",
+    "truncate",
 ]
