@@ -3,6 +3,7 @@
 from .counts import check_placeholders, count_with_processor, num_image_tokens
 from .families import FAMILIES, MEGATRON_TURN_OPENERS, Family, get_family, register_family
 from .placement import Placement, place_image_blocks, splice_image_blocks
+from .slicing import split_samples, take_samples
 from .truncation import Truncation, reconcile, truncate
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "reconcile",
     "register_family",
     "splice_image_blocks",
+    "split_samples",
+    "take_samples",
     "truncate",
 ]
