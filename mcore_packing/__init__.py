@@ -18,6 +18,7 @@ _LAZY = {
     "token_mult_prob_error": "parity",
     "attention": None,
     "cpu": None,
+    "media": None,
     "parity": None,
 }
 

@@ -1,0 +1,164 @@
+"""Lists, tensors and arrays in, the same kind out: what the rooms of this package share."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PackingError
+
+
+def as_int(value: Any, name: str, minimum: int | None = None) -> int:
+    """``value`` as a Python int; floats, strings and bools are refused, never rounded."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise PackingError(f"{name} is {value!r}, expected an int") from None
+    if minimum is not None and number < minimum:
+        raise PackingError(f"{name} is {number}, expected at least {minimum}")
+    return number
+
+
+def as_token(value: Any, name: str) -> int | None:
+    """A token id, or None where there is none."""
+    return None if value is None else as_int(value, name)
+
+
+def as_list(values: Any, name: str) -> list:
+    """The entries of anything that has some: of a tensor or array plain numbers."""
+    try:
+        return values.tolist() if getattr(values, "shape", None) else list(values)
+    except TypeError:
+        raise PackingError(f"{name} is {values!r}, expected a list") from None
+
+
+def as_ids(values: Any, name: str) -> list[int]:
+    """The ints of one row: a flat sequence, or a tensor or array ``[T]`` or ``[1, T]``."""
+    shape = getattr(values, "shape", None)
+    if shape is not None:
+        if len(shape) == 2 and shape[0] == 1:
+            values = values[0]
+        elif len(shape) != 1:
+            raise PackingError(f"{name} is {list(shape)}, expected one row, [T] or [1, T]")
+        values = values.tolist()
+    elif isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise PackingError(f"{name} is a {type(values).__name__}, expected one row of ints")
+    try:
+        return [index(value) for value in values]
+    except TypeError:
+        wrong = next(value for value in values if not hasattr(value, "__index__"))
+        raise PackingError(
+            f"{name} holds a {type(wrong).__name__}, expected ints; pass one row at a time"
+        ) from None
+
+
+def as_row(values: Any, name: str, num_tokens: int) -> list:
+    """One entry of any kind for every token, from a list, a tensor or an array."""
+    row = values
+    if getattr(values, "shape", None) is not None:
+        row = values[0] if values.ndim == 2 and values.shape[0] == 1 else values
+        row = row.tolist() if row.ndim == 1 else None
+    elif not isinstance(values, (list, tuple)):
+        row = None
+    if row is None or len(row) != num_tokens:
+        found = list(values.shape) if hasattr(values, "shape") else f"a {type(values).__name__}"
+        found = f"{len(row)} entries" if row is not None else found
+        raise PackingError(
+            f"{name} is {found}, but the row has {num_tokens} tokens, one entry each"
+        )
+    return list(row)
+
+
+def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
+    """Ints of at least ``minimum``, from a sequence, a tensor or an array."""
+    counts = as_ids(values, name)
+    for i, count in enumerate(counts):
+        if count < minimum:
+            raise PackingError(f"{name}[{i}] is {count}, expected at least {minimum}")
+    return counts
+
+
+def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
+    """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
+    bounds = as_ids(cu_seqlens, "cu_seqlens")
+    if not bounds or bounds[0] != 0:
+        raise PackingError(f"cu_seqlens starts at {bounds[0] if bounds else None}, expected 0")
+    for seq, (start, stop) in enumerate(pairwise(bounds)):
+        if stop < start:
+            raise PackingError(f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
+    if bounds[-1] > num_tokens:
+        raise PackingError(
+            f"cu_seqlens ends at {bounds[-1]}, past the end of the row at {num_tokens}; boundaries "
+            f"that count expanded rows do not fit a row of placeholders"
+        )
+    return bounds
+
+
+def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
+    """``values`` as the kind that ``template`` is: a list, or a tensor or array of its shape.
+
+    Tensors are of the template's dtype, or of ``dtype``.
+    """
+    if isinstance(template, Tensor):
+        row = torch.tensor(values, dtype=dtype or template.dtype, device=template.device)
+    elif hasattr(template, "__array__"):
+        import numpy as np
+
+        row = np.asarray(values, dtype=np.int64 if dtype else template.dtype)
+    else:
+        return values
+    return row[None] if template.ndim == 2 else row
+
+
+def length(values: Any, name: str) -> int:
+    """The first dimension of a tensor, an array or a list."""
+    shape = getattr(values, "shape", None)
+    if shape is not None and len(shape):
+        return int(shape[0])
+    if isinstance(values, (list, tuple)):
+        return len(values)
+    kind = "a scalar" if shape is not None else f"a {type(values).__name__}"
+    raise PackingError(f"{name} is {kind}, expected a tensor, an array or a list")
+
+
+def take(values: Any, positions: list[int], dim: int = 0) -> Any:
+    """The entries at ``positions`` along ``dim``; a list has no other dimension than the first."""
+    if isinstance(values, Tensor):
+        where = torch.tensor(positions, dtype=torch.int64, device=values.device)
+        return values.index_select(dim, where)
+    if hasattr(values, "__array__"):
+        return values.take(positions, axis=dim)
+    return type(values)(values[position] for position in positions)
+
+
+def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
+    """The rows in ``[start, stop)`` spans, in the order of the spans; a view where they adjoin."""
+    merged: list[list[int]] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1][1] = stop
+        elif start < stop:
+            merged.append([start, stop])
+    parts = [values[start:stop] for start, stop in merged] or [values[:0]]
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(values, Tensor):
+        return torch.cat(parts)
+    if hasattr(values, "__array__"):
+        import numpy as np
+
+        return np.concatenate(parts)
+    return type(values)(row for part in parts for row in part)
+
+
+def shorten(values: Sequence, limit: int = 8) -> str:
+    """A list for an error message: all of it, or its first few entries and its length."""
+    if len(values) <= limit:
+        return str(list(values))
+    head = ", ".join(str(value) for value in values[:limit])
+    return f"[{head}, ... {len(values)} in all]"
