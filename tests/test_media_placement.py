@@ -287,7 +287,7 @@ def test_a_packed_row_must_say_whose_images_they_are():
         place_image_blocks(
             mixed, [image], OPENER, cu_seqlens=bounds, blocks_per_seq=[0, 1], image_token_id=IMAGE
         )
-    with pytest.raises(PlaceholderMismatch, match="sequence 2: 1 placeholders"):  # the tail
+    with pytest.raises(PlaceholderMismatch, match="past the last boundary: 1 placeholders"):
         place_image_blocks(
             [*mixed, IMAGE], [image], OPENER, cu_seqlens=bounds, image_token_id=IMAGE,
             blocks_per_seq=[1, 0],
@@ -327,6 +327,7 @@ def test_arrays_keep_their_kind():
         ({"prompt_ids": [[1, 2]]}, "prompt_ids holds a list"),
         ({"prompt_ids": "text"}, "prompt_ids is a str"),
         ({"prompt_ids": [1.5]}, "prompt_ids holds a float"),
+        ({"prompt_ids": [1, torch.tensor(1.5)]}, "prompt_ids holds a Tensor"),
         ({"prompt_ids": torch.zeros(2, 3, dtype=torch.int64)}, r"prompt_ids is \[2, 3\]"),
         ({"prompt_ids": torch.zeros(3)}, "prompt_ids holds a float"),
         ({"blocks": [BEGIN, IMAGE, END]}, r"blocks\[0\] is a int"),

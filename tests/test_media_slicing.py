@@ -223,6 +223,8 @@ def test_only_videos():
 def test_a_batch_without_images_needs_no_grids():
     batch = {"input_ids": [[1], [2]], "pixel_values": None, "image_grid_thw": None}
     assert split_samples(batch, "qwen2_vl", [0, 0], [(0, 1)]) == [{"input_ids": [[1]]}]
+    no_rows = {"input_ids": [[1], [2]], "pixel_values": torch.zeros(0, 8)}
+    assert split_samples(no_rows, "qwen2_vl", [0, 0], [(0, 1)]) == [{"input_ids": [[1]]}]
 
 
 def test_parts_are_views():

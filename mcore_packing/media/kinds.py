@@ -51,9 +51,9 @@ def as_ids(values: Any, name: str) -> list[int]:
     try:
         return [index(value) for value in values]
     except TypeError:
-        wrong = next(value for value in values if not hasattr(value, "__index__"))
+        kinds = {type(value).__name__ for value in values if not isinstance(value, int)}
         raise PackingError(
-            f"{name} holds a {type(wrong).__name__}, expected ints; pass one row at a time"
+            f"{name} holds a {' or '.join(sorted(kinds))}, expected ints; pass one row at a time"
         ) from None
 
 

@@ -176,7 +176,8 @@ def place_image_blocks(
         mine = range(len(edits), len(edits) + num_blocks)
         found = placeholders[seq]
         if found:
-            _check_one_per_image(seq, len(found), num_blocks, stands_for_image)
+            where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
+            _check_one_per_image(where, len(found), num_blocks, stands_for_image)
             if turn is not None:
                 _check_turns(seq, found, turn, turn_ends[seq])
             edits += _expand_in_place(ids, found, blocks, mine, image_token_id, start, stop, seq)
@@ -343,12 +344,12 @@ def _blocks_per_seq(blocks_per_seq, turns, placeholders, num_blocks) -> list[int
     return counts
 
 
-def _check_one_per_image(seq: int, found: int, num_blocks: int, token_id: int) -> None:
+def _check_one_per_image(where: str, found: int, num_blocks: int, token_id: int) -> None:
     if found != num_blocks:
         raise PlaceholderMismatch(
             actual=num_blocks,
             expected=found,
-            message=f"sequence {seq}: {found} placeholders (id {token_id}) but {num_blocks} "
+            message=f"{where}: {found} placeholders (id {token_id}) but {num_blocks} "
             f"blocks; pass one block for each placeholder, or a prompt without placeholders",
         )
 
