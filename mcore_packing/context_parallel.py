@@ -60,8 +60,7 @@ def cp_partition(cu_seqlens_padded: Tensor, total: int, cp_size: int, cp_rank: i
     Raises:
         PackingError: a sequence is not a multiple of ``2 * cp_size``, or rows lie past the last
             boundary: Transformer Engine would duplicate some positions and lose others. On a GPU,
-                where
-            looking would synchronise, a device-side assertion takes the error's place.
+            where looking would synchronise, a device-side assertion takes the error's place.
 
     Source:
         ``thd_get_partitioned_indices`` of Transformer Engine 2.x.

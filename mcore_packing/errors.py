@@ -56,8 +56,7 @@ class Fault(IntEnum):
     """First word of a layout's status: what is wrong with the row (0: nothing).
 
     A status is int64 ``[5]``: fault, space found, where, found, expected. The kernels write the
-        same
-    numbers, so that an error found on a GPU reads like one found on a CPU.
+    same numbers, so that an error found on a GPU reads like one found on a CPU.
     """
 
     NONE = 0

@@ -26,11 +26,10 @@ class PackedLayout:
     """Where every token and every image row of one packed row stands, before and after expansion.
 
     Built once per row by ``build`` and only read afterwards. Tensors live on the device of the row;
-    what
-    the host knows is a Python int. The map itself is piecewise: images turn tokens into *rows*,
-    ``row_starts`` cuts the rows into sequences, and ``cu_seqlens_padded`` places each sequence in
-    the
-    physical row. The last sequence is the tail: what lies past the last boundary, possibly nothing.
+    what the host knows is a Python int. The map itself is piecewise: images turn tokens into
+    *rows*, ``row_starts`` cuts the rows into sequences, and ``cu_seqlens_padded`` places each
+    sequence in the physical row. The last sequence is the tail: what lies past the last boundary,
+    possibly nothing.
 
     Attributes:
         input_ids: integer ``[T]``, the collapsed row.
@@ -94,9 +93,8 @@ class PackedLayout:
 
         On a CPU, and wherever the host knows neither ``num_image_rows`` nor ``num_padded_rows``, it
         looks at the values: the layout is exact, and a bad row raises at once. Given either,
-            building on
-        a GPU costs one kernel launch and no host synchronisation; sizes are then upper bounds, the
-        tail takes the surplus, and ``check`` raises what the kernel found.
+        building on a GPU costs one kernel launch and no host synchronisation; sizes are then upper
+        bounds, the tail takes the surplus, and ``check`` raises what the kernel found.
 
         Args:
             input_ids: integer ``[T]`` or ``[1, T]``, placeholders included.
@@ -406,9 +404,8 @@ def expand_labels(
     """Move labels and loss mask to the expanded row, sequence by sequence.
 
     Within a sequence, as Megatron does: labels come shifted left by one, nothing predicts an image
-        row,
-    an image's last row carries its placeholder's label, masked. Across a boundary nothing moves: a
-    sequence that begins with an image costs the one before it nothing.
+    row, an image's last row carries its placeholder's label, masked. Across a boundary nothing
+    moves: a sequence that begins with an image costs the one before it nothing.
 
     Args:
         layout: of this row.

@@ -63,8 +63,7 @@ def install(
 
     Returns:
         A handle: ``check()`` raises what the last row had wrong, ``remove()`` restores the model.
-            Also
-        a context manager.
+        Also a context manager.
 
     Raises:
         PackingError: no ``LLaVAModel`` in there, installed twice, or a language model that drops

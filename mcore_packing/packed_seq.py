@@ -59,9 +59,8 @@ def packed_seq_params(
     """The expanded boundaries of a layout, as attention, RoPE and Mamba layers read them.
 
     By default one tensor, the padded boundaries, fills all four ``cu_seqlens`` fields: a causal
-        mask
-    makes trailing padding harmless, every position is covered, and Transformer Engine need not
-    compare real with padded boundaries on the GPU.
+    mask makes trailing padding harmless, every position is covered, and Transformer Engine need
+    not compare real with padded boundaries on the GPU.
 
     Args:
         layout: of the row; or what ``boundaries`` gave (on a GPU, reading ``max_seqlen`` from it

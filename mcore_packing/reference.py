@@ -312,8 +312,7 @@ def source_positions(
 
     Returns:
         int32 ``[T]`` and int32 ``[num_image_rows]``: positions on this rank, -1 for what is not
-            here
-        (a placeholder, a row that was cut off, a row of another rank).
+        here (a placeholder, a row that was cut off, a row of another rank).
     """
     cu, starts = cu_seqlens_padded.long(), row_starts.long()
 

@@ -20,8 +20,7 @@ EOS = 2
 def random_row(rng: random.Random, space: str, tail: str):
     """A row of 1 to 8 samples that end in EOS, then 0 to 2,000 padding tokens; half of the rows are
     padded with EOS. ``bare`` boundaries stop before the padding, ``folded`` ones give it to the
-    last
-    sequence, ``dummy`` ones make it a sequence of its own."""
+    last sequence, ``dummy`` ones make it a sequence of its own."""
     rows_per_tile = rng.choice([1, 2, 4, 16, 64, 256, 256, 576, 577])
     tokens, boundaries, rows = [], [0], []
     for _ in range(rng.randint(1, 8)):
