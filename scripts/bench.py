@@ -18,24 +18,41 @@ DEVICE = "cuda" if HAVE_GPU else "cpu"
 
 def measure(function, budget: float = 1.0, least: int = 5) -> dict:
     """Median, p20 and p80 in microseconds; on a GPU of the GPU's time, with a cold L2 cache."""
-    if HAVE_GPU:
-        from triton.testing import do_bench
+    return measure_all({"": function}, budget, least)[""]
 
-        quantiles = [0.5, 0.2, 0.8]
-        median, p20, p80 = do_bench(function, warmup=50, rep=budget * 300, quantiles=quantiles)
-        return {"median_us": median * 1e3, "p20_us": p20 * 1e3, "p80_us": p80 * 1e3}
-    function()
-    times, end = [], time.perf_counter() + budget
-    while len(times) < least or (time.perf_counter() < end and len(times) < 1000):
-        begin = time.perf_counter()
+
+def measure_all(functions: dict, budget: float = 1.0, least: int = 5) -> dict[str, dict]:
+    """``measure`` for each; on a CPU they take turns, so that its noise falls on all alike."""
+    if HAVE_GPU:
+        return {name: _measure_gpu(function, budget) for name, function in functions.items()}
+    times = {name: [] for name in functions}
+    for function in functions.values():
         function()
-        times.append((time.perf_counter() - begin) * 1e6)
-    quantiles = statistics.quantiles(times, n=5)
-    return {
-        "median_us": statistics.median(times),
-        "p20_us": quantiles[0],
-        "p80_us": quantiles[3],
-    }
+    rounds, end = 0, time.perf_counter() + budget * len(functions)
+    while rounds < least or (time.perf_counter() < end and rounds < 1000):
+        rounds += 1
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            times[name].append((time.perf_counter() - begin) * 1e6)
+    return {name: _summary(*_quantiles(values)) for name, values in times.items()}
+
+
+def _measure_gpu(function, budget: float) -> dict:
+    from triton.testing import do_bench
+
+    quantiles = [0.5, 0.2, 0.8]
+    times = do_bench(function, warmup=50, rep=budget * 300, quantiles=quantiles)
+    return _summary(*(milliseconds * 1e3 for milliseconds in times))
+
+
+def _quantiles(times: list[float]) -> tuple[float, float, float]:
+    fifths = statistics.quantiles(times, n=5)
+    return statistics.median(times), fifths[0], fifths[3]
+
+
+def _summary(median: float, p20: float, p80: float) -> dict:
+    return {"median_us": median, "p20_us": p20, "p80_us": p80}
 
 
 def host_time(function, count: int = 50) -> float:

@@ -1,7 +1,7 @@
 """Expansion of a packed row, against Megatron's own step, two common ways, and a plain copy.
 
-Every contender is checked against Megatron's real ``_preprocess_data`` first; nothing wrong is
-timed.
+Every contender, and its gradient, is checked against Megatron's real ``_preprocess_data`` first;
+nothing wrong is timed.
 """
 
 import argparse
@@ -103,10 +103,10 @@ def contenders(model, row):
     }
 
 
-def copy_ceiling(row, budget):
-    """A plain copy of as many bytes, with the default allocator."""
+def plain_copy(row):
+    """A copy of as many bytes, with the default allocator."""
     rows = torch.randn(row.num_rows, row.text.shape[1], device=bench.DEVICE).to(row.text.dtype)
-    return bench.measure(lambda: torch.empty_like(rows).copy_(rows), budget)
+    return lambda: torch.empty_like(rows).copy_(rows)
 
 
 class HostReads(TorchDispatchMode):
@@ -156,32 +156,37 @@ def peak_memory(function, floor):
 def bench_case(model, case, budget):
     row = Row(**case)
     size = row.num_rows * row.text.shape[1] * row.text.element_size()
-    ceiling = copy_ceiling(row, budget)
     runs = contenders(model, row)
-    expected = [x.detach() for x in runs["megatron"]()]
-    results = []
+    y = torch.randn(row.num_rows, row.text.shape[1], device=bench.DEVICE).to(row.text.dtype)
+    backwards, expected = {}, None  # Megatron's, which comes first
     for name, function in runs.items():
         outputs = function()
-        for found, wanted in zip(outputs, expected, strict=False):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-        forward = bench.measure(function, budget)
-        y = torch.ones_like(outputs[0])
 
-        def backward(output=outputs[0], y=y):
-            torch.autograd.grad(output, (row.text, row.images), y, retain_graph=True)
+        def backward(output=outputs[0]):
+            return torch.autograd.grad(output, (row.text, row.images), y, retain_graph=True)
 
+        found = *backward(), *outputs
+        expected = expected or found
+        for mine, wanted in zip(found, expected, strict=False):
+            torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+        backwards[name] = backward
+    copy = {"copy": plain_copy(row)}
+    forward = bench.measure_all({**runs, **copy}, budget)
+    backward = bench.measure_all({**backwards, **copy}, budget)
+    results = []
+    for name, function in runs.items():
         result = {
             **{key: str(value) for key, value in case.items()},
             "expanded_rows": row.num_rows,
             "name": name,
-            "forward": forward,
-            "backward": bench.measure(backward, budget),
-            "copy": ceiling,
+            "forward": forward[name],
+            "backward": backward[name],
+            "copy": forward["copy"],
             "peak_over_output": peak_memory(function, size),
             "synchronisations": count_synchronisations(name, function),
         }
-        for direction in ("forward", "backward"):
-            part = ceiling["median_us"] / result[direction]["median_us"]
+        for direction, times in (("forward", forward), ("backward", backward)):
+            part = times["copy"]["median_us"] / times[name]["median_us"]
             result[f"{direction}_over_copy_ceiling"] = part
         results.append(result)
     slowest = results[0]["forward"]["median_us"]
@@ -203,19 +208,16 @@ def bench_ranks(case, budget):
         order = mp.cp_partition(layout.cu_seqlens_padded, layout.num_expanded, CP_SIZE, 3)
         part = mp.expand_embeddings(layout, row.text, row.images, **rank)
         torch.testing.assert_close(part, whole[order], rtol=0, atol=0)
-        times = [
-            bench.measure(
-                lambda share=share: mp.expand_embeddings(layout, row.text, row.images, **share),
-                budget,
-            )
-            for share in ({}, rank)
-        ]
+        runs = {
+            name: lambda share=share: mp.expand_embeddings(layout, row.text, row.images, **share)
+            for name, share in (("whole", {}), ("share", rank))
+        }
+        times = bench.measure_all(runs, budget)
     return {
         **{key: str(value) for key, value in case.items()},
         "name": f"one of {CP_SIZE} ranks",
-        "whole": times[0],
-        "share": times[1],
-        "time_over_whole": times[1]["median_us"] / times[0]["median_us"],
+        **times,
+        "time_over_whole": times["share"]["median_us"] / times["whole"]["median_us"],
         "bytes_over_whole": part.untyped_storage().nbytes() / whole.untyped_storage().nbytes(),
     }
 

@@ -7,6 +7,7 @@ import torch
 
 import mcore_packing as mp
 from mcore_packing import PackedLayout
+from mcore_packing.reference import MANY_PAGES
 
 from . import oracle
 from .packs import IMAGE, NAMED, Row, make_row, structures
@@ -143,6 +144,19 @@ def test_ranks_are_the_row(structure, cp_size):
 def test_any_width_and_dtype(dtype, hidden_size):
     row = make_row(NAMED["T63-N5-B3"], dtype=dtype, hidden_size=hidden_size)
     assert_equal(expand(row, build(row)), oracle.concatenated(row))
+
+
+@pytest.mark.parametrize("poison", [True, False])
+def test_a_row_on_huge_pages(poison):
+    torch.use_deterministic_algorithms(poison, warn_only=True)
+    row = make_row(NAMED["T63-N5-B3"], hidden_size=2**17)
+    text, images = row.text.requires_grad_(), row.images.requires_grad_()
+    found = expand(row, build(row))
+    expected = oracle.concatenated(row)
+    assert min(x.nbytes for x in (found[0], text, images)) > 2 * MANY_PAGES
+    assert_equal(found, expected)
+    y = torch.randn_like(found[0])
+    assert_equal(*(torch.autograd.grad(x[0], (text, images), y) for x in (found, expected)))
 
 
 def test_flat_images_are_the_same_rows():
