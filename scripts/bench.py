@@ -4,12 +4,15 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from mcore_packing import cli
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
+
+from mcore_packing import cli  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 HAVE_GPU = torch.cuda.is_available()
