@@ -97,7 +97,7 @@ def doctor() -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         lines["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
     lines["attention"] = _attention()
-    lines["LLaVAModel"] = _llava()
+    lines |= _llava()
     return lines
 
 
@@ -117,12 +117,12 @@ def _attention() -> str:
         return f"unknown: {error}"
 
 
-def _llava() -> str:
+def _llava() -> dict[str, str]:
     try:
         from .llava import LLaVAModel, understanding
     except ImportError as error:
-        return f"cannot be imported: {error}"
-    return f"{inspect.getfile(LLaVAModel)}: {understanding(LLaVAModel)}"
+        return {"LLaVAModel": f"cannot be imported: {error}"}
+    return {"LLaVAModel": understanding(LLaVAModel), "found in": inspect.getfile(LLaVAModel)}
 
 
 def _show(options) -> int:

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
 
-from mcore_packing import cli  # noqa: E402
+from mcore_packing import cli
 
 RESULTS = Path(__file__).parent / "results"
 HAVE_GPU = torch.cuda.is_available()
@@ -70,8 +70,9 @@ def host_time(function, count: int = 50) -> float:
 
 
 def environment() -> dict:
-    """Versions, GPU, driver, processor and commit."""
+    """Versions, GPU, driver, processor and commit; no path of this machine."""
     found = cli.doctor()
+    found.pop("found in", None)
     found["processor"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found["commit"] = _output("git", "rev-parse", "--short", "HEAD")

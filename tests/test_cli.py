@@ -40,6 +40,7 @@ def test_doctor():
     found = cli.doctor()
     assert found["torch"] == torch.__version__
     assert "understood" in found["LLaVAModel"] and found["attention"].startswith("PackedAttention")
+    assert found["found in"].endswith("llava_model.py")
     done = run("doctor")
     assert done.returncode == 0 and "megatron-core" in done.stdout
 
