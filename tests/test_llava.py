@@ -647,6 +647,19 @@ def test_a_last_stage_without_looking(like_a_gpu):
     torch.testing.assert_close(mask, expected_mask, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("recipe, multiple", [("delayed", 16), ("mxfp8", 32), ("blockwise", 128)])
+def test_fp8_is_read_off_the_config(recipe, multiple):
+    model = model_of(max_sequence_length=1000)
+    model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
+    with mp.install(model) as handle:
+        options = handle.layout_options
+    assert options["total_multiple"] == multiple
+    assert options["max_expanded"] == 1000 // multiple * multiple
+    model._language_is_pipeline_parallel = True
+    with mp.install(model) as handle, pytest.raises(mp.PackingError, match=f"of {multiple}:"):
+        handle.layout_options  # noqa: B018
+
+
 def test_a_stage_without_tokens_needs_boundaries_that_cover_its_rows():
     model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
     with mp.install(model) as handle:
