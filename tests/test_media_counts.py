@@ -128,7 +128,7 @@ def test_family_cases(case):
         assert num_image_tokens(family, *size, **case["settings"]) == expected
         return
     pytest.importorskip("transformers")
-    from hf_processors import make_processor
+    from .hf_processors import make_processor
 
     processor = made(make_processor, family, case["settings"])
     assert count_with_processor(processor, [size]) == [expected]
@@ -181,7 +181,7 @@ def test_megatron_rows_of_one_tile(case):
 def test_against_what_the_processor_writes(name):
     """A blank image of each of 220 sizes through the whole processor."""
     pytest.importorskip("transformers")
-    from hf_processors import make_processor, placeholder_of, write
+    from .hf_processors import make_processor, placeholder_of, write
 
     family, settings = name.split("-")[0], RUNS[name]
     processor = made(make_processor, family, settings)
@@ -204,7 +204,7 @@ def test_against_what_the_processor_writes(name):
 def test_against_the_helpers_of_transformers(family):
     """Large images too, without making them: the public helpers say the same."""
     pytest.importorskip("transformers")
-    from hf_processors import image_class
+    from .hf_processors import image_class
 
     if family == "qwen3_vl":
         make = image_class("qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil")
@@ -233,7 +233,7 @@ def test_against_the_helpers_of_transformers(family):
 def test_count_with_processor_of_other_families(family):
     """Helpers that count breaks and tags, and processors without a helper."""
     pytest.importorskip("transformers")
-    from hf_processors import make_processor, placeholder_of, write
+    from .hf_processors import make_processor, placeholder_of, write
 
     processor = made(make_processor, family, OTHERS[family])
     expected, sizes = [], []
@@ -251,7 +251,7 @@ def test_count_with_processor_of_other_families(family):
 def test_settings_of_a_call_are_asked_of_the_processor_itself():
     """Gemma 3's helper ignores pan and scan; the processor does not."""
     pytest.importorskip("transformers")
-    from hf_processors import make_processor
+    from .hf_processors import make_processor
 
     processor = made(make_processor, "gemma3", {})
     assert count_with_processor(processor, [(480, 640)]) == [256]
@@ -320,7 +320,7 @@ def megatron_tiles(height, width, **settings):
 def test_megatron_tiles_are_those_of_internvl():
     """Both tile as InternVL's own code does, so transformers is an oracle for Megatron too."""
     pytest.importorskip("transformers")
-    from hf_processors import image_class
+    from .hf_processors import image_class
 
     make = image_class("got_ocr2.image_processing_pil_got_ocr2.GotOcr2ImageProcessorPil")
     images = make(size={"height": 448, "width": 448}, crop_to_patches=True)
@@ -448,7 +448,7 @@ CONFIGS = {
 @pytest.mark.parametrize("family", CONFIGS)
 def test_token_ids_are_those_of_the_configs(family):
     pytest.importorskip("transformers")
-    from hf_processors import image_class
+    from .hf_processors import image_class
 
     config, names = CONFIGS[family]
     module, cls = config.split(".")
