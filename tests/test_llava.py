@@ -503,7 +503,7 @@ def test_an_unknown_signature_warns_and_still_remaps():
         ({"num_image_tiles": torch.ones(1, 1)}, r"num_image_tiles is torch.Size\(\[1, 1\]\)"),
         ({"num_image_tiles": torch.tensor([1, 2])}, "placeholders .* entries in tokens_per_image"),
         ({"num_image_tiles": torch.tensor([0])}, "image 0: tokens_per_image is 0"),
-        ({"input_ids": torch.ones(2, 20).long()}, "expected one packed row"),
+        ({"input_ids": torch.ones(2, 20).long()}, r"\[2, 20\], expected one packed row, \[1, T\]: Megatron"),
         ({"input_ids": torch.ones(1, 20)}, "input_ids is torch.float32"),
     ],
 )
