@@ -20,6 +20,8 @@ from .errors import (
 # An upper bound is rounded up to this, so that mcore's RoPE cache (32 entries) sees few values.
 MAX_SEQLEN_STEP = 1024
 
+_NO_INTEGERS = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedLayout:
@@ -132,9 +134,11 @@ class PackedLayout:
             [0, 8, 16, 24, 24]
         """
         input_ids = _as_row(input_ids, "input_ids")
-        _check_boundaries(cu_seqlens, input_ids, "cu_seqlens")
+        cu_seqlens = _as_boundaries(cu_seqlens, input_ids, "cu_seqlens")
         if cu_seqlens_padded is not None:
-            _check_boundaries(cu_seqlens_padded, input_ids, "cu_seqlens_padded", cu_seqlens.numel())
+            cu_seqlens_padded = _as_boundaries(
+                cu_seqlens_padded, input_ids, "cu_seqlens_padded", cu_seqlens.numel()
+            )
         rows, images_per_seq = _as_tokens_per_image(
             tokens_per_image, input_ids, cu_seqlens.numel() - 1
         )
@@ -460,8 +464,9 @@ def _as_row(tensor: Tensor, name: str, length: int | None = None, floating: bool
     """``[T]`` from ``[T]`` or ``[1, T]``."""
     if not isinstance(tensor, Tensor):
         raise PackingError(f"{name} is a {type(tensor).__name__}, expected a tensor")
-    if not floating and (tensor.is_floating_point() or tensor.dtype == torch.bool):
-        raise PackingError(f"{name} is {tensor.dtype}, expected integers")
+    if not floating and tensor.dtype not in (torch.int32, torch.int64):
+        # A placeholder of -200, or an ignored label of -100, would wrap around in a smaller one.
+        raise PackingError(f"{name} is {tensor.dtype}, expected int64 or int32 integers")
     shape = list(tensor.shape)
     if tensor.dim() == 2 and shape[0] == 1:
         tensor = tensor[0]
@@ -474,7 +479,7 @@ def _as_row(tensor: Tensor, name: str, length: int | None = None, floating: bool
     return tensor.contiguous()
 
 
-def _check_boundaries(cu_seqlens, input_ids, name, length=None) -> None:
+def _as_boundaries(cu_seqlens, input_ids, name, length=None) -> Tensor:
     if not isinstance(cu_seqlens, Tensor):
         raise PackingError(f"{name} is a {type(cu_seqlens).__name__}, expected an int32 tensor")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
@@ -491,17 +496,16 @@ def _check_boundaries(cu_seqlens, input_ids, name, length=None) -> None:
         raise PackingError(
             f"{name} is on {cu_seqlens.device}, but input_ids on {input_ids.device}; move it there"
         )
-    if not cu_seqlens.is_contiguous():
-        raise PackingError(f"{name} is not contiguous")
+    return cu_seqlens.contiguous()
 
 
 def _as_tokens_per_image(tokens_per_image, input_ids, num_seqs):
     """``[N]`` on the row's device, and the counts per sequence where they were nested lists."""
     images_per_seq = None
     if not isinstance(tokens_per_image, Tensor):
-        entries = list(tokens_per_image)
-        if entries and not isinstance(entries[0], int):
-            entries = [torch.as_tensor(e).flatten().tolist() for e in entries]
+        entries = [x.tolist() if hasattr(x, "tolist") else x for x in tokens_per_image]
+        if any(isinstance(entry, Sequence) for entry in entries):
+            entries = [list(entry) for entry in entries]
             images_per_seq = tuple(len(e) for e in entries)
             if len(entries) != num_seqs:
                 raise PackingError(
@@ -509,8 +513,10 @@ def _as_tokens_per_image(tokens_per_image, input_ids, num_seqs):
                     "sequences"
                 )
             entries = [rows for e in entries for rows in e]
+        if any(isinstance(entry, bool) or not isinstance(entry, int) for entry in entries):
+            raise PackingError(f"tokens_per_image is {entries}, expected ints")
         tokens_per_image = torch.tensor(entries, dtype=torch.int64, device=input_ids.device)
-    if tokens_per_image.is_floating_point() or tokens_per_image.dim() != 1:
+    if tokens_per_image.dtype in _NO_INTEGERS or tokens_per_image.dim() != 1:
         raise PackingError(
             f"tokens_per_image is {tokens_per_image.dtype} {list(tokens_per_image.shape)}, "
             f"expected integers [N]"

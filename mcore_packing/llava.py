@@ -14,12 +14,12 @@ from torch import Tensor
 from .context_parallel import alignment
 from .errors import Fault, PackingError, Space
 from .layout import PackedLayout, expand_embeddings, expand_labels
-from .packed_seq import expand_params, layouts_of, physical_boundaries
+from .packed_seq import expand_params, layouts_of, physical_boundaries, with_seq_idx
 from .reference import local_positions
 
 logger = logging.getLogger(__name__)
 
-# ``_preprocess_data`` by its arguments: 0.12 to 0.17 return three values, main returns five.
+# ``_preprocess_data`` by its arguments: releases return three values, main returns five.
 _RELEASED = frozenset({
     "image_embeddings", "language_embeddings", "input_ids", "loss_mask", "labels",
     "use_inference_kv_cache", "inference_context", "image_token_index", "num_image_tiles",
@@ -29,6 +29,7 @@ _MAIN = _RELEASED | {
     "imgs_sizes", "position_ids", "sound_embeddings", "sound_embeddings_len", "sound_timestamps",
 }  # fmt: skip
 _METHODS = ("_preprocess_data", "_process_embedding_token_parallel")
+_INFERENCE = ("inference_context", "inference_params")
 
 _NO_IMAGE = -(2**31)  # an id that no tokenizer has
 
@@ -55,8 +56,9 @@ def install(
             they are.
         fused: also replace the expansion itself: one kernel, no host synchronisation, and labels
             that never cross a boundary. Without it only boundaries and position ids change.
-        on_missing: "raise" makes a call without boundaries an error, "pass" lets it through. A
-            pipeline stage that gets neither tokens nor boundaries silently attends across samples.
+        on_missing: "raise" makes a call without ``thd`` boundaries an error, "pass" lets it
+            through. A pipeline stage that gets neither tokens nor boundaries silently attends
+            across samples.
         pad_between_seqs: whether ``cu_seqlens_q`` counts real rows, padding excluded, and
             ``cu_seqlens_q_padded`` says where sequences are. By default one tensor, the padded
             boundaries, serves as both, unless the caller's own parameters tell them apart.
@@ -101,11 +103,16 @@ class Installation:
         For a data path that computes boundaries once, on the CPU, and hands them to every pipeline
         stage.
         """
-        return self._hooks[0].layout_options
+        return self._live()[0].layout_options
+
+    def _live(self) -> list["_Hook"]:
+        if not self._hooks:
+            raise PackingError("the hook was removed before")
+        return self._hooks
 
     def check(self) -> None:
         """Raise what is wrong with the last packed row of any chunk (synchronises on a GPU)."""
-        for hook in self._hooks:
+        for hook in self._live():
             if hook.last_layout is not None:
                 hook.last_layout.check()
 
@@ -115,9 +122,7 @@ class Installation:
         Raises:
             PackingError: it was removed before, or someone else replaced the hook since.
         """
-        if not self._hooks:
-            raise PackingError("the hook was removed before")
-        for hook in self._hooks:
+        for hook in self._live():
             hook.remove()
         self._hooks = []
 
@@ -237,39 +242,45 @@ class _Hook:
         bound = self.forward_signature.bind(*args, **kwargs)
         given = bound.arguments
         params, input_ids = given.get("packed_seq_params"), given.get("input_ids")
-        if params is None and self.raises:
+        is_thd = params is not None and params.qkv_format == "thd"
+        if not is_thd and self.raises:
+            found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
             raise PackingError(
-                "this stage got no packed_seq_params, so packed samples would leak into each "
-                "other; hand every pipeline stage the boundaries of its micro-batch"
+                f"this stage got no packed_seq_params in thd format ({found}), so packed samples "
+                f"would leak into each other; hand every pipeline stage the boundaries of its "
+                f"micro-batch"
             )
-        is_packed = params is not None and params.qkv_format == "thd" and self.model.add_decoder
+        is_packed = is_thd and self.model.add_decoder
         if not is_packed or not isinstance(input_ids, Tensor | None):
             return original(*args, **kwargs)
 
         layout = None
+        infers = any(given.get(name) is not None for name in _INFERENCE)
+        fused = self.fused and not infers
         self._check_context_parallel(params)
         if input_ids is None:
-            alarm = self._watch_boundaries(params)
+            params, alarm = self._check_boundaries(params)
         else:
-            layout, layout_kv = self._lay_out(given, params, input_ids)
+            layout, layout_kv = self._lay_out(given, params, input_ids, fused, infers)
             self.last_layout = layout
             alarm = self._watch_layout(layout)
             params = expand_params(params, layout, layout_kv, **self.fields)
             if self.restarts and self.model.pre_process:
                 given["position_ids"] = layout.position_ids_collapsed.unsqueeze(0)
         given["packed_seq_params"] = params
-        if self.fused and given.get("inference_context") is None:
+        if fused:
             self.call = layout, params
             if self.splits_rows:
                 # Ours come back from _process_embedding_token_parallel; until then main would clamp
                 # them to the length of this rank's share.
                 given["packed_seq_params"] = PackedSeqParams(qkv_format="thd")
         try:
-            return original(*bound.args, **bound.kwargs)
+            outputs = original(*bound.args, **bound.kwargs)
         finally:
             self.call = None
-            if alarm is not None:
-                alarm()
+        if alarm is not None:
+            alarm()
+        return outputs
 
     def _preprocess_data(self, original, *args, **kwargs):
         given = self.preprocess_signature.bind(*args, **kwargs).arguments
@@ -329,23 +340,30 @@ class _Hook:
         return self.model.context_parallel_lm > 1 or self.model.sequence_parallel_lm
 
     @property
+    def _is_fixed(self) -> bool:
+        """Whether Megatron pads every row to the language model's maximum length."""
+        model = self.model
+        overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
+        return model._language_is_pipeline_parallel or overlaps
+
+    @property
     def rank(self) -> dict:
         size = self.model.context_parallel_lm
         return {"cp_size": size, "cp_rank": self.model.cp_group.rank() if size > 1 else 0}
 
     @functools.cached_property
     def layout_options(self) -> dict:
-        """The multiples and the length that the model's parallelism asks for."""
+        """The space, and the multiples and the length that the model's parallelism asks for."""
         model, config = self.model, self.model.config
+        if not self.fused:
+            return self._megatrons_layout_options(infers=False)
         seq_multiple, total_multiple = alignment(
             model.context_parallel_lm,
             model.tensor_model_parallel_size_lm,
             model.sequence_parallel_lm,
             _fp8_align(config),
         )
-        longest = model._language_max_sequence_length
-        is_fixed = model._language_is_pipeline_parallel
-        is_fixed = is_fixed or (model.sequence_parallel_lm and model.tp_comm_overlap_lm)
+        longest, is_fixed = model._language_max_sequence_length, self._is_fixed
         if is_fixed and longest % total_multiple:
             raise PackingError(
                 f"language_max_sequence_length is {longest}, expected a multiple of "
@@ -353,13 +371,26 @@ class _Hook:
             )
         longest = longest // total_multiple * total_multiple
         return {
+            "space": self.space,
             "seq_multiple": seq_multiple,
             "total_multiple": total_multiple,
             "num_padded_rows": longest if is_fixed else None,
             "max_expanded": longest,
         }
 
-    def _lay_out(self, given, params, input_ids) -> tuple[PackedLayout, PackedLayout]:
+    def _megatrons_layout_options(self, infers: bool) -> dict:
+        """What Megatron's own expansion does: it pads no sequence, and a row for pipelines only."""
+        longest = self.model._language_max_sequence_length
+        return {
+            "space": self.space,
+            "num_padded_rows": longest if self._is_fixed and not infers else None,
+            "max_expanded": longest,
+        }
+
+    @torch.compiler.disable
+    def _lay_out(
+        self, given, params, input_ids, fused: bool, infers: bool
+    ) -> tuple[PackedLayout, PackedLayout]:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise PackingError(
                 f"input_ids are {list(input_ids.shape)}, expected one packed row, [1, T]: Megatron "
@@ -372,14 +403,12 @@ class _Hook:
         tokens_per_image, num_rows = self._tokens_per_image(given, input_ids)
         if self.is_main and tokens_per_image.numel() == 0:
             token = _NO_IMAGE  # every image was dropped: main keeps placeholders as text
-        options = self.layout_options
-        if not self.fused:  # Megatron's own expansion pads the row, never a sequence
-            options = {**options, "seq_multiple": 1}
+        options = self.layout_options if fused else self._megatrons_layout_options(infers)
         layouts = layouts_of(
-            params, input_ids, tokens_per_image, token, self.space,
-            num_image_rows=num_rows if self.fused else None, **options,
+            params, input_ids, tokens_per_image, token,
+            num_image_rows=num_rows if fused else None, **options,
         )  # fmt: skip
-        if not self.fused:
+        if not fused:
             layouts[0].check()
             self._check_lengths(layouts[0])
         return layouts
@@ -406,7 +435,7 @@ class _Hook:
             num_rows = images.shape[0] * model.img_seq_len
         elif model.pre_process and model.encoder_hidden_state is not None:
             num_rows = model.encoder_hidden_state.shape[:2].numel()
-        return num_image_tiles * model.img_seq_len, num_rows
+        return num_image_tiles.long() * model.img_seq_len, num_rows
 
     def _dynamic_tokens(self, num_image_tiles: Tensor, sizes: Tensor) -> Tensor:
         """Rows of each image from the pixels ``[tiles, 2]`` of its tiles.
@@ -436,7 +465,7 @@ class _Hook:
 
     def _check_lengths(self, layout: PackedLayout) -> None:
         """Megatron's own expansion cannot pad a sequence, and TE's partition would not complain."""
-        multiple = self.layout_options["seq_multiple"]
+        multiple, _ = alignment(self.model.context_parallel_lm)
         wrong = layout.cu_seqlens_padded.diff() % multiple != 0
         if multiple > 1 and bool(wrong.any()):
             seq = int(wrong.nonzero()[0])
@@ -447,6 +476,7 @@ class _Hook:
 
     # Errors that a GPU finds
 
+    @torch.compiler.disable
     def _watch_layout(self, layout: PackedLayout):
         """Arrange for what the kernel found to be raised at the end of this forward."""
 
@@ -460,7 +490,8 @@ class _Hook:
 
         return _watch(layout.status, Fault.NONE, tell)
 
-    def _watch_boundaries(self, params: PackedSeqParams):
+    @torch.compiler.disable
+    def _check_boundaries(self, params: PackedSeqParams):
         """A stage without tokens can use expanded boundaries only: those that cover its rows."""
         hidden = getattr(getattr(self.model.language_model, "decoder", None), "input_tensor", None)
         if hidden is None:
@@ -480,7 +511,10 @@ class _Hook:
                     f"mp.packed_seq_params and Installation.layout_options"
                 )
 
-        return _watch(physical_boundaries(params)[-1:], num_rows, tell)
+        alarm = _watch(physical_boundaries(params)[-1:], num_rows, tell)
+        if self.fields.get("seq_idx"):
+            params = with_seq_idx(params, num_rows)
+        return params, alarm
 
 
 def _watch(word: Tensor, expected: int, tell):
@@ -551,7 +585,7 @@ def understanding(model_class) -> str:
     """In words, how far ``install`` understands a ``LLaVAModel`` class."""
     takes = set(inspect.signature(model_class._preprocess_data).parameters) - {"self"}
     if takes == _RELEASED:
-        return "understood, fused (0.12 to 0.17)"
+        return "understood, fused (as in 0.12 to 0.16)"
     if takes == _MAIN:
         return "understood, fused (main)"
     return "boundaries only: its _preprocess_data is not known"

@@ -1,5 +1,6 @@
 """``PackedSeqParams`` of either space into expanded ones, and from a layout."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -108,11 +109,19 @@ def packed_seq_params(
     }
     changes = {name: value for name, value in changes.items() if name in _FIELDS}
     params = PackedSeqParams(**changes) if like is None else dataclasses.replace(like, **changes)
-    if seq_idx and "seq_idx" in _FIELDS:
-        position = torch.arange(layout.num_expanded, dtype=torch.int32, device=padded.device)
-        index = torch.searchsorted(padded[1:], position, right=True)
-        params.seq_idx = index.to(torch.int32).unsqueeze(0)
-        params.total_tokens = layout.num_expanded
+    return with_seq_idx(params, layout.num_expanded) if seq_idx else params
+
+
+def with_seq_idx(params: PackedSeqParams, num_rows: int) -> PackedSeqParams:
+    """A copy with ``seq_idx`` int32 ``[1, num_rows]``, where the installed megatron-core has it."""
+    if "seq_idx" not in _FIELDS:
+        return params
+    params = copy.copy(params)  # replace() would run __post_init__, which synchronises
+    begins = physical_boundaries(params)[1:]
+    position = torch.arange(num_rows, dtype=torch.int32, device=begins.device)
+    index = torch.searchsorted(begins, position, right=True)
+    params.seq_idx = index.to(torch.int32).unsqueeze(0)
+    params.total_tokens = num_rows
     return params
 
 
@@ -170,19 +179,19 @@ def remap_packed_seq_params(
         True
     """
     return expand_params(
-        params, *layouts_of(params, input_ids, tokens_per_image, image_token_id, space)
+        params, *layouts_of(params, input_ids, tokens_per_image, image_token_id, space=space)
     )
 
 
 def layouts_of(
-    params: PackedSeqParams, input_ids, tokens_per_image, image_token_id, space, **kwargs
+    params: PackedSeqParams, input_ids, tokens_per_image, image_token_id, **kwargs
 ) -> tuple[PackedLayout, PackedLayout]:
     """The layouts that the query and the key boundaries describe: one and the same object where
     those are the same tensors. Further arguments are those of ``PackedLayout.build``."""
 
     def build(cu_seqlens, padded):
         return PackedLayout.build(
-            input_ids, cu_seqlens, tokens_per_image, image_token_id, space,
+            input_ids, cu_seqlens, tokens_per_image, image_token_id,
             cu_seqlens_padded=None if padded is cu_seqlens else padded, **kwargs,
         )  # fmt: skip
 

@@ -300,7 +300,7 @@ def expand_tokens(
             is_last_row = ~is_image | (image_row == stop - 1)
             new_labels = torch.where(trains & is_last_row, label, -100)
         if loss_mask is not None:
-            new_loss_mask = torch.where(trains & is_text, loss_mask[token], 0)
+            new_loss_mask = loss_mask[token].where(trains & is_text, loss_mask.new_zeros(()))
     return source, position - cu[seq], token_ids, new_labels, new_loss_mask
 
 

@@ -159,6 +159,13 @@ def test_a_row_on_huge_pages(poison):
     assert_equal(*(torch.autograd.grad(x[0], (text, images), y) for x in (found, expected)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
+def test_any_loss_mask(dtype):
+    row = make_row(NAMED["T63-N5-B3"])
+    row.loss_mask = row.loss_mask.to(dtype)
+    assert_equal(expand(row, build(row)), oracle.concatenated(row))
+
+
 def test_flat_images_are_the_same_rows():
     row = make_row(NAMED["adjacent-images"])
     flat = row.images.transpose(0, 1).reshape(-1, row.images.shape[2])
@@ -227,7 +234,8 @@ def test_bad_labels():
     row = make_row([[0, 1, 0, 0]])
     with pytest.raises(mp.PackingError, match="labels has 3 entries, but the row has 4 tokens"):
         mp.expand_labels(build(row), row.labels[:3], row.loss_mask)
-    with pytest.raises(mp.PackingError, match=r"labels is torch.float32"):
-        mp.expand_labels(build(row), row.loss_mask, row.loss_mask)
+    for labels in (row.loss_mask, row.labels.to(torch.uint8)):  # -100 would become 156
+        with pytest.raises(mp.PackingError, match=f"labels is {labels.dtype}"):
+            mp.expand_labels(build(row), labels, row.loss_mask)
     labels, loss_mask = mp.expand_labels(build(row), row.labels[None], None)
     assert labels.shape == (8,) and loss_mask is None

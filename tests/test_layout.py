@@ -249,7 +249,13 @@ def int32(*values):
         ({"tokens_per_image": torch.tensor([2**30, 2**30])}, "more than int32 can count"),
         ({"tokens_per_image": ROWS.float()}, "tokens_per_image is torch.float32"),
         ({"tokens_per_image": [[4], [6], []]}, "3 lists, but cu_seqlens 2 sequences"),
-        ({"input_ids": IDS.float()}, "input_ids is torch.float32, expected integers"),
+        ({"input_ids": IDS.float()}, "input_ids is torch.float32, expected int64"),
+        ({"input_ids": IDS.to(torch.uint8)}, "input_ids is torch.uint8"),
+        ({"input_ids": IDS.to(torch.int8)}, "input_ids is torch.int8"),
+        ({"tokens_per_image": [4.7, 6]}, r"tokens_per_image is \[4.7, 6\], expected ints"),
+        ({"tokens_per_image": [True, 6]}, r"tokens_per_image is \[True, 6\], expected ints"),
+        ({"tokens_per_image": [[4], [6.0]]}, r"tokens_per_image is \[4, 6.0\], expected ints"),
+        ({"tokens_per_image": ROWS > 0}, "tokens_per_image is torch.bool"),
         ({"input_ids": IDS.expand(2, -1)}, r"input_ids is \[2, 7\], expected one packed row"),
         ({"input_ids": IDS[:0]}, "input_ids is empty"),
         ({"input_ids": IDS.tolist()}, "input_ids is a list"),
@@ -268,6 +274,14 @@ def test_bad_input(change, message):
     with pytest.raises(mp.PackingError, match=message):
         PackedLayout.build(**given)
     assert before == {name: pickle.dumps(value) for name, value in given.items()}
+
+
+def test_strided_boundaries_are_the_same_boundaries():
+    strided = torch.stack([CU_SEQLENS, CU_SEQLENS + 1], 1)[:, 0]
+    assert not strided.is_contiguous()
+    layout = PackedLayout.build(IDS, strided, ROWS, IMAGE, space="collapsed")
+    expected = PackedLayout.build(IDS, CU_SEQLENS, ROWS, IMAGE, space="collapsed")
+    assert torch.equal(layout.cu_seqlens_expanded, expected.cu_seqlens_expanded)
 
 
 def test_a_mismatch_names_both_numbers():

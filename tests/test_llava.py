@@ -1,8 +1,10 @@
 """The hook on a real LLaVAModel: packed equals one by one, and nothing else changes."""
 
 import copy as copy_module
+import dataclasses
 import logging
 import pickle
+import types
 import warnings
 
 import pytest
@@ -403,12 +405,14 @@ def test_calls_that_are_not_packed_pass_through():
 
 def test_on_missing():
     model, samples = model_of(), tiny.samples(1, img_size=SIZE)
-    unpacked = {**arguments(samples), "packed_seq_params": None}
-    with (
-        mp.install(model, on_missing="raise"),
-        pytest.raises(mp.PackingError, match="this stage got no packed_seq_params"),
-    ):
-        model(**unpacked)
+    given = arguments(samples)
+    one_sequence = dataclasses.replace(given["packed_seq_params"], qkv_format="sbhd")
+    for params, found in ((None, "none"), (one_sequence, "qkv_format 'sbhd'")):
+        with (
+            mp.install(model, on_missing="raise"),
+            pytest.raises(mp.PackingError, match=rf"got no packed_seq_params .* \({found}\)"),
+        ):
+            model(**{**given, "packed_seq_params": params})
 
 
 def test_remove_restores_the_model():
@@ -476,6 +480,11 @@ def test_every_chunk_is_installed_on():
 def test_hybrid_models_need_their_boundaries():
     # Until 0.15, LLaVAModel does not hand packed_seq_params to its MambaModel.
     assert takes_boundaries(MambaModel) == (not OLD)
+    model = model_of()
+    model.language_model.forward = lambda input_ids, position_ids, attention_mask: None
+    with pytest.raises(mp.PackingError, match="passes no packed_seq_params to GPTModel"):
+        mp.install(model)
+    assert "forward" not in vars(model)
 
 
 def test_an_unknown_signature_warns_and_still_remaps():
@@ -503,7 +512,10 @@ def test_an_unknown_signature_warns_and_still_remaps():
         ({"num_image_tiles": torch.ones(1, 1)}, r"num_image_tiles is torch.Size\(\[1, 1\]\)"),
         ({"num_image_tiles": torch.tensor([1, 2])}, "placeholders .* entries in tokens_per_image"),
         ({"num_image_tiles": torch.tensor([0])}, "image 0: tokens_per_image is 0"),
-        ({"input_ids": torch.ones(2, 20).long()}, r"\[2, 20\], expected one packed row, \[1, T\]: Megatron"),
+        (
+            {"input_ids": torch.ones(2, 20).long()},
+            r"\[2, 20\], expected one packed row, \[1, T\]: Megatron",
+        ),
         ({"input_ids": torch.ones(1, 20)}, "input_ids is torch.float32"),
     ],
 )
@@ -658,6 +670,70 @@ def test_fp8_is_read_off_the_config(recipe, multiple):
     model._language_is_pipeline_parallel = True
     with mp.install(model) as handle, pytest.raises(mp.PackingError, match=f"of {multiple}:"):
         handle.layout_options  # noqa: B018
+
+
+class Reached(Exception):
+    """The language model was called with these arguments."""
+
+
+@pytest.mark.parametrize("fp8", [None, "e4m3"])
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
+@pytest.mark.parametrize("fused, context", [(False, None), (True, "inference_context"),
+                                            (True, "inference_params")])  # fmt: skip
+def test_boundaries_end_where_megatrons_own_rows_do(fp8, fixed, fused, context):
+    # Its own expansion pads no row to a multiple, and none to a fixed length in inference.
+    model, samples = model_of(max_sequence_length=400), tiny.samples(3, img_size=SIZE)
+    model.config.fp8, model.config.fp8_recipe = fp8, "delayed"
+    model._language_is_pipeline_parallel = fixed
+
+    def stop(module, args, kwargs):
+        raise Reached(kwargs)
+
+    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    given = arguments(samples)
+    if context:
+        given[context] = types.SimpleNamespace(key_value_memory_dict={})
+    with mp.install(model, fused=fused), pytest.raises(Reached) as reached:
+        model(**given)
+    kwargs = reached.value.args[0]
+    assert kwargs["packed_seq_params"].cu_seqlens_q[-1] == kwargs["decoder_input"].shape[0]
+
+
+def test_a_failing_forward_keeps_its_error(like_a_gpu):
+    model, given = model_of(), arguments(tiny.samples(3, img_size=SIZE))
+    given["packed_seq_params"].cu_seqlens_q = given["packed_seq_params"].cu_seqlens_kv.flip(0)
+
+    def stop(module, args, kwargs):
+        raise Reached
+
+    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    with mp.install(model, space="collapsed"), pytest.raises(Reached):
+        model(**given)
+
+
+def test_layout_options_lay_out_as_the_model_does():
+    model, samples = model_of(), tiny.samples(3, img_size=SIZE)
+    row = parity.pack(samples)
+    rows = row["num_image_tiles"] * model.img_seq_len
+    given = row["input_ids"], row["cu_seqlens"], rows, tiny.IMAGE_TOKEN_ID
+    for options in ({"space": "collapsed"}, {"space": "collapsed", "fused": False}):
+        with mp.install(model, **options) as handle, torch.no_grad():
+            model(**arguments(samples))
+            layout = mp.PackedLayout.build(*given, **handle.layout_options)
+            assert layout.num_expanded == handle._hooks[0].last_layout.num_expanded
+            assert handle.layout_options["space"] == "collapsed"
+    for use in (handle.check, lambda: handle.layout_options):
+        with pytest.raises(mp.PackingError, match="removed before"):
+            use()
+
+
+def test_a_packed_call_compiles_around_the_hook():
+    model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
+    with mp.install(model), torch.no_grad():
+        expected, _ = model(**arguments(samples))
+        torch._dynamo.reset()
+        found, _ = torch.compile(model, backend="eager")(**arguments(samples))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_stage_without_tokens_needs_boundaries_that_cover_its_rows():

@@ -80,6 +80,7 @@ def expand_only(text, images, source, status, text_position, image_position):
 
 def test_compiles_whole_and_dynamic():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(expand_only, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed, name in enumerate(("T63-N5-B3", "adjacent-images", "image-first")):
         given = arguments(NAMED[name], grad=True)[ops.expand_rows]
