@@ -170,6 +170,9 @@ class PackedAttention(torch.nn.Module):
                     "full attention with padding between sequences needs a CPU or TE"
                 )
             cu = params.cu_seqlens_q_padded  # a causal mask keeps trailing padding away
+        # Rows behind the last boundary are a sequence too, or their gradients would be anything.
+        longest = max(int(params.max_seqlen_q), query.shape[0])
+        cu = torch.cat([cu, torch.full_like(cu[-1:], query.shape[0])])
         kwargs = {"scale": self.softmax_scale} if self.softmax_scale is not None else {}
         if query.shape[1] != key.shape[1]:
             if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -177,13 +180,12 @@ class PackedAttention(torch.nn.Module):
             else:
                 repeats = query.shape[1] // key.shape[1]
                 key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        longest = int(params.max_seqlen_q)
         window = {"window_size": (-1, 0) if causal else (-1, -1)}
         if "window_size" not in inspect.signature(varlen_attn).parameters:
             window = {"is_causal": causal}
         out = varlen_attn(query, key, value, cu, cu, longest, longest, **window, **kwargs)
         row = torch.arange(out.shape[0], device=out.device)
-        return out.masked_fill((row >= cu[-1])[:, None, None], 0).flatten(1)
+        return out.masked_fill((row >= cu[-2])[:, None, None], 0).flatten(1)
 
     def _context_parallel(self, query, key, value, params, causal) -> Tensor:
         group = getattr(params, "cp_group", None) or getattr(self._groups, "cp", None)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import bench
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, tiny
+from mcore_packing import PackedLayout, cpu, tiny
 
 IMAGE = tiny.IMAGE_TOKEN_ID
 ROWS = 576
@@ -109,36 +108,21 @@ def plain_copy(row):
     return lambda: torch.empty_like(rows).copy_(rows)
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the calls that make a GPU wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        boolean = any(i is not None and i.dtype == torch.bool for i in indices)
-        self.count += boolean or name in ("_local_scalar_dense", "nonzero", "masked_select")
-        return function(*args, **(kwargs or {}))
-
-
 def count_synchronisations(name, function):
     """On a GPU as CUDA counts them; on a CPU the calls that would be, where that can be told."""
     if not bench.HAVE_GPU:
         if name.startswith("mcore_packing") or name.endswith("compiled"):
             return None  # on a CPU ours may look, and what is compiled cannot be watched
-        with HostReads() as reads:
+        with cpu.HostReads() as reads:
             function()
-        return reads.count
+        return len(reads.found)
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         function()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in caught)
+    return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 def peak_memory(function, floor):

@@ -1,4 +1,8 @@
-"""Building a layout, against the plain torch composition of the same boundaries."""
+"""Building a layout, against the plain torch composition of the same boundaries.
+
+On a GPU the layout is timed as a CUDA graph, which leaves the host's share out; that is the column
+``host``. The composition reads values, so it cannot be captured.
+"""
 
 import argparse
 import random
@@ -38,7 +42,7 @@ def compose(ids, cu_seqlens, rows):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder of the JSON")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds a measurement")
     options = parser.parse_args()
@@ -62,10 +66,8 @@ def main() -> int:
             assert torch.equal(layout.image_start, expected[1])
             assert torch.equal(layout.cu_seqlens_expanded, expected[2])
             assert torch.equal(layout.cu_seqlens_padded[: num_seqs + 2], expected[3])
-            found, composed = (
-                bench.measure(ours, options.budget),
-                bench.measure(plain, options.budget),
-            )
+            found = bench.measure_captured(ours, options.budget)
+            composed = bench.measure(plain, options.budget)
             row = {"tokens": num_tokens, "sequences": num_seqs, "images": image_rows.numel(),
                    "layout": found, "composition": composed,
                    "ratio": composed["median_us"] / found["median_us"],

@@ -4,6 +4,7 @@ set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export CUDA_VISIBLE_DEVICES= # what needs a GPU is in gpu_ci.sh
 if "$PYTHON" -c "import ruff" 2>/dev/null; then
-    "$PYTHON" -m ruff check --quiet . && "$PYTHON" -m ruff format --check --quiet .
+    "$PYTHON" -m ruff check --quiet .
+    "$PYTHON" -m ruff format --check --quiet .
 fi
 exec "$PYTHON" -W ignore -m pytest -q -m "not gpu and not slow" "$@"

@@ -200,7 +200,9 @@ def test_partition_equals_transformer_engines(cp_size):
             assert torch.equal(found, expected.to(found.dtype))
 
 
-@pytest.mark.parametrize("op", ["expand_tokens", "source_positions", "expand_rows"])
+@pytest.mark.parametrize(
+    "op", ["layout", "expand_tokens", "source_positions", "expand_rows", "collect_rows"]
+)
 def test_opcheck_on_a_gpu(op):
     from . import test_ops
 

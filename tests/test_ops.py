@@ -7,10 +7,10 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcore_packing as mp
 from mcore_packing import PackedLayout, ops
+from mcore_packing.cpu import HostReads
 
 from . import oracle
 from .packs import IMAGE, NAMED, make_row
@@ -137,32 +137,6 @@ def test_every_op_compiles(op):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what would make a GPU wait: values read, and shapes that depend on them."""
-
-    READS = (
-        "_local_scalar_dense",
-        "nonzero",
-        "item",
-        "is_nonzero",
-        "equal",
-        "masked_select",
-        "unique",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        boolean = any(i is not None and i.dtype == torch.bool for i in indices)
-        if name.startswith(self.READS) or boolean:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 def test_no_value_is_read_between_tokens_and_language_model():
     row = make_row(NAMED["T63-N5-B3"])
     inputs = inputs_of(row)
@@ -176,6 +150,30 @@ def test_no_value_is_read_between_tokens_and_language_model():
     assert reads.found == []
     assert {output.device.type for output in outputs} == {"cuda"}
     assert outputs[4].shape == row.images.shape
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu", non_blocking=True),
+        lambda x: torch.empty(1).copy_(x),
+        lambda x: x.item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.any()),
+    ],
+    ids=["cpu", "to", "copy_", "item", "nonzero", "index", "bool"],
+)
+def test_every_way_to_the_host_is_seen(read):
+    with FakeTensorMode():
+        on_gpu = torch.empty(1, device="cuda")
+        with HostReads() as reads:
+            try:
+                read(on_gpu)
+            except Exception:  # a fake has no values to give
+                return
+    assert len(reads.found) == 1, reads.found
 
 
 def fake(mode, values):
