@@ -142,6 +142,8 @@ class HostReads(TorchDispatchMode):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         boolean = any(i is not None and i.dtype == torch.bool for i in indices)
+        if boolean and name != "index":
+            boolean = args[2].numel() > 1  # one value for all is a masked_fill
         to_host = self._destination(name, args, kwargs) == "cpu"
         if name.startswith(self._READS) or boolean or to_host:
             self.found.append(name)

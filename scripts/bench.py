@@ -6,7 +6,10 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported
 
 import torch
 
@@ -66,6 +69,22 @@ def _quantiles(times: list[float]) -> tuple[float, float, float]:
 
 def _summary(median: float, p20: float, p80: float) -> dict:
     return {"median_us": median, "p20_us": p20, "p80_us": p80}
+
+
+def peak_bytes(function) -> int:
+    """The most memory that a call holds at once, above what was there before."""
+    function()
+    if HAVE_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(accumulate(changes, initial=0))
 
 
 def host_time(function, count: int = 50) -> float:

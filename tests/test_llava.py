@@ -20,6 +20,7 @@ import mcore_packing as mp
 from mcore_packing import layout as layout_room
 from mcore_packing import llava as llava_room
 from mcore_packing import parity, tiny
+from mcore_packing.cpu import HostReads
 from mcore_packing.llava import takes_boundaries, understanding
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -589,6 +590,10 @@ def test_real_and_padded_boundaries_by_choice(seen):
     assert ((loss[0, : alone.numel()] + alone) * mask[0, : alone.numel()]).abs().max() < 1e-5
 
 
+class Reached(Exception):
+    """The language model was called with these arguments."""
+
+
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """Nobody looks at a value before the end of a forward, as on a GPU."""
@@ -611,6 +616,22 @@ def test_without_looking(like_a_gpu, positions, seen):
         assert params.cu_seqlens_q.numel() == len(samples) + 2
         assert type(params.max_seqlen_q) is int and params.max_seqlen_q % 1024 == 0
         assert params.max_seqlen_q > result.num_expanded
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_no_value_is_read_before_the_language_model(like_a_gpu, positions):
+    model, given = model_of(positions), arguments(tiny.samples(3, img_size=SIZE))
+
+    def stop(module, args, kwargs):
+        raise Reached
+
+    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    with mp.install(model, pad_between_seqs=True), HostReads() as reads, pytest.raises(Reached):
+        model(**given)
+    assert reads.found == []
+    with HostReads() as reads, pytest.raises(Reached):
+        model(**given)
+    assert len(reads.found) > 10  # Megatron's own
 
 
 @pytest.mark.parametrize(
@@ -670,10 +691,6 @@ def test_fp8_is_read_off_the_config(recipe, multiple):
     model._language_is_pipeline_parallel = True
     with mp.install(model) as handle, pytest.raises(mp.PackingError, match=f"of {multiple}:"):
         handle.layout_options  # noqa: B018
-
-
-class Reached(Exception):
-    """The language model was called with these arguments."""
 
 
 @pytest.mark.parametrize("fp8", [None, "e4m3"])

@@ -187,7 +187,7 @@ def test_the_proof_catches_megatrons_own(megatron):
     row = make_row(NAMED["T63-N5-B3"])
     with HostReads() as reads:
         oracle.preprocess(row)
-    assert len(reads.found) >= 15, reads.found
+    assert len(reads.found) > 10, reads.found
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = fake(mode, vars(row).values())
     with mode, pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):

@@ -82,15 +82,13 @@ def test_each_rule():
     assert space([1, IMAGE, 2], [0, 3], [1]) == "collapsed"  # 1: one row per image, both the same
     assert space([1, IMAGE, 2], [0, 22], [20]) == "expanded"  # 2: past the tokens
     assert space([1, IMAGE, 2], [0, 3], [20]) == "collapsed"  # 3: before the last real row
-    # 4: 20 is no row where a token begins
+    # 4: the same end, but no token begins at row 5
     assert space([IMAGE, 1, *pads], [0, 20], [19]) == "expanded"
     assert space([IMAGE, 1, *pads], [0, 5, 20], [19]) == "collapsed"
-    assert (
-        space([1, IMAGE, 2, *pads], [0, 23], [4]) == "collapsed"
-    )  # 5: all tokens, many of them pads
-    assert (
-        space([IMAGE, 1, *[0] * 40], [0, 21], [20]) == "expanded"
-    )  # 6: right behind the real rows
+    # 5: all tokens, many of them padding
+    assert space([1, IMAGE, 2, *pads], [0, 23], [4]) == "collapsed"
+    # 6: right behind the real rows
+    assert space([IMAGE, 1, *[0] * 40], [0, 21], [20]) == "expanded"
     with pytest.raises(mp.BoundarySpaceError):  # 7
         space([1, IMAGE, 2], [0, 3], [2])
 
