@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, parity, reference, tiny
+from mcore_packing import PackedLayout, llava, parity, reference, tiny
 
 from .packs import IMAGE, NAMED, make_row
 
@@ -157,6 +157,8 @@ def test_a_captured_graph_replays_with_other_boundaries():
     num_rows = -(-(rows[0].input_ids.numel() + num_image_rows + 6 * 3) // 64) * 64
     names = ("input_ids", "cu_seqlens", "tokens_per_image", "text", "images", "labels", "loss_mask")
     static = {name: getattr(rows[0], name).clone() for name in names}
+    sources = static["text"].requires_grad_(), static["images"].requires_grad_()
+    y = torch.randn(num_rows, shape["hidden_size"], device="cuda")
 
     def step():
         layout = PackedLayout.build(
@@ -165,7 +167,9 @@ def test_a_captured_graph_replays_with_other_boundaries():
         )  # fmt: skip
         embeddings = mp.expand_embeddings(layout, static["text"], static["images"])
         labels, loss_mask = mp.expand_labels(layout, static["labels"], static["loss_mask"])
-        return embeddings, labels, loss_mask, layout.cu_seqlens_padded, layout.status
+        gradients = torch.autograd.grad(embeddings, sources, y)
+        embeddings = embeddings.detach()
+        return embeddings, *gradients, labels, loss_mask, layout.cu_seqlens_padded, layout.status
 
     step()
     torch.cuda.synchronize()
@@ -176,13 +180,23 @@ def test_a_captured_graph_replays_with_other_boundaries():
         spare = capacity - row.cu_seqlens.numel()
         last = row.cu_seqlens[-1:]
         row.cu_seqlens = torch.cat([row.cu_seqlens, last.expand(spare)])
-        for name in names:
-            static[name].copy_(getattr(row, name))
+        with torch.no_grad():
+            for name in names:
+                static[name].copy_(getattr(row, name))
         graph.replay()
         replayed = [x.clone() for x in captured]
         for found, expected in zip(replayed, step(), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert int(replayed[-1][0]) == 0
+
+
+def test_the_alarm_can_be_captured():
+    status = torch.zeros(5, dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert llava._watch(status, 0, pytest.fail) is None  # an assertion on the GPU instead
+    graph.replay()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4, 8])
