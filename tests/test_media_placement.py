@@ -46,6 +46,12 @@ def splice_by_hand(prompt, blocks, opener, bos=None):
     return prompt[:at] + [token for block in blocks for token in block] + prompt[at:]
 
 
+def shift(values, fill, bounds=None):
+    """Entry t about token t + 1, in every sequence by itself."""
+    spans = pairwise(bounds or [0, len(values)])
+    return [v for a, b in spans if a < b for v in [*values[a + 1 : b], fill]]
+
+
 def without(output, spans):
     """The row without its blocks."""
     starts = [0, *(stop for _, stop in spans)]
@@ -155,23 +161,49 @@ def test_a_packed_row_is_its_sequences(seqs, opener, data):
 
 
 @LAW
-@given(ids, st.lists(block, max_size=3), st.booleans(), st.data())
-def test_no_inserted_token_is_trained(prompt, blocks, shifted, data):
-    """Labels of blocks are -100; shifted, what stands before a block does not predict it either."""
-    labels = [token + 100 for token in prompt]
+@given(ids, st.lists(block, max_size=3), st.booleans())
+def test_no_inserted_token_is_trained(prompt, blocks, shifted):
+    """No token of a block is a target, and every other token is still the one that it was."""
+    labels = [-100, *(token + 100 for token in prompt[1:])][: len(prompt)]
+    loss_mask = [0, *[1.0] * len(prompt[1:])][: len(prompt)]
+    moved = (shift(labels, -100), shift(loss_mask, 0)) if shifted else (labels, loss_mask)
     placement = place_image_blocks(
-        prompt, blocks, OPENER, labels=labels, loss_mask=[1.0] * len(prompt), shifted=shifted
+        prompt, blocks, OPENER, labels=moved[0], loss_mask=moved[1], shifted=shifted
     )
+    found = list(zip(placement.labels, placement.loss_mask, strict=True))
+    if shifted:  # what entry t says is about token t + 1
+        found = [(-100, 0), *found][: len(found)]
     inside = {p for a, b in placement.block_spans for p in range(a, b)}
-    before = {a - 1 for a, b in placement.block_spans if a and shifted} - inside
-    kept = iter(labels)
-    for position in range(len(placement.output_ids)):
-        label, mask = placement.labels[position], placement.loss_mask[position]
-        old = None if position in inside else next(kept)
-        if position in inside | before:
-            assert (label, mask) == (-100, 0)
-        else:
-            assert (label, mask) == (old, 1.0)
+    assert all(found[position] == (-100, 0) for position in inside)
+    others = [found[p] for p in range(len(found)) if p not in inside]
+    assert others == list(zip(labels, loss_mask, strict=True))
+
+
+@LAW
+@given(st.lists(st.tuples(ids, st.booleans(), st.booleans(), st.data()), min_size=1, max_size=3))
+def test_shifting_and_placing_commute(parts):
+    """Spliced and in place, with and without markers: the same targets whichever comes first."""
+    row, bounds, blocks, counts, labels = [], [0], [], [], []
+    for prompt, in_place, marked, data in parts:
+        if in_place:
+            image = [BEGIN, IMAGE, END] if marked else [IMAGE]
+            prompt = [t for token in prompt for t in (image if token == 7 else [token])]
+        count = prompt.count(IMAGE) or data.draw(st.integers(0, 2))
+        blocks += [data.draw(st.one_of(block, st.just([]))) for _ in range(count)]
+        counts.append(count)
+        row += prompt
+        bounds.append(len(row))
+        labels += [-100, *range(bounds[-2] + 1, len(row))][: len(prompt)]  # no target at the start
+    loss_mask = [int(label != -100) for label in labels]
+    options = {"image_token_id": IMAGE, "cu_seqlens": bounds, "blocks_per_seq": counts}
+    placed = place_image_blocks(row, blocks, OPENER, labels=labels, loss_mask=loss_mask, **options)
+    found = place_image_blocks(
+        row, blocks, OPENER, shifted=True, **options,
+        labels=shift(labels, -100, bounds), loss_mask=shift(loss_mask, 0, bounds),
+    )  # fmt: skip
+    assert found.output_ids == placed.output_ids
+    assert found.labels == shift(placed.labels, -100, placed.cu_seqlens)
+    assert found.loss_mask == shift(placed.loss_mask, 0, placed.cu_seqlens)
 
 
 @LAW
@@ -214,7 +246,7 @@ def test_markers_that_are_there_already_are_not_repeated():
     labels = place_image_blocks(
         [BEGIN, IMAGE, END, 7], [image], **expand, labels=[1, 2, 3, 4], shifted=True
     ).labels
-    assert labels == [-100] * 5 + [4]
+    assert labels == [-100] * 4 + [3, 4]  # the end marker still predicts the 7
 
 
 def test_another_token_stands_for_the_image_in_the_prompt():
