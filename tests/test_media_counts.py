@@ -6,6 +6,7 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -521,8 +522,31 @@ def test_features_by_sample_come_in_many_shapes():
             check_placeholders(rows, [1, 0, 3], IMAGE)
 
 
+def test_flat_features_of_a_batch_are_compared_in_total():
+    """Hugging Face gives one tensor for all samples, which says nothing about their ends."""
+    batch = [[IMAGE, 5], [IMAGE, IMAGE]]
+    for rows in (batch, torch.tensor(batch)):
+        check_placeholders(rows, torch.zeros(3, 8), IMAGE)
+        with pytest.raises(PlaceholderMismatch) as caught:
+            check_placeholders(rows, torch.zeros(4, 8), IMAGE)
+        assert (caught.value.expected, caught.value.actual) == (3, 4)
+
+
+def test_an_integer_tensor_holds_counts():
+    for counts in (torch.tensor([2, 4]), np.array([2, 4], dtype=np.int32), [2, 4]):
+        check_placeholders([IMAGE] * 6, counts, IMAGE)
+        check_placeholders([IMAGE] * 6, counts, IMAGE, cu_seqlens=[0, 2, 6])
+        check_placeholders([IMAGE] * 6, counts, IMAGE, cu_seqlens=[0, 0, 6], num_images=[0, 2])
+        with pytest.raises(PlaceholderMismatch, match="sequence 0"):
+            check_placeholders([IMAGE] * 6, counts, IMAGE, cu_seqlens=[0, 4, 6])
+
+
 def test_features_that_cannot_be_told_apart_are_refused():
     ids, bounds = [IMAGE, IMAGE, IMAGE], [0, 1, 3]
+    for samples in ({"cu_seqlens": [0, 2, 4]}, {}):  # two images of two samples, or of one?
+        rows = [IMAGE] * 4 if samples else [[IMAGE] * 2] * 2
+        with pytest.raises(PackingError, match="say num_images"):
+            check_placeholders(rows, torch.zeros(2, 2, 8), IMAGE, **samples)
     with pytest.raises(PackingError, match="does not say where each sample ends"):
         check_placeholders(ids, torch.zeros(3, 8), IMAGE, cu_seqlens=bounds)
     with pytest.raises(PackingError, match="3 entries for 2 samples"):

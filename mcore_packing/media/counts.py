@@ -25,7 +25,7 @@ from .families import (
     QWEN_MAX_ASPECT_RATIO,
     get_family,
 )
-from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, shorten
+from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, shorten
 
 
 def num_image_tokens(family: str, height: int, width: int, **settings: Any) -> int:
@@ -160,9 +160,11 @@ def check_placeholders(
         input_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row; or a batch
             ``[B, T]``, or a list of ``B`` rows, each of them a sample.
         features: what should replace the placeholders. A tensor ``[rows, H]``, or ``[images, rows,
-            H]``; or tensors nested in lists and tuples; an int counts for that many rows. With
-            samples one entry for each of them (empty or None where it has no images), or one for
-            each image together with ``num_images``.
+            H]``; or tensors nested in lists and tuples; an int, also one of a 1-D integer tensor,
+            counts for that many rows. With samples one entry for each of them (empty or None where
+            it has no images), or one for each image together with ``num_images``. A batch may also
+            have all its features in one tensor ``[rows, H]``, as Hugging Face gives them: it does
+            not say where a sample ends, and only totals are compared.
         image_token_id: the placeholder.
         cu_seqlens: ``[B + 1]``, the samples of a packed row.
         num_images: how many entries of ``features`` each sample has.
@@ -181,7 +183,9 @@ rows; the row has 3 placeholders and 3 feature rows
     """
     image_token_id = as_int(image_token_id, "image_token_id")
     placeholders = _placeholders_per_sample(input_ids, image_token_id, cu_seqlens)
-    if num_images is None and len(placeholders) == 1:
+    flat_batch = cu_seqlens is None and getattr(features, "ndim", 0) == 2
+    if num_images is None and (flat_batch or len(placeholders) == 1):
+        placeholders = [sum(placeholders)]
         rows = [_num_rows(features, "features")]
     else:
         rows = _rows_per_sample(features, len(placeholders), num_images)
@@ -229,22 +233,29 @@ def _num_rows(features, name: str) -> int:
     if isinstance(features, (list, tuple)):
         return sum(_num_rows(entry, f"{name}[{i}]") for i, entry in enumerate(features))
     shape = getattr(features, "shape", None)
+    if _are_counts(features):
+        return sum(as_counts(features, name))
     if shape is not None and len(shape):
         return math.prod(shape[:-1]) if len(shape) > 1 else int(shape[0])
     return as_int(features, name, minimum=0)
 
 
+def _are_counts(features) -> bool:
+    return getattr(features, "ndim", 0) == 1 and holds_ints(features)
+
+
 def _rows_per_sample(features, num_samples: int, num_images) -> list[int]:
     shape = getattr(features, "shape", None)
+    images_known = num_images is not None and shape is not None and len(shape) > 2
     if features is None:
         features = [None] * num_samples if num_images is None else []
-    elif shape is not None and len(shape) > 2:
+    elif images_known or _are_counts(features):
         features = list(features)  # [images, rows, H]
     elif not isinstance(features, (list, tuple)):
         found = f"one tensor {list(shape)}" if shape is not None else f"a {type(features).__name__}"
         raise PackingError(
             f"features are {found} for {num_samples} samples, which does not say where each sample "
-            f"ends; pass one entry per sample, or one per image and num_images"
+            f"ends; pass one entry per sample, or one per image and say num_images"
         )
     rows = [_num_rows(entry, f"features[{i}]") for i, entry in enumerate(features)]
     if num_images is None:

@@ -83,6 +83,14 @@ def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
     return counts
 
 
+def holds_ints(values: Any) -> bool:
+    """Whether all entries of a list, tensor or array are ints; bools are none."""
+    dtype = getattr(values, "dtype", None)
+    if dtype is not None:
+        return "int" in str(dtype)
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
     """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
     bounds = as_ids(cu_seqlens, "cu_seqlens")

@@ -16,6 +16,7 @@ from .kinds import (
     as_int,
     as_list,
     as_token,
+    holds_ints,
     length,
     like,
     shorten,
@@ -175,7 +176,7 @@ class Truncation:
         cut = take(values, self.keep_positions, dim)
         if not shifted or not self._holes:
             return cut
-        if fill == IGNORE_INDEX and not _holds_ints(values):
+        if fill == IGNORE_INDEX and not holds_ints(values):
             raise PackingError("values are no ints, so they are no labels; pass fill=0")
         if shape is None:
             cut = list(cut)
@@ -583,13 +584,6 @@ class _Row:
                 continue
             if not (begins and survives[after]) and not (ends and survives[before]):
                 state[position] = _DANGLING
-
-
-def _holds_ints(values) -> bool:
-    dtype = getattr(values, "dtype", None)
-    if dtype is not None:
-        return "int" in str(dtype)
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _as_items(entries, where: str) -> list[list[int]]:
