@@ -283,6 +283,17 @@ def test_an_order_of_samples_that_do_not_exist():
             take_samples(batch, "llava15", [0, 0], order)
 
 
+def test_a_mask_is_no_order():
+    """Read as indices, it would take samples 1, 0 and 1."""
+    batch = {"input_ids": [1, 2, 3]}
+    mask = [True, False, True]
+    for order in (mask, torch.tensor(mask), np.array(mask), [*map(torch.tensor, mask)]):
+        with pytest.raises(PackingError, match=r"order holds a (bool|Tensor)"):
+            take_samples(batch, "llava15", [0, 0, 0], order)
+    with pytest.raises(PackingError, match="chunks is tensor"):
+        split_samples(batch, "llava15", [0, 0, 0], torch.tensor(True))
+
+
 def test_layouts_of_all_families_can_be_split():
     """Every registered key works in one batch with all others of its family."""
     rows = {"sample": 2, "nonempty_sample": 1, "image": 1, "patch": 6, "tile": 2}

@@ -14,14 +14,19 @@ from ..errors import PackingError
 def as_int(value: Any, name: str, minimum: int | None = None) -> int:
     """``value`` as a Python int; floats, strings and bools are refused, never rounded."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = index(value)
+        number = _index(value)
     except TypeError:
         raise PackingError(f"{name} is {value!r}, expected an int") from None
     if minimum is not None and number < minimum:
         raise PackingError(f"{name} is {number}, expected at least {minimum}")
     return number
+
+
+def _index(value: Any) -> int:
+    """``operator.index``, but a bool is no index: a mask would be read as zeros and ones."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+        raise TypeError
+    return index(value)
 
 
 def as_token(value: Any, name: str) -> int | None:
@@ -49,9 +54,9 @@ def as_ids(values: Any, name: str) -> list[int]:
     elif isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise PackingError(f"{name} is a {type(values).__name__}, expected one row of ints")
     try:
-        return [index(value) for value in values]
+        return [_index(value) for value in values]
     except TypeError:
-        kinds = {type(value).__name__ for value in values if not isinstance(value, int)}
+        kinds = {type(value).__name__ for value in values if type(value) is not int}
         raise PackingError(
             f"{name} holds a {' or '.join(sorted(kinds))}, expected ints; pass one row at a time"
         ) from None
