@@ -460,10 +460,26 @@ def test_labels_and_masks_are_told_apart():
     """-100 in a loss mask would multiply the loss by -100."""
     orphaned = reconcile([1, 9], [2], IMAGE)
     assert orphaned.apply([5, 6], shifted=True) == [-100]
-    for mask in ([1.0, 0.0], [True, False], torch.ones(2), np.ones(2, dtype=bool)):
+    assert orphaned.apply([np.int64(5), np.int64(6)], shifted=True) == [-100]
+    masks = ([1.0, 0.0], [True, False], torch.ones(2), np.ones(2, dtype=bool))
+    for mask in (*masks, torch.ones(2, dtype=torch.uint8), np.ones(2, dtype=np.uint8)):
         with pytest.raises(PackingError, match="fill=0"):
             orphaned.apply(mask, shifted=True)
         assert as_list(orphaned.apply(mask, shifted=True, fill=0)) == [0]
+        assert as_list(orphaned.apply({"loss_mask": mask}, shifted=True)["loss_mask"]) == [0]
+    assert orphaned.apply([1.0, 2.0], shifted=True, fill=-100) == [-100]
+    with pytest.raises(PackingError, match=r"-100 does not fit torch\.uint8"):
+        orphaned.apply(torch.ones(2, dtype=torch.uint8), shifted=True, fill=-100)
+
+
+def test_masks_among_labels_are_known_by_name():
+    given = {"labels": torch.tensor([5, 6]), "loss_mask": torch.tensor([1, 1])}
+    orphaned = reconcile([1, 9], [2], IMAGE)
+    cut = orphaned.apply(given, shifted=True)
+    assert {name: as_list(value) for name, value in cut.items()} == {
+        "labels": [-100], "loss_mask": [0],
+    }  # fmt: skip
+    assert as_list(orphaned.apply(given, shifted=True, fill=7)["loss_mask"]) == [7]
 
 
 def test_padding_is_no_edge():

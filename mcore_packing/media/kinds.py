@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from operator import index
 from typing import Any
 
@@ -93,7 +94,22 @@ def holds_ints(values: Any) -> bool:
     dtype = getattr(values, "dtype", None)
     if dtype is not None:
         return "int" in str(dtype)
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
+
+
+def check_fits(values: Sequence, dtype: Any, name: str) -> None:
+    """Refuse what a small integer dtype of torch or NumPy would wrap around."""
+    if not values or "int" not in str(dtype):
+        return
+    if isinstance(dtype, torch.dtype):
+        limits = torch.iinfo(dtype)
+    else:
+        import numpy as np
+
+        limits = np.iinfo(dtype)
+    for value in (min(values), max(values)):
+        if not limits.min <= value <= limits.max:
+            raise PackingError(f"{name}: {value} does not fit {dtype}")
 
 
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:

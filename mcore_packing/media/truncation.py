@@ -16,6 +16,7 @@ from .kinds import (
     as_int,
     as_list,
     as_token,
+    check_fits,
     holds_ints,
     length,
     like,
@@ -111,27 +112,29 @@ class Truncation:
         *,
         rows: Sequence[int] | None = None,
         shifted: bool = False,
-        fill: Any = IGNORE_INDEX,
+        fill: Any = None,
     ) -> Any:
         """Cut an array as the row was cut.
 
         Args:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
-                of them.
+                of them; an attention mask is not shifted, so it does not go with labels that are.
             per: what the first dimension counts: "token", "image" or "video". Tokens may also be
                 the second dimension of ``[1, T]``.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``.
-            fill: -100 for labels; give 0 for a loss mask, advantages or log-probabilities.
+            fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
+                that comes without its name cannot be told from labels: give 0 for it, and for
+                advantages and log-probabilities.
 
         Returns:
             What is left, of the same kind. Where no image (no video) is left, None, and in a dict
             the key is absent: vision encoders do not take zero rows.
 
         Raises:
-            PackingError: ``values`` has another length than the row or the images, or should be
-                filled with -100 but holds no ints.
+            PackingError: ``values`` has another length than the row or the images, or holds no
+                signed ints and ``fill`` is left out.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
@@ -141,10 +144,10 @@ class Truncation:
             {'image_grid_thw': ['second']}
         """
         if isinstance(values, Mapping):
-            cut = {
-                key: self.apply(value, per, rows=rows, shifted=shifted, fill=fill)
-                for key, value in values.items()
-            }
+            cut = {}
+            for key, value in values.items():
+                its_fill = 0 if fill is None and "mask" in str(key) else fill
+                cut[key] = self.apply(value, per, rows=rows, shifted=shifted, fill=its_fill)
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
@@ -176,8 +179,11 @@ class Truncation:
         cut = take(values, self.keep_positions, dim)
         if not shifted or not self._holes:
             return cut
-        if fill == IGNORE_INDEX and not holds_ints(values):
-            raise PackingError("values are no ints, so they are no labels; pass fill=0")
+        if fill is None:
+            if not holds_ints(values) or "uint" in str(getattr(values, "dtype", "")):
+                raise PackingError("values are no signed ints, so they are no labels; pass fill=0")
+            fill = IGNORE_INDEX
+        check_fits([fill], getattr(values, "dtype", None), "fill")
         if shape is None:
             cut = list(cut)
             for hole in self._holes:
