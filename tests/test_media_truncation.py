@@ -536,6 +536,25 @@ def test_images_and_videos_are_streams_of_their_own():
     assert by_type.kept_images == [0] and by_type.kept_videos == [0]
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("by_type", [False, True], ids=["ids", "types"])
+@pytest.mark.parametrize(
+    "option", ["vision_start_id", "vision_end_id", "break_token_ids", "pad_token_id"]
+)
+def test_a_placeholder_is_nothing_else(call, by_type, option):
+    """As a marker it would be dropped although its image stays."""
+    inputs = {"input_ids": [1, 9, 9, 1], "tokens_per_image": [2], "image_token_id": IMAGE}
+    if by_type:
+        inputs |= {"image_token_id": None, "mm_token_type_ids": [0, 1, 1, 0]}
+    if call == "truncate":
+        if option == "pad_token_id":
+            pytest.skip("truncate has no padding")
+        inputs["max_length"] = 3
+    inputs[option] = [IMAGE] if option == "break_token_ids" else IMAGE
+    with pytest.raises(PackingError, match=f"{option}: 9 is a placeholder"):
+        CALLS[call](**inputs)
+
+
 def test_one_marker_may_open_and_close():
     """Idefics writes the same token before and behind."""
     ids = [4, IMAGE, IMAGE, 4, TEXT, 4]

@@ -252,7 +252,7 @@ def truncate(
     Raises:
         PlaceholderMismatch: the whole row does not have the placeholders that ``tokens_per_image``
             says, in number or in order.
-        PackingError: an argument makes no sense.
+        PackingError: an argument makes no sense, or a marker or break token is a placeholder.
 
     Example:
         >>> row = [1, 7, 9, 9, 8, 2, 7, 9, 9, 9, 8, 3]
@@ -316,7 +316,8 @@ def reconcile(
         PlaceholderMismatch: no window fits; the images are others, or in another order.
         AmbiguousTruncation: more than one set of images, or of orphaned placeholders, fits. The
             attribute ``candidates`` lists the first few. Say ``side``, or cut with ``truncate``.
-        PackingError: an argument makes no sense.
+        PackingError: an argument makes no sense, or a marker, break token or padding is a
+            placeholder.
 
     Example:
         The cut went through the first image; counting from the front would keep it:
@@ -381,6 +382,7 @@ class _Row:
     num_seqs: int  # without the tail
     packed: bool
     tokens: dict[int, str]
+    placeholders: set[int]
     breaks: list[int] | None = None  # how many break tokens stand before each position
     vision_start_id: int | None = None
     vision_end_id: int | None = None
@@ -398,6 +400,7 @@ class _Row:
                     f"mm_token_type_ids has {len(kinds)} entries, but the row {len(ids)} tokens"
                 )
             tokens = {kind: f"type {kind}" for kind in (_IMAGE, _VIDEO)}
+            placeholders = {ids[p] for p, kind in enumerate(kinds) if kind in tokens}
         else:
             modality = {}
             for kind, name, token_id in (
@@ -413,9 +416,11 @@ class _Row:
                 )
             kinds = [modality.get(token, 0) for token in ids]
             tokens = {kind: f"id {token}" for token, kind in modality.items()}
+            placeholders = set(modality)
         bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
         starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
-        return cls(ids, kinds, starts, len(bounds) - 1, cu_seqlens is not None, tokens)
+        num_seqs, packed = len(bounds) - 1, cu_seqlens is not None
+        return cls(ids, kinds, starts, num_seqs, packed, tokens, placeholders)
 
     def read_options(self, break_ids, vision_start_id, vision_end_id, drop_dangling, pad_token_id):
         inside = set(as_ids(break_ids, "break_token_ids"))
@@ -426,6 +431,14 @@ class _Row:
         if drop_dangling:
             self.vision_start_id, self.vision_end_id = vision_start_id, vision_end_id
         self.pad_token_id = as_token(pad_token_id, "pad_token_id")
+        for name, tokens in (
+            ("break_token_ids", inside),
+            ("vision_start_id", {vision_start_id}),
+            ("vision_end_id", {vision_end_id}),
+            ("pad_token_id", {self.pad_token_id}),
+        ):
+            for token in tokens & self.placeholders:
+                raise PackingError(f"{name}: {token} is a placeholder")
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
