@@ -17,7 +17,7 @@ from mcore_packing.media import get_family, place_image_blocks, splice_image_blo
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("placement.json").read_text())
 CASES = CASES["cases"]
 TEXT = ["prompt_ids", "labels", "loss_mask", "cu_seqlens", "turn_opener"]
-BEGIN, IMAGE, END, BOS = 90, 91, 92, 2
+BEGIN, IMAGE, END, BREAK, BOS = 90, 91, 92, 93, 2
 OPENER = [5, 6]
 LAW = settings(derandomize=True, max_examples=1000, deadline=None)
 
@@ -240,6 +240,19 @@ def test_markers_that_are_there_already_are_not_repeated():
     assert half.output_ids == [BEGIN, *image, 7]
     twice = place_image_blocks([BEGIN, IMAGE, END] * 2, [image, image], **expand)
     assert twice.output_ids == image * 2
+    # Pixtral's blocks have an end only, and breaks inside.
+    rows = [IMAGE, IMAGE, BREAK, IMAGE, IMAGE]
+    ended = place_image_blocks([IMAGE, END, 7], [[*rows, END]], [], image_token_id=IMAGE)
+    assert ended.output_ids == [*rows, END, 7] and ended.block_spans == [[0, 6]]
+    begun = place_image_blocks([BEGIN, IMAGE, 7], [[BEGIN, *rows]], [], image_token_id=IMAGE)
+    assert begun.output_ids == [BEGIN, *rows, 7] and begun.block_spans == [[0, 6]]
+    unended = place_image_blocks([IMAGE, 7], [[*rows, END]], [], image_token_id=IMAGE)
+    assert unended.output_ids == [*rows, END, 7]
+    # What stands for the next image is no marker of this one.
+    next_one = place_image_blocks(
+        [BEGIN, BEGIN], [[IMAGE, BEGIN], [IMAGE]], [], image_token_id=IMAGE, prompt_token_id=BEGIN
+    )
+    assert next_one.output_ids == [IMAGE, BEGIN, IMAGE]
     # One marker between two placeholders belongs to one of them only.
     shared = place_image_blocks([END, IMAGE, END, IMAGE, END], [[END, IMAGE, END]] * 2, **expand)
     assert shared.output_ids == [END, IMAGE, END, END, IMAGE, END, END]

@@ -102,10 +102,10 @@ def place_image_blocks(
     """Put every image block where it belongs, and move labels, loss mask and boundaries along.
 
     Each sequence by itself: where it already holds one placeholder per image, each placeholder
-    becomes its block, in place, as Hugging Face processors do it. Begin and end marker that already
-    surround a placeholder are not repeated. A sequence without placeholders gets its blocks after
-    the last turn opener, or after the openers that ``images_per_turn`` says, or where
-    ``splice_image_blocks`` falls back to.
+    becomes its block, in place, as Hugging Face processors do it. The markers of a block, where all
+    of them already surround its placeholder, are not repeated. A sequence without placeholders gets
+    its blocks after the last turn opener, or after the openers that ``images_per_turn`` says, or
+    where ``splice_image_blocks`` falls back to.
 
     Args:
         prompt_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row.
@@ -375,16 +375,17 @@ def _check_turns(seq: int, placeholders: list[int], turn: list[int], ends: list[
 def _expand_in_place(ids, placeholders, blocks, mine, image_token_id, start, stop, seq):
     """Each placeholder becomes its block, together with the markers that already surround it."""
     edits, last = [], start
-    for position, i in zip(placeholders, mine, strict=True):
+    limits = [*placeholders[1:], stop]
+    for position, limit, i in zip(placeholders, limits, mine, strict=True):
         block = blocks[i]
         first, end = position, position + 1
         if image_token_id in block:
             before = block.index(image_token_id)
             after = block[::-1].index(image_token_id)
             low, high = position - before, position + 1 + after
-            inside = low >= last and high <= stop
-            same = ids[low:position] == block[:before] and ids[end:high] == block[-after:]
-            if before and after and inside and same:
+            inside = low >= last and high <= limit
+            same_end = ids[end:high] == block[len(block) - after :]
+            if inside and same_end and ids[low:position] == block[:before]:
                 first, end = low, high
         edits.append(_Edit(first, end, i, seq))
         last = end
