@@ -31,7 +31,7 @@ EDGES = (1, 2, 3, 7, 10, 13, 14, 17, 20, 27, 28, 29, 42, 48, 56, 70, 99, 224, 28
 SIDES = random.Random(5)
 SIZES = [
     *((SIDES.choice(EDGES), SIDES.choice(EDGES)) for _ in range(70)),
-    *((SIDES.randint(1, 700), SIDES.randint(1, 700)) for _ in range(100)),
+    *((SIDES.randint(1, 700), SIDES.randint(1, 700)) for _ in range(120)),
     *((side, 70 * side) for side in range(1, 16)),  # exact ratios, where floats round either way
     *((280 * side, side) for side in range(1, 6)),
     *((SIDES.randint(1, 12), SIDES.randint(800, 2400)) for _ in range(30)),
@@ -180,14 +180,14 @@ def test_megatron_rows_of_one_tile(case):
 
 @pytest.mark.parametrize("name", RUNS, ids=str)
 def test_against_what_the_processor_writes(name):
-    """A blank image of each of 220 sizes through the whole processor."""
+    """A blank image of each of at least 200 sizes that it takes, through the whole processor."""
     pytest.importorskip("transformers")
     from .hf_processors import make_processor, placeholder_of, write
 
     family, settings = name.split("-")[0], RUNS[name]
     processor = made(make_processor, family, settings)
     sizes = ROUND_SIZES if family == "llava15" else SIZES
-    assert len(sizes) >= 200
+    refused = 0
     for height, width in sizes:
         try:
             expected = write(processor, placeholder_of(family), height, width)[0]
@@ -196,9 +196,11 @@ def test_against_what_the_processor_writes(name):
                 num_image_tokens(family, height, width, **settings)
             with pytest.raises(ValueError):
                 count_with_processor(processor, [(height, width)])
+            refused += 1
             continue
         assert num_image_tokens(family, height, width, **settings) == expected, (height, width)
         assert count_with_processor(processor, [(height, width)]) == [expected], (height, width)
+    assert len(sizes) - refused >= 200
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "internvl3", "gemma4"])

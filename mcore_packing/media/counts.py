@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
 from .families import (
+    GEMMA3_MIN_CROPS,
     MEGATRON_CLASS_TOKEN_LEN,
     MEGATRON_ENCODER_PREFIX,
     MEGATRON_ENCODERS,
@@ -22,6 +23,7 @@ from .families import (
     MEGATRON_TILE_TAG_TOKENS_BY_PREFIX,
     MEGATRON_TWO_DIGIT_TILES,
     MEGATRON_WITHOUT_CLASS_TOKEN,
+    MIN_AREA_OF_LARGER_GRID,
     QWEN_MAX_ASPECT_RATIO,
     get_family,
 )
@@ -363,7 +365,7 @@ def _gemma3(height: int, width: int, settings: Mapping) -> int:
     if long / short < activate:
         return length
     crops = min(math.floor(long / short + 0.5), math.floor(long / smallest))
-    crops = min(most, max(2, crops))
+    crops = min(most, max(GEMMA3_MIN_CROPS, crops))
     if min(math.ceil(long / crops), short) < smallest:
         return length
     return length * (1 + crops)
@@ -461,7 +463,7 @@ def _closest_grid(height: int, width: int, fewest: int, most: int, tile_area: in
         difference = abs(width / height - columns / rows)
         if difference < closest:
             best, closest = tiles, difference
-        elif difference == closest and height * width > 0.5 * tile_area * tiles:
+        elif difference == closest and height * width > MIN_AREA_OF_LARGER_GRID * tile_area * tiles:
             best = tiles
     return best
 

@@ -326,6 +326,10 @@ MEGATRON_TURN_OPENERS: Mapping[str, str] = MappingProxyType(
 )
 
 # Constants of the count rules that nobody can set.
+GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
+# Of two equally close grids the larger, if the image has this share of its pixels:
+# dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
+MIN_AREA_OF_LARGER_GRID = 0.5
 QWEN_MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.23.0
 MEGATRON_MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
 
