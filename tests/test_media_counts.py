@@ -370,6 +370,18 @@ def test_settings_that_are_not_positive_or_not_known(family):
         num_image_tokens(family, 640, 480, patchsize=14)
 
 
+def test_a_ratio_is_any_positive_number_but_no_bool():
+    scan = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 56}
+    expected = num_image_tokens("gemma3", 300, 500, **scan)
+    for ratio in (np.float32(1.2), np.float64(1.2)):
+        scan["pan_and_scan_min_ratio_to_activate"] = ratio
+        assert num_image_tokens("gemma3", 300, 500, **scan) == expected
+    for ratio in (True, np.bool_(True), float("nan"), "1.2", None, np.ones(2)):
+        scan["pan_and_scan_min_ratio_to_activate"] = ratio
+        with pytest.raises(PackingError, match="expected a positive number"):
+            num_image_tokens("gemma3", 300, 500, **scan)
+
+
 def test_a_family_without_a_rule_says_so():
     with pytest.raises(PackingError, match="count_with_processor"):
         num_image_tokens("pixtral", 640, 480)

@@ -203,6 +203,15 @@ def test_chunks_of_one_size_and_a_short_last_one():
     assert split_samples(batch, layout, [1, 0, 2, 0, 1], [(2, 2)]) == [{"input_ids": []}]
 
 
+def test_a_range_is_a_chunk():
+    """Its two entries are not its start and stop."""
+    batch = {"input_ids": [0, 1, 2, 3, 4]}
+    parts = split_samples(batch, "llava15", [0] * 5, [range(0, 2), range(2, 5), range(3, 3)])
+    assert [part["input_ids"] for part in parts] == [[0, 1], [2, 3, 4], []]
+    with pytest.raises(PackingError, match=r"chunks\[0\] is range\(0, 4, 2\)"):
+        split_samples(batch, "llava15", [0] * 5, [range(0, 4, 2)])
+
+
 def test_only_videos():
     """``num_images`` is None, grids come from the batch, and text samples have no videos."""
     batch = {
@@ -260,6 +269,17 @@ def test_parts_are_views():
         (
             {"layout": "internvl3", "tiles_per_image": [1]},
             r"tiles_per_image has 1 entries, but num_images \[2, 0, 1\] adds up to 3",
+        ),
+        (
+            {"layout": {"input_ids": "sample", "pixel_values": "video"}},
+            "pixel_values counts videos; pass num_videos",
+        ),
+        (
+            {
+                "batch": {"pixel_values": [1] * 12, "image_grid_thw": [[2, 2]] * 3},
+                "layout": "qwen2_vl",
+            },
+            r"image_grid_thw\[0\] has 2 entries, expected 3",
         ),
         ({"layout": "qwen2_vl"}, "pixel_values counts by image_grid_thw, which is not in"),
     ],

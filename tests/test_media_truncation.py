@@ -420,12 +420,9 @@ def test_everything_is_cut_alike(sample, data):
     assert [r for start, stop in ranges for r in range(start, stop)] == rows
     assert all(stop < start for (_, stop), (start, _) in pairwise(ranges))
     grids = {"grid": list(range(len(sizes))), "none": None}
-    if cut.kept_images:
-        assert cut.apply(pixels, per="image", rows=sizes).tolist() == rows
-        assert cut.apply(grids, per="image") == {"grid": cut.kept_images}
-    else:
-        assert cut.apply(pixels, per="image", rows=sizes) is None
-        assert cut.apply(grids, per="image") == {}
+    assert as_list(cut.apply(pixels, per="image", rows=sizes)) == (rows or None)
+    left = {"grid": cut.kept_images} if cut.kept_images else {}
+    assert cut.apply(grids, per="image") == left
     videos = {"video_grid_thw": list(range(len(sample.runs[VIDEO])))}
     left = {"video_grid_thw": cut.kept_videos} if cut.kept_videos else {}
     assert cut.apply(videos, per="video") == left
@@ -644,11 +641,17 @@ def test_tensors_keep_their_kind():
     assert isinstance(cut.cu_seqlens, torch.Tensor) and cut.cu_seqlens.tolist() == [0, 4]
     single = truncate(torch.tensor([[9]]), [2 - 1], 0, IMAGE)
     assert single.apply(torch.tensor([[5]])).shape == (1, 0)
+    as_tuple = truncate((1, 9, 9), (2,), 2, IMAGE, cu_seqlens=(0, 3))
+    assert as_tuple.output_ids == (1,) and as_tuple.cu_seqlens == (0, 1)
     array = truncate(np.array([1, 9, 9]), [2], 2, IMAGE)
     assert isinstance(array.output_ids, np.ndarray) and array.output_ids.tolist() == [1]
 
 
 def test_rows_without_anything():
+    assert not reconcile([1, 2], [[], []], IMAGE, cu_seqlens=[0, 0, 2]).noop  # one boundary less
+    no_rows = truncate([9, 1], [1], 2, IMAGE)
+    assert no_rows.apply([], per="image", rows=[0]) is None
+    assert no_rows.apply({"pixel_values": torch.zeros(0, 4)}, per="image", rows=[0]) == {}
     assert reconcile([], [], IMAGE).noop
     assert reconcile([], [4], IMAGE).dropped_images == [0]
     assert truncate([], [], 5, IMAGE, cu_seqlens=[0, 0]).cu_seqlens == [0]

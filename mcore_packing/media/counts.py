@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
@@ -358,7 +359,7 @@ def _gemma3(height: int, width: int, settings: Mapping) -> int:
     smallest, most = _positive(settings, "pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops")
     long, short = max(height, width), min(height, width)
     activate = settings["pan_and_scan_min_ratio_to_activate"]
-    if not isinstance(activate, (int, float)) or not activate > 0:
+    if not isinstance(activate, Real) or isinstance(activate, bool) or not activate > 0:
         raise PackingError(
             f"pan_and_scan_min_ratio_to_activate is {activate!r}, expected a positive number"
         )

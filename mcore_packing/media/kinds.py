@@ -129,7 +129,7 @@ def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
 
 
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
-    """``values`` as the kind that ``template`` is: a list, or a tensor or array of its shape.
+    """``values`` as the kind that ``template`` is: a list, a tuple, a tensor or array of its shape.
 
     Tensors are of the template's dtype, or of ``dtype``.
     """
@@ -140,7 +140,7 @@ def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
 
         row = np.asarray(values, dtype=np.int64 if dtype else template.dtype)
     else:
-        return values
+        return tuple(values) if isinstance(template, tuple) else values
     return row[None] if template.ndim == 2 else row
 
 

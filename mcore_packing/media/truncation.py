@@ -64,12 +64,13 @@ class Truncation:
     kept_sequences: list[int]
     max_seqlen: int
     _num_tokens: int
+    _all_sequences: bool  # no boundary is gone: an empty sequence leaves no other trace
     _holes: list[int]  # entries of keep_positions that something inside the cut was removed after
 
     @property
     def noop(self) -> bool:
-        """True where the row stays as it was, with all its images and videos."""
-        whole = len(self.keep_positions) == self._num_tokens
+        """True where the row stays as it was, with all its images, videos and boundaries."""
+        whole = self._all_sequences and len(self.keep_positions) == self._num_tokens
         return whole and not self.dropped_images and not self.dropped_videos
 
     def kept_row_ranges(self, rows_per_image: Sequence[int], per: str = "image") -> list[list[int]]:
@@ -129,8 +130,8 @@ class Truncation:
                 advantages and log-probabilities.
 
         Returns:
-            What is left, of the same kind. Where no image (no video) is left, None, and in a dict
-            the key is absent: vision encoders do not take zero rows.
+            What is left, of the same kind. Where no image (no video), or no row of one, is left,
+            None, and in a dict the key is absent: vision encoders do not take zero rows.
 
         Raises:
             PackingError: ``values`` has another length than the row or the images, or holds no
@@ -153,7 +154,7 @@ class Truncation:
             return None
         if per == "token":
             return self._apply_to_tokens(values, shifted, fill)
-        kept, total = self._kept(per)
+        _, total = self._kept(per)
         ranges = self.kept_row_ranges([1] * total if rows is None else rows, per)
         expected = total if rows is None else sum(as_counts(rows, "rows"))
         found = length(values, "values")
@@ -161,7 +162,7 @@ class Truncation:
             raise PackingError(
                 f"values have {found} entries, but the {total} {per}s have {expected} rows"
             )
-        if not kept:
+        if all(start == stop for start, stop in ranges):
             return None
         return take_spans(values, ranges)
 
@@ -573,6 +574,7 @@ class _Row:
             kept_sequences=seqs,
             max_seqlen=max(lengths[: self.num_seqs], default=0),
             _num_tokens=len(self.ids),
+            _all_sequences=cu_seqlens is None or len(seqs) == self.num_seqs,
             _holes=holes,
         )
 
