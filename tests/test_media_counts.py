@@ -261,6 +261,22 @@ def test_settings_of_a_call_are_asked_of_the_processor_itself():
     assert count_with_processor(processor, [(480, 640)], do_pan_and_scan=True) == [768]
 
 
+@pytest.mark.parametrize(
+    "family, change",
+    [("llava15", "do_center_crop"), ("gemma4", "do_resize"), ("pixtral", "do_resize")],
+)
+def test_images_that_are_not_made_to_size_are_counted_themselves(family, change):
+    """The helpers speak of resized images, whatever the image processor was told."""
+    pytest.importorskip("transformers")
+    from .hf_processors import make_processor, placeholder_of, write
+
+    processor = make_processor(family, **RUNS.get(family, {}))
+    setattr(processor.image_processor, change, False)
+    sizes = [(96, 144), (480, 960), (336, 672)]
+    expected = [write(processor, placeholder_of(family), *size)[0] for size in sizes]
+    assert count_with_processor(processor, sizes) == expected
+
+
 def test_count_with_processor_refuses_what_it_cannot_ask():
     with pytest.raises(PackingError, match="does not say its image token"):
         count_with_processor(object(), [(10, 10)])

@@ -286,6 +286,9 @@ def test_images_of_given_turns():
             row, [image] * 3, OPENER, images_per_turn=turns, cu_seqlens=bounds
         )
         assert packed.cu_seqlens == [0, 9, 21] and packed.insert_at == [2, 11, 11]
+    zero_d = [torch.tensor(count) for count in (1, 0, 0, 2)]
+    packed = place_image_blocks(row, [image] * 3, OPENER, images_per_turn=zero_d, cu_seqlens=bounds)
+    assert packed.insert_at == [2, 11, 11]
     one_said = place_image_blocks(
         row, [image] * 2, OPENER, images_per_turn=[[1, 0], None], cu_seqlens=bounds,
         blocks_per_seq=[1, 1],

@@ -199,6 +199,7 @@ def test_chunks_of_one_size_and_a_short_last_one():
     layout = {"input_ids": "sample", "pixel_values": "image"}
     parts = split_samples(batch, layout, [1, 0, 2, 0, 1], 2)
     assert [part["input_ids"] for part in parts] == [[0, 1], [2, 3], [4]]
+    assert split_samples(batch, layout, [1, 0, 2, 0, 1], torch.tensor(2)) == parts
     assert [part["pixel_values"] for part in parts] == [["a"], ["b", "c"], ["d"]]
     assert split_samples(batch, layout, [1, 0, 2, 0, 1], [(2, 2)]) == [{"input_ids": []}]
 
@@ -261,7 +262,8 @@ def test_parts_are_views():
         ({"chunks": [(-1, 1)]}, r"chunks\[0\] is \[-1, 1\]"),
         ({"chunks": [(0, 1, 2)]}, r"chunks\[0\]"),
         ({"chunks": 0}, "chunks is 0"),
-        ({"chunks": torch.tensor(2)}, "chunks is tensor"),
+        ({"chunks": torch.tensor(0)}, "chunks is 0"),
+        ({"chunks": torch.tensor(2.5)}, "chunks is tensor"),
         ({"batch": {"input_ids": [1, 2, 3], "pixel_values": torch.tensor(3)}}, "is a scalar"),
         ({"batch": [[1, 2, 3]]}, "batch is a list"),
         ({"batch": {"input_ids": "abc"}}, "input_ids is a str"),

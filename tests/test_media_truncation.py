@@ -647,6 +647,16 @@ def test_tensors_keep_their_kind():
     assert isinstance(array.output_ids, np.ndarray) and array.output_ids.tolist() == [1]
 
 
+def test_an_entry_without_a_dimension_is_a_number():
+    """A 0-d tensor has a ``__len__`` that raises."""
+    counts = [torch.tensor(2), np.array(1)]
+    for limit in (3, torch.tensor(3), np.array(3)):
+        assert truncate([9, 9, 1, 9], counts, limit, IMAGE).kept_images == [0]
+    assert reconcile([9, 9, 1], counts, IMAGE, side="right").kept_images == [0]
+    packed = truncate([9, 9, 1, 9], counts, 3, IMAGE, cu_seqlens=[0, 3, 4])
+    assert packed.kept_images == [0]
+
+
 def test_rows_without_anything():
     assert not reconcile([1, 2], [[], []], IMAGE, cu_seqlens=[0, 0, 2]).noop  # one boundary less
     no_rows = truncate([9, 1], [1], 2, IMAGE)

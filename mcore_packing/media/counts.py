@@ -28,7 +28,7 @@ from .families import (
     QWEN_MAX_ASPECT_RATIO,
     get_family,
 )
-from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, shorten
+from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, nested, shorten
 
 
 def num_image_tokens(family: str, height: int, width: int, **settings: Any) -> int:
@@ -99,8 +99,10 @@ def count_with_processor(
     Processors have a helper for this, made for vLLM, but its answer counts more than placeholders
     for some (InternVL's begin and end, Pixtral's breaks, Idefics' row and column tags), ignores
     pan and scan for Gemma 3 and is missing for others. Where it is known what the helper counts, it
-    is asked. Any other processor, and any with ``images_kwargs``, is handed a blank image of that
-    size, alone in its sample, and the placeholders that it writes are counted.
+    is asked; for Gemma 3, Pixtral, Idefics 3 and SmolVLM the count follows from the processor's
+    settings instead. Any other processor, one that does not resize or does not crop, and any with
+    ``images_kwargs``, is handed a blank image of that size, alone in its sample, and the
+    placeholders that it writes are counted.
 
     Args:
         processor: a processor object with its image processor and tokenizer.
@@ -132,8 +134,10 @@ def count_with_processor(
         checked.append(_as_size(height, width, f"sizes[{i}]: "))
     names = [base.__name__ for base in type(processor).__mro__]
     ask = next((_HELPERS[name] for name in names if name in _HELPERS), None)
+    images = getattr(processor, "image_processor", None)
+    made_to_size = all(getattr(images, step, None) is not False for step in _MADE_TO_SIZE_BY)
     try:
-        if ask is not None and not images_kwargs:
+        if ask is not None and made_to_size and not images_kwargs:
             counts = [int(count) for count in ask(processor, checked)]
             for size, count in zip(checked, counts, strict=True):
                 if count < 1:
@@ -207,7 +211,7 @@ rows; the row has 3 placeholders and 3 feature rows
 def _placeholders_per_sample(input_ids, image_token_id: int, cu_seqlens) -> list[int]:
     batch = getattr(input_ids, "ndim", 1) == 2 and input_ids.shape[0] != 1
     if isinstance(input_ids, (list, tuple)) and input_ids:
-        batch = hasattr(input_ids[0], "__len__")
+        batch = nested(input_ids[0])
     if batch and cu_seqlens is not None:
         raise PackingError("cu_seqlens go with one packed row, but input_ids hold several rows")
     if batch:
@@ -548,6 +552,10 @@ _HELPERS: dict[str, Callable] = {
     "Qwen3VLProcessor": _helper,
     "SmolVLMProcessor": _all_tiles,
 }
+
+
+# What the helpers take for granted, whatever the image processor was told.
+_MADE_TO_SIZE_BY = ("do_resize", "do_center_crop")
 
 
 def _count_blank(processor, size: tuple[int, int], image_token_id, images_kwargs) -> int:

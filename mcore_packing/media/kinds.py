@@ -43,6 +43,11 @@ def as_list(values: Any, name: str) -> list:
         raise PackingError(f"{name} is {values!r}, expected a list") from None
 
 
+def nested(value: Any) -> bool:
+    """Whether an entry has entries itself; a 0-d tensor has none, for all its ``__len__``."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+
+
 def as_ids(values: Any, name: str) -> list[int]:
     """The ints of one row: a flat sequence, or a tensor or array ``[T]`` or ``[1, T]``."""
     shape = getattr(values, "shape", None)

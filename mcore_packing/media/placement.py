@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 from ..errors import PackingError, PlaceholderMismatch
-from .kinds import as_boundaries, as_counts, as_ids, as_list, as_row, as_token, like, shorten
+from .kinds import (
+    as_boundaries,
+    as_counts,
+    as_ids,
+    as_list,
+    as_row,
+    as_token,
+    like,
+    nested,
+    shorten,
+)
 
 IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
 
@@ -263,8 +273,7 @@ def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | N
     if images_per_turn is None:
         return [None] * len(turn_ends)
     images_per_turn = as_list(images_per_turn, "images_per_turn")
-    nested = any(entry is None or hasattr(entry, "__len__") for entry in images_per_turn)
-    if not nested:
+    if not any(entry is None or nested(entry) for entry in images_per_turn):
         flat = as_counts(images_per_turn, "images_per_turn")
         if len(flat) != sum(num_turns):
             raise PackingError(

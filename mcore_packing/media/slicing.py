@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import PackingError
 from .families import LAYOUT_WORDS, get_family
-from .kinds import as_counts, as_ids, as_int, as_list, length, shorten, take_spans
+from .kinds import as_counts, as_ids, as_int, as_list, length, nested, shorten, take_spans
 
 
 def split_samples(
@@ -58,7 +58,7 @@ def split_samples(
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
     rows = _Rows(batch, layout, num_images, tiles_per_image, num_videos, frames_per_video)
-    if not hasattr(chunks, "__len__"):
+    if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
         starts = range(0, rows.num_samples, size)
         chunks = [(start, min(start + size, rows.num_samples)) for start in starts]

@@ -20,6 +20,7 @@ from .kinds import (
     holds_ints,
     length,
     like,
+    nested,
     shorten,
     take,
     take_spans,
@@ -495,7 +496,7 @@ class _Row:
         entries = [] if spec is None else as_list(spec, where)
         if entries and kind not in self.tokens:
             raise PackingError(f"{where} is given, but no {name}_token_id to find them by")
-        flat = not any(entry is None or hasattr(entry, "__len__") for entry in entries)
+        flat = not any(entry is None or nested(entry) for entry in entries)
         if not self.packed:
             return [_as_items(entries, where)]
         if not entries:
@@ -611,8 +612,8 @@ def _as_items(entries, where: str) -> list[list[int]]:
     """The runs of each image, from ints and lists of ints."""
     items = []
     for i, entry in enumerate(as_list(entries, where)):
-        nested = hasattr(entry, "__len__")
-        runs = as_ids(entry, f"{where}[{i}]") if nested else [as_int(entry, f"{where}[{i}]")]
+        name = f"{where}[{i}]"
+        runs = as_ids(entry, name) if nested(entry) else [as_int(entry, name)]
         if not runs or min(runs) < 1:
             raise PackingError(
                 f"{where}[{i}] is {entry}, expected at least 1; leave out an image that has no "
@@ -625,7 +626,7 @@ def _as_items(entries, where: str) -> list[list[int]]:
 def _windows(row: _Row, max_length, side) -> list[tuple[int, int]]:
     """What stays of every sequence, and of the tail, before anything is repaired."""
     seqs = list(pairwise(row.starts))
-    if not hasattr(max_length, "__len__"):
+    if not nested(max_length):
         limit = min(as_int(max_length, "max_length", minimum=0), len(row.ids))
         first = 0 if _as_side(side) == "right" else len(row.ids) - limit
         last = first + limit
