@@ -21,6 +21,7 @@ from mcore_packing.media import (
     num_image_tokens,
     register_family,
 )
+from mcore_packing.media.families import COUNT_SETTINGS
 
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("counts.json").read_text())
 COUNTED_HERE = ("gemma3", "gemma4", "internvl3", "llava15", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -424,6 +425,51 @@ def test_register_family():
     with pytest.raises(PackingError, match="at least 1"):  # a rule that counts nothing
         num_image_tokens("test_rows", 1, 1, min_pixels=0)
     assert "test_other" not in FAMILIES
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ({"count": "qwen_vl"}, "settings lack max_pixels, merge_size, min_pixels, patch_size"),
+        ({"count": "qwen9_vl"}, "count is 'qwen9_vl', expected a function or one of gemma3"),
+        ({"count": 5}, "count is 5"),
+        ({"choices": {"size": (1, 2)}}, "choices of size, which is no setting"),
+        ({"settings": {"size": 3}, "choices": {"size": (1, 2)}}, "size is 3, expected one of 1, 2"),
+        ({"settings": {"size": 3}, "choices": {"size": 3}}, "choices of size are 3"),
+        ({"layout": None}, "layout is a NoneType, expected a dict"),
+        ({"settings": None}, "settings is a NoneType"),
+        ({"choices": [1]}, "choices is a list"),
+        ({"layout": {"pixel_values": ["image"]}}, "expected one of sample"),
+        ({"turn_opener": None}, "turn_opener is a NoneType"),
+        ({"turn_opener": "abc"}, "turn_opener is a str"),
+        ({"break_token_ids": (1.5,)}, "break_token_ids holds a float"),
+        ({"image_token_id": "<image>"}, "image_token_id is '<image>'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_families_that_would_crash_later_are_refused(attributes, message):
+    with pytest.raises(PackingError, match=f"family 'test_crash': .*{message}"):
+        register_family("test_crash", **attributes)
+    assert "test_crash" not in FAMILIES
+
+
+def test_settings_are_merged_where_the_rule_is_the_same():
+    few = register_family("test_few", like="gemma4", settings={"max_soft_tokens": 70})
+    assert few.settings == {**get_family("gemma4").settings, "max_soft_tokens": 70}
+    assert num_image_tokens("test_few", 3, 900) == num_image_tokens(
+        "gemma4", 3, 900, max_soft_tokens=70
+    )
+    own = register_family(
+        "test_own", like="gemma4", count=lambda *_: 4, settings={"side": 2}, choices={}
+    )
+    assert own.settings == {"side": 2} and num_image_tokens("test_own", 1, 1) == 4
+
+
+def test_the_rules_need_no_other_settings():
+    """What a named rule needs is what its families have."""
+    for name in (*COUNTED_HERE, "megatron_llava", "gemma3_pan_and_scan"):
+        family = get_family(name)
+        assert set(family.settings) == COUNT_SETTINGS[family.count]
 
 
 def test_families_pickle():
