@@ -369,6 +369,33 @@ def test_arrays_keep_their_kind():
     assert isinstance(placed, np.ndarray) and placed.tolist() == [*OPENER, BEGIN, END, 7]
 
 
+def test_an_empty_prompt_has_ids_too():
+    """PyTorch and NumPy make floats of nothing."""
+    for nothing in (torch.tensor([]), np.array([])):
+        placed = place_image_blocks(nothing, [[3]], [], image_token_id=3)
+        for row in (placed.output_ids, placed.position_ids, placed.mm_token_type_ids):
+            assert "int64" in str(row.dtype)
+    mask = place_image_blocks([], [[3]], [], loss_mask=torch.tensor([])).loss_mask
+    assert mask.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt_ids": np.array([5, 6, 7], dtype=np.uint16)}, "-200 does not fit uint16"),
+        ({"prompt_ids": torch.tensor([5, 6, 7], dtype=torch.int8)}, "-200 does not fit torch.int8"),
+        ({"labels": np.array([5, 6, 7], dtype=np.uint16)}, "-100 does not fit uint16"),
+        ({"labels": torch.tensor([5, 6, 7], dtype=torch.uint8)}, "-100 does not fit torch.uint8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(PackingError, match=message):
+        place_image_blocks(
+            **{"prompt_ids": [5, 6, 7], **change}, blocks=[[300, -200]], turn_opener=[]
+        )
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -102,7 +102,7 @@ def holds_ints(values: Any) -> bool:
     return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
 
 
-def check_fits(values: Sequence, dtype: Any, name: str) -> None:
+def check_fits(values: Sequence, dtype: Any) -> None:
     """Refuse what a small integer dtype of torch or NumPy would wrap around."""
     if not values or "int" not in str(dtype):
         return
@@ -114,7 +114,7 @@ def check_fits(values: Sequence, dtype: Any, name: str) -> None:
         limits = np.iinfo(dtype)
     for value in (min(values), max(values)):
         if not limits.min <= value <= limits.max:
-            raise PackingError(f"{name}: {value} does not fit {dtype}")
+            raise PackingError(f"{value} does not fit {dtype}; pass a wider dtype")
 
 
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
@@ -136,17 +136,26 @@ def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
     """``values`` as the kind that ``template`` is: a list, a tuple, a tensor or array of its shape.
 
-    Tensors are of the template's dtype, or of ``dtype``.
+    Tensors are of the template's dtype, or of ``dtype``; what does not fit is refused.
     """
     if isinstance(template, Tensor):
-        row = torch.tensor(values, dtype=dtype or template.dtype, device=template.device)
+        dtype = dtype or template.dtype
+        check_fits(values, dtype)
+        row = torch.tensor(values, dtype=dtype, device=template.device)
     elif hasattr(template, "__array__"):
         import numpy as np
 
-        row = np.asarray(values, dtype=np.int64 if dtype else template.dtype)
+        dtype = np.dtype(np.int64) if dtype else template.dtype
+        check_fits(values, dtype)
+        row = np.asarray(values, dtype=dtype)
     else:
         return tuple(values) if isinstance(template, tuple) else values
     return row[None] if template.ndim == 2 else row
+
+
+def like_ids(template: Any, values: list[int]) -> Any:
+    """``like`` for ids, which are ints even where the template is empty and was made of floats."""
+    return like(template, values, None if holds_ints(template) else torch.int64)
 
 
 def length(values: Any, name: str) -> int:

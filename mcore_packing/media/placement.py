@@ -21,6 +21,7 @@ from .kinds import (
     as_row,
     as_token,
     like,
+    like_ids,
     nested,
     shorten,
 )
@@ -209,9 +210,9 @@ def place_image_blocks(
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
     types = None
     if image_token_id is not None:
-        types = like(prompt_ids, [int(token == image_token_id) for token in output])
+        types = like_ids(prompt_ids, [int(token == image_token_id) for token in output])
     return Placement(
-        output_ids=like(prompt_ids, output),
+        output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
         block_spans=spans,
         labels=_edit_tokens(labels, "labels", IGNORE_INDEX, *moved),

@@ -20,6 +20,7 @@ from .kinds import (
     holds_ints,
     length,
     like,
+    like_ids,
     nested,
     shorten,
     take,
@@ -115,6 +116,7 @@ class Truncation:
         rows: Sequence[int] | None = None,
         shifted: bool = False,
         fill: Any = None,
+        dim: int | None = None,
     ) -> Any:
         """Cut an array as the row was cut.
 
@@ -122,13 +124,15 @@ class Truncation:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
                 of them; an attention mask is not shifted, so it does not go with labels that are.
             per: what the first dimension counts: "token", "image" or "video". Tokens may also be
-                the second dimension of ``[1, T]``.
+                the second dimension of ``[1, T]``, or ``dim``.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``.
             fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
                 that comes without its name cannot be told from labels: give 0 for it, and for
                 advantages and log-probabilities.
+            dim: the dimension of the tokens, where it is another: 1 for the position ids ``[3, T]``
+                of M-RoPE.
 
         Returns:
             What is left, of the same kind. Where no image (no video), or no row of one, is left,
@@ -149,12 +153,16 @@ class Truncation:
             cut = {}
             for key, value in values.items():
                 its_fill = 0 if fill is None and "mask" in str(key) else fill
-                cut[key] = self.apply(value, per, rows=rows, shifted=shifted, fill=its_fill)
+                cut[key] = self.apply(
+                    value, per, rows=rows, shifted=shifted, fill=its_fill, dim=dim
+                )
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
         if per == "token":
-            return self._apply_to_tokens(values, shifted, fill)
+            return self._apply_to_tokens(values, shifted, fill, dim)
+        if dim is not None:
+            raise PackingError(f"dim is for tokens; {per}s are always the first dimension")
         _, total = self._kept(per)
         ranges = self.kept_row_ranges([1] * total if rows is None else rows, per)
         expected = total if rows is None else sum(as_counts(rows, "rows"))
@@ -167,13 +175,19 @@ class Truncation:
             return None
         return take_spans(values, ranges)
 
-    def _apply_to_tokens(self, values, shifted: bool, fill):
-        shape = getattr(values, "shape", None)
-        batch_of_one = shape is not None and len(shape) > 1 and shape[0] == 1
+    def _dim_of_tokens(self, shape) -> int:
+        batch_of_one = len(shape) > 1 and shape[0] == 1
         if self._num_tokens == 1:  # [1, 1] is what the ids are
             batch_of_one = batch_of_one and getattr(self.output_ids, "ndim", 1) == 2
-        dim = int(batch_of_one)
-        found = shape[1] if dim else length(values, "values")
+        return int(batch_of_one)
+
+    def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None):
+        shape = getattr(values, "shape", None)
+        dims = (length(values, "values"),) if shape is None or not len(shape) else shape
+        dim = self._dim_of_tokens(dims) if dim is None else as_int(dim, "dim")
+        if not -len(dims) <= dim < len(dims):
+            raise PackingError(f"dim is {dim}, but values have {len(dims)} dimensions")
+        dim, found = dim % len(dims), dims[dim]
         if found != self._num_tokens:
             raise PackingError(
                 f"values have {found} entries, but the row has {self._num_tokens} tokens"
@@ -185,17 +199,14 @@ class Truncation:
             if not holds_ints(values) or "uint" in str(getattr(values, "dtype", "")):
                 raise PackingError("values are no signed ints, so they are no labels; pass fill=0")
             fill = IGNORE_INDEX
-        check_fits([fill], getattr(values, "dtype", None), "fill")
+        check_fits([fill], getattr(values, "dtype", None))
         if shape is None:
             cut = list(cut)
             for hole in self._holes:
                 cut[hole] = fill
             return cut if isinstance(values, list) else type(values)(cut)
         cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
-        if dim:
-            cut[:, self._holes] = fill
-        else:
-            cut[self._holes] = fill
+        cut[(slice(None),) * dim + (self._holes,)] = fill
         return cut
 
     def _kept(self, per: str) -> tuple[list[int], int]:
@@ -561,7 +572,7 @@ class _Row:
             if position not in ends and state[position + 1] != _KEPT
         ]
         return Truncation(
-            output_ids=like(input_ids, [self.ids[position] for position in keep]),
+            output_ids=like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
             orphan_positions=[p for p, what in enumerate(state) if what == _ORPHAN],
             kept_images=kept["image"],
