@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,20 @@ def test_a_ratio_is_any_positive_number_but_no_bool():
         scan["pan_and_scan_min_ratio_to_activate"] = ratio
         with pytest.raises(PackingError, match="expected a positive number"):
             num_image_tokens("gemma3", 300, 500, **scan)
+
+
+@pytest.mark.parametrize("family", [*COUNTED_HERE, "gemma3_pan_and_scan", "megatron_llava"])
+def test_sizes_and_settings_beyond_reason_raise_the_typed_error(family):
+    """What no float can hold, and what is no one value."""
+    context = {"max_num_tiles": 4} if family == "megatron_llava" else {}
+    context |= {"do_pan_and_scan": True} if "gemma3" in family else {}
+    for size in ((10**400, 10**400), (10**400, 1), (1, 10**400)):
+        with suppress(PackingError):
+            assert num_image_tokens(family, *size, **context) > 0
+    for name in get_family(family).settings:
+        for value in (np.array([14, 14]), torch.tensor([14, 14]), [14], {"side": 14}, object()):
+            with suppress(PackingError):
+                assert num_image_tokens(family, 640, 480, **{**context, name: value}) > 0
 
 
 def test_a_family_without_a_rule_says_so():

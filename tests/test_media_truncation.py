@@ -479,6 +479,25 @@ def test_masks_among_labels_are_known_by_name():
     assert as_list(orphaned.apply(given, shifted=True, fill=7)["loss_mask"]) == [7]
 
 
+@pytest.mark.parametrize("as_kind", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_tokens_may_be_any_dimension(as_kind):
+    """Position ids of M-RoPE are [3, T], or [3, 1, T]; three tokens are no reason to guess."""
+    cut = truncate([1, 9, 9], [2], 2, IMAGE)
+    positions = as_kind([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    assert cut.apply(positions, dim=1).tolist() == [[0], [3], [6]]
+    assert cut.apply(positions, dim=-1).tolist() == [[0], [3], [6]]
+    assert cut.apply(positions[:, None], dim=2).tolist() == [[[0]], [[3]], [[6]]]
+    assert cut.apply(positions).tolist() == cut.apply(positions, dim=0).tolist() == [[0, 1, 2]]
+    filled = reconcile([1, 9], [2], IMAGE).apply(positions[:, :2], dim=1, shifted=True)
+    assert filled.tolist() == [[-100]] * 3
+    assert cut.apply({"position_ids": positions}, dim=1)["position_ids"].tolist()[2] == [6]
+    for values, dim in ((positions, 2), ([0, 1, 2], 1), (positions, 1.0), (positions[:, :2], 1)):
+        with pytest.raises(PackingError, match=r"dim is|2 entries"):
+            cut.apply(values, dim=dim)
+    with pytest.raises(PackingError, match="dim is for tokens"):
+        cut.apply(positions[:1], per="image", dim=1)
+
+
 def test_padding_is_no_edge():
     """A left cut of [4, 6], padded: the run of 4 could be image 0, or what is left of image 1."""
     ids = [PAD, PAD, *[IMAGE] * 4, TEXT]
@@ -573,6 +592,7 @@ def test_one_marker_may_open_and_close():
         ({"tokens_per_video": [1]}, "no video_token_id"),
         ({"side": "middle"}, "side is 'middle'"),
         ({"side": 5}, "side is 5"),
+        ({"side": [np.array([1, 2])], "cu_seqlens": [0, 3], "max_length": [3]}, "side is array"),
         ({"tokens_per_image": 2}, "tokens_per_image is 2, expected a list"),
         ({"cu_seqlens": [0], "input_ids": []}, "1 entries, but the row has 0 sequences"),
         ({"mm_token_type_ids": [0, 1, 1]}, "image_token_id=None"),
@@ -586,9 +606,11 @@ def test_one_marker_may_open_and_close():
 )
 def test_what_makes_no_sense_is_refused(call, change, message):
     inputs = {"input_ids": [1, 9, 9], "tokens_per_image": [2], "image_token_id": IMAGE}
-    inputs |= {"max_length": 2} if call == "truncate" else {}
+    inputs |= {"max_length": 2, **change}
+    if call == "reconcile":
+        del inputs["max_length"]
     with pytest.raises(PackingError, match=message):
-        CALLS[call](**{**inputs, **change})
+        CALLS[call](**inputs)
 
 
 def test_a_whole_row_has_all_its_placeholders():
@@ -627,6 +649,7 @@ def test_errors_say_what_and_where_and_pickle():
         assert part in str(caught.value)
     with pytest.raises(AmbiguousTruncation) as caught:
         reconcile([1, 1, 9, 1], [[], [1, 1]], IMAGE, cu_seqlens=[0, 1, 4])
+    assert AmbiguousTruncation("made by hand").candidates == ()
     copy = pickle.loads(pickle.dumps(caught.value))
     assert copy.candidates == caught.value.candidates
     assert [one["kept_images"] for one in copy.candidates] == [[0], [1]]
@@ -634,6 +657,8 @@ def test_errors_say_what_and_where_and_pickle():
 
 
 def test_tensors_keep_their_kind():
+    for nothing in (torch.tensor([]), np.array([])):
+        assert "int64" in str(reconcile(nothing, [], IMAGE).output_ids.dtype)
     row = torch.tensor([[1, 9, 9, 2, 9, 9]], dtype=torch.int32)
     cut = truncate(row, torch.tensor([2, 2]), 5, IMAGE, cu_seqlens=torch.tensor([0, 6]))
     assert cut.output_ids.dtype == torch.int32 and cut.output_ids.tolist() == [[1, 9, 9, 2]]

@@ -79,12 +79,20 @@ def num_image_tokens(family: str, height: int, width: int, **settings: Any) -> i
             f"{', '.join(known.settings)}"
         )
     merged = {**known.settings, **settings}
-    for name, values in known.choices.items():
-        if merged[name] not in values:
-            raise PackingError(
-                f"{name} is {merged[name]!r}, expected one of {', '.join(map(str, values))}"
-            )
-    return as_int(rule(height, width, merged), f"the count of family {family!r}", minimum=1)
+    try:
+        for name, values in known.choices.items():
+            if merged[name] not in values:
+                raise PackingError(
+                    f"{name} is {merged[name]!r}, expected one of {', '.join(map(str, values))}"
+                )
+        count = rule(height, width, merged)
+    except PackingError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise PackingError(
+            f"family {family!r} cannot count with this size and these settings: {error}"
+        ) from error
+    return as_int(count, f"the count of family {family!r}", minimum=1)
 
 
 def count_with_processor(

@@ -663,7 +663,7 @@ def _per_seq(side, row: _Row) -> list:
 
 
 def _as_side(side) -> str:
-    if side not in _SIDES:
+    if not isinstance(side, str) or side not in _SIDES:
         raise PackingError(
             f"side is {side!r}, expected 'left' or 'right', the side that is cut off"
         )
