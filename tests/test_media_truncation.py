@@ -498,6 +498,20 @@ def test_tokens_may_be_any_dimension(as_kind):
         cut.apply(positions[:1], per="image", dim=1)
 
 
+def test_lists_in_a_packed_row_are_sequences():
+    """They could be the runs of two images; those are one level deeper."""
+    row, videos = [5, 5, 1, 5, 5, 5, 5, 1, 5, 5], [[2, 2], [2, 2]]
+    options = {"cu_seqlens": [0, 5, 10], "video_token_id": VIDEO}
+    cut = truncate(row, None, 10, IMAGE, tokens_per_video=videos, **options)
+    assert cut.kept_videos == [0, 1, 2, 3]
+    runs = [[one] for one in videos]
+    for call in (
+        lambda **given: truncate(row, None, 10, IMAGE, **given),
+        lambda **given: reconcile(row, None, IMAGE, **given),
+    ):
+        assert call(tokens_per_video=runs, **options).kept_videos == [0, 1]
+
+
 def test_padding_is_no_edge():
     """A left cut of [4, 6], padded: the run of 4 could be image 0, or what is left of image 1."""
     ids = [PAD, PAD, *[IMAGE] * 4, TEXT]
@@ -693,6 +707,19 @@ def test_rows_without_anything():
     gone = truncate([1, 9, 9], [2], 0, IMAGE)
     assert gone.output_ids == [] and gone.dropped_images == [0] and gone.kept_sequences == []
     assert reconcile([1, 2], [4, 4], IMAGE).dropped_images == [0, 1]  # whichever was cut
+
+
+@pytest.mark.parametrize("counts", [[1] * 200_000, [[2, 2]] * 200_000], ids=["ones", "runs"])
+def test_one_candidate_takes_linear_time(counts):
+    """A known side, or a whole row, leaves one window, however many images there are."""
+    row = []
+    for runs in counts:
+        for run in [runs] if isinstance(runs, int) else runs:
+            row += [TEXT, *[IMAGE] * run]
+    started = time.perf_counter()
+    assert truncate(row, counts, len(row), IMAGE).noop
+    assert reconcile(row[2:], counts, IMAGE, side="left").dropped_images == [0]
+    assert time.perf_counter() - started < 10  # a shift per run takes twice as long
 
 
 @pytest.mark.parametrize("images", ["many", "few", "equal", "runs"])

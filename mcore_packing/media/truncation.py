@@ -240,8 +240,10 @@ def truncate(
     Args:
         input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
         tokens_per_image: how many placeholders each image has, in order. An image whose
-            placeholders stand in several runs can be given as the list of its runs. For a packed
-            row flat, or one such list per sequence.
+            placeholders stand in several runs can be given as the list of its runs; runs that
+            adjoin are one run: give their sum. For a packed row flat ints, or one such list per
+            sequence: there a list among the entries is always a sequence's, never runs, which are
+            one level deeper, ``[[[2, 2]], [[2, 2]]]``.
         max_length: how many tokens may stay. For a packed row an int is the length of the whole
             row; a list cuts each sequence to its own length.
         image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
@@ -311,8 +313,10 @@ def reconcile(
 
     Args:
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
-        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``; for
-            a packed row one list per sequence.
+        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``:
+            runs that adjoin are one run, give their sum. For a packed row one list per sequence; a
+            list among its entries is always a sequence's, never runs, which are one level deeper,
+            ``[[[2, 2]], [[2, 2]]]``.
         image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
         side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
             For a packed row also one per sequence.
@@ -696,6 +700,11 @@ def _align(row: _Row, stream: _Stream, start: int, stop: int, side: str | None) 
         candidates = 1
     elif side == "left":
         candidates = 1 << (total - left)
+    if candidates & (candidates - 1) == 0:  # one window: ask it, in time linear in the row
+        first = candidates.bit_length() - 1
+        if not _fits(stream, first, left, breaks, gaps):
+            raise _mismatch(stream, positions, gaps, side)
+        return first
     boundaries = _bits(stream.runs, total + 1)
     for offset in breaks:
         candidates &= boundaries >> offset
@@ -721,6 +730,16 @@ def _align(row: _Row, stream: _Stream, start: int, stop: int, side: str | None) 
     if candidates & keeps:
         raise _ambiguous(stream, candidates, keeps)
     return lowest
+
+
+def _fits(stream: _Stream, first: int, left: int, breaks: list[int], gaps: list[int]) -> bool:
+    """Whether the ``left`` placeholders from number ``first`` on break where the row breaks."""
+    runs = set(stream.runs)
+    adjoin = set(range(1, left)) - set(gaps)
+    inner = runs - set(stream.starts)
+    return runs.issuperset(first + offset for offset in breaks) and adjoin.isdisjoint(
+        boundary - first for boundary in inner
+    )
 
 
 def _bits(numbers, size: int) -> int:
