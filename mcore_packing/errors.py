@@ -1,5 +1,6 @@
 """The errors this package raises: what is wrong with a packed row, where, and what to do."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 INT32_MAX = 2**31 - 1
@@ -40,7 +41,12 @@ def _rebuild_mismatch(actual, expected, message):
 
 
 class AmbiguousTruncation(PackingError):
-    """More than one set of surviving images explains what is left of a cut prompt."""
+    """More than one set of surviving images explains what is left of a cut prompt.
+
+    ``candidates`` are the first few: dicts of kept images (videos) and orphaned placeholders.
+    """
+
+    candidates: Sequence[dict] = ()
 
 
 class Space(IntEnum):

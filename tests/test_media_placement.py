@@ -17,7 +17,7 @@ from mcore_packing.media import get_family, place_image_blocks, splice_image_blo
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("placement.json").read_text())
 CASES = CASES["cases"]
 TEXT = ["prompt_ids", "labels", "loss_mask", "cu_seqlens", "turn_opener"]
-BEGIN, IMAGE, END, BOS = 90, 91, 92, 2
+BEGIN, IMAGE, END, BREAK, BOS = 90, 91, 92, 93, 2
 OPENER = [5, 6]
 LAW = settings(derandomize=True, max_examples=1000, deadline=None)
 
@@ -44,6 +44,12 @@ def splice_by_hand(prompt, blocks, opener, bos=None):
     if at is None:
         at = 0 if not prompt or (bos is not None and prompt[0] != bos) else 1
     return prompt[:at] + [token for block in blocks for token in block] + prompt[at:]
+
+
+def shift(values, fill, bounds=None):
+    """Entry t about token t + 1, in every sequence by itself."""
+    spans = pairwise(bounds or [0, len(values)])
+    return [v for a, b in spans if a < b for v in [*values[a + 1 : b], fill]]
 
 
 def without(output, spans):
@@ -155,23 +161,49 @@ def test_a_packed_row_is_its_sequences(seqs, opener, data):
 
 
 @LAW
-@given(ids, st.lists(block, max_size=3), st.booleans(), st.data())
-def test_no_inserted_token_is_trained(prompt, blocks, shifted, data):
-    """Labels of blocks are -100; shifted, what stands before a block does not predict it either."""
-    labels = [token + 100 for token in prompt]
+@given(ids, st.lists(block, max_size=3), st.booleans())
+def test_no_inserted_token_is_trained(prompt, blocks, shifted):
+    """No token of a block is a target, and every other token is still the one that it was."""
+    labels = [-100, *(token + 100 for token in prompt[1:])][: len(prompt)]
+    loss_mask = [0, *[1.0] * len(prompt[1:])][: len(prompt)]
+    moved = (shift(labels, -100), shift(loss_mask, 0)) if shifted else (labels, loss_mask)
     placement = place_image_blocks(
-        prompt, blocks, OPENER, labels=labels, loss_mask=[1.0] * len(prompt), shifted=shifted
+        prompt, blocks, OPENER, labels=moved[0], loss_mask=moved[1], shifted=shifted
     )
+    found = list(zip(placement.labels, placement.loss_mask, strict=True))
+    if shifted:  # what entry t says is about token t + 1
+        found = [(-100, 0), *found][: len(found)]
     inside = {p for a, b in placement.block_spans for p in range(a, b)}
-    before = {a - 1 for a, b in placement.block_spans if a and shifted} - inside
-    kept = iter(labels)
-    for position in range(len(placement.output_ids)):
-        label, mask = placement.labels[position], placement.loss_mask[position]
-        old = None if position in inside else next(kept)
-        if position in inside | before:
-            assert (label, mask) == (-100, 0)
-        else:
-            assert (label, mask) == (old, 1.0)
+    assert all(found[position] == (-100, 0) for position in inside)
+    others = [found[p] for p in range(len(found)) if p not in inside]
+    assert others == list(zip(labels, loss_mask, strict=True))
+
+
+@LAW
+@given(st.lists(st.tuples(ids, st.booleans(), st.booleans(), st.data()), min_size=1, max_size=3))
+def test_shifting_and_placing_commute(parts):
+    """Spliced and in place, with and without markers: the same targets whichever comes first."""
+    row, bounds, blocks, counts, labels = [], [0], [], [], []
+    for prompt, in_place, marked, data in parts:
+        if in_place:
+            image = [BEGIN, IMAGE, END] if marked else [IMAGE]
+            prompt = [t for token in prompt for t in (image if token == 7 else [token])]
+        count = prompt.count(IMAGE) or data.draw(st.integers(0, 2))
+        blocks += [data.draw(st.one_of(block, st.just([]))) for _ in range(count)]
+        counts.append(count)
+        row += prompt
+        bounds.append(len(row))
+        labels += [-100, *range(bounds[-2] + 1, len(row))][: len(prompt)]  # no target at the start
+    loss_mask = [int(label != -100) for label in labels]
+    options = {"image_token_id": IMAGE, "cu_seqlens": bounds, "blocks_per_seq": counts}
+    placed = place_image_blocks(row, blocks, OPENER, labels=labels, loss_mask=loss_mask, **options)
+    found = place_image_blocks(
+        row, blocks, OPENER, shifted=True, **options,
+        labels=shift(labels, -100, bounds), loss_mask=shift(loss_mask, 0, bounds),
+    )  # fmt: skip
+    assert found.output_ids == placed.output_ids
+    assert found.labels == shift(placed.labels, -100, placed.cu_seqlens)
+    assert found.loss_mask == shift(placed.loss_mask, 0, placed.cu_seqlens)
 
 
 @LAW
@@ -208,13 +240,26 @@ def test_markers_that_are_there_already_are_not_repeated():
     assert half.output_ids == [BEGIN, *image, 7]
     twice = place_image_blocks([BEGIN, IMAGE, END] * 2, [image, image], **expand)
     assert twice.output_ids == image * 2
+    # Pixtral's blocks have an end only, and breaks inside.
+    rows = [IMAGE, IMAGE, BREAK, IMAGE, IMAGE]
+    ended = place_image_blocks([IMAGE, END, 7], [[*rows, END]], [], image_token_id=IMAGE)
+    assert ended.output_ids == [*rows, END, 7] and ended.block_spans == [[0, 6]]
+    begun = place_image_blocks([BEGIN, IMAGE, 7], [[BEGIN, *rows]], [], image_token_id=IMAGE)
+    assert begun.output_ids == [BEGIN, *rows, 7] and begun.block_spans == [[0, 6]]
+    unended = place_image_blocks([IMAGE, 7], [[*rows, END]], [], image_token_id=IMAGE)
+    assert unended.output_ids == [*rows, END, 7]
+    # What stands for the next image is no marker of this one.
+    next_one = place_image_blocks(
+        [BEGIN, BEGIN], [[IMAGE, BEGIN], [IMAGE]], [], image_token_id=IMAGE, prompt_token_id=BEGIN
+    )
+    assert next_one.output_ids == [IMAGE, BEGIN, IMAGE]
     # One marker between two placeholders belongs to one of them only.
     shared = place_image_blocks([END, IMAGE, END, IMAGE, END], [[END, IMAGE, END]] * 2, **expand)
     assert shared.output_ids == [END, IMAGE, END, END, IMAGE, END, END]
     labels = place_image_blocks(
         [BEGIN, IMAGE, END, 7], [image], **expand, labels=[1, 2, 3, 4], shifted=True
     ).labels
-    assert labels == [-100] * 5 + [4]
+    assert labels == [-100] * 4 + [3, 4]  # the end marker still predicts the 7
 
 
 def test_another_token_stands_for_the_image_in_the_prompt():
@@ -241,6 +286,9 @@ def test_images_of_given_turns():
             row, [image] * 3, OPENER, images_per_turn=turns, cu_seqlens=bounds
         )
         assert packed.cu_seqlens == [0, 9, 21] and packed.insert_at == [2, 11, 11]
+    zero_d = [torch.tensor(count) for count in (1, 0, 0, 2)]
+    packed = place_image_blocks(row, [image] * 3, OPENER, images_per_turn=zero_d, cu_seqlens=bounds)
+    assert packed.insert_at == [2, 11, 11]
     one_said = place_image_blocks(
         row, [image] * 2, OPENER, images_per_turn=[[1, 0], None], cu_seqlens=bounds,
         blocks_per_seq=[1, 1],
@@ -319,6 +367,33 @@ def test_tensors_keep_their_kind(dtype, shape):
 def test_arrays_keep_their_kind():
     placed = splice_image_blocks(np.array([*OPENER, 7]), [np.array([BEGIN, END])], np.array(OPENER))
     assert isinstance(placed, np.ndarray) and placed.tolist() == [*OPENER, BEGIN, END, 7]
+
+
+def test_an_empty_prompt_has_ids_too():
+    """PyTorch and NumPy make floats of nothing."""
+    for nothing in (torch.tensor([]), np.array([])):
+        placed = place_image_blocks(nothing, [[3]], [], image_token_id=3)
+        for row in (placed.output_ids, placed.position_ids, placed.mm_token_type_ids):
+            assert "int64" in str(row.dtype)
+    mask = place_image_blocks([], [[3]], [], loss_mask=torch.tensor([])).loss_mask
+    assert mask.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt_ids": np.array([5, 6, 7], dtype=np.uint16)}, "-200 does not fit uint16"),
+        ({"prompt_ids": torch.tensor([5, 6, 7], dtype=torch.int8)}, "-200 does not fit torch.int8"),
+        ({"labels": np.array([5, 6, 7], dtype=np.uint16)}, "-100 does not fit uint16"),
+        ({"labels": torch.tensor([5, 6, 7], dtype=torch.uint8)}, "-100 does not fit torch.uint8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(PackingError, match=message):
+        place_image_blocks(
+            **{"prompt_ids": [5, 6, 7], **change}, blocks=[[300, -200]], turn_opener=[]
+        )
 
 
 @pytest.mark.parametrize(

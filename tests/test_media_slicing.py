@@ -199,8 +199,18 @@ def test_chunks_of_one_size_and_a_short_last_one():
     layout = {"input_ids": "sample", "pixel_values": "image"}
     parts = split_samples(batch, layout, [1, 0, 2, 0, 1], 2)
     assert [part["input_ids"] for part in parts] == [[0, 1], [2, 3], [4]]
+    assert split_samples(batch, layout, [1, 0, 2, 0, 1], torch.tensor(2)) == parts
     assert [part["pixel_values"] for part in parts] == [["a"], ["b", "c"], ["d"]]
     assert split_samples(batch, layout, [1, 0, 2, 0, 1], [(2, 2)]) == [{"input_ids": []}]
+
+
+def test_a_range_is_a_chunk():
+    """Its two entries are not its start and stop."""
+    batch = {"input_ids": [0, 1, 2, 3, 4]}
+    parts = split_samples(batch, "llava15", [0] * 5, [range(0, 2), range(2, 5), range(3, 3)])
+    assert [part["input_ids"] for part in parts] == [[0, 1], [2, 3, 4], []]
+    with pytest.raises(PackingError, match=r"chunks\[0\] is range\(0, 4, 2\)"):
+        split_samples(batch, "llava15", [0] * 5, [range(0, 4, 2)])
 
 
 def test_only_videos():
@@ -252,7 +262,8 @@ def test_parts_are_views():
         ({"chunks": [(-1, 1)]}, r"chunks\[0\] is \[-1, 1\]"),
         ({"chunks": [(0, 1, 2)]}, r"chunks\[0\]"),
         ({"chunks": 0}, "chunks is 0"),
-        ({"chunks": torch.tensor(2)}, "chunks is tensor"),
+        ({"chunks": torch.tensor(0)}, "chunks is 0"),
+        ({"chunks": torch.tensor(2.5)}, "chunks is tensor"),
         ({"batch": {"input_ids": [1, 2, 3], "pixel_values": torch.tensor(3)}}, "is a scalar"),
         ({"batch": [[1, 2, 3]]}, "batch is a list"),
         ({"batch": {"input_ids": "abc"}}, "input_ids is a str"),
@@ -260,6 +271,17 @@ def test_parts_are_views():
         (
             {"layout": "internvl3", "tiles_per_image": [1]},
             r"tiles_per_image has 1 entries, but num_images \[2, 0, 1\] adds up to 3",
+        ),
+        (
+            {"layout": {"input_ids": "sample", "pixel_values": "video"}},
+            "pixel_values counts videos; pass num_videos",
+        ),
+        (
+            {
+                "batch": {"pixel_values": [1] * 12, "image_grid_thw": [[2, 2]] * 3},
+                "layout": "qwen2_vl",
+            },
+            r"image_grid_thw\[0\] has 2 entries, expected 3",
         ),
         ({"layout": "qwen2_vl"}, "pixel_values counts by image_grid_thw, which is not in"),
     ],
@@ -281,6 +303,17 @@ def test_an_order_of_samples_that_do_not_exist():
     for order in ([2], [-1], [0.5]):
         with pytest.raises(PackingError, match="order"):
             take_samples(batch, "llava15", [0, 0], order)
+
+
+def test_a_mask_is_no_order():
+    """Read as indices, it would take samples 1, 0 and 1."""
+    batch = {"input_ids": [1, 2, 3]}
+    mask = [True, False, True]
+    for order in (mask, torch.tensor(mask), np.array(mask), [*map(torch.tensor, mask)]):
+        with pytest.raises(PackingError, match=r"order holds a (bool|Tensor)"):
+            take_samples(batch, "llava15", [0, 0, 0], order)
+    with pytest.raises(PackingError, match="chunks is tensor"):
+        split_samples(batch, "llava15", [0, 0, 0], torch.tensor(True))
 
 
 def test_layouts_of_all_families_can_be_split():

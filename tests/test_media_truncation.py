@@ -420,12 +420,9 @@ def test_everything_is_cut_alike(sample, data):
     assert [r for start, stop in ranges for r in range(start, stop)] == rows
     assert all(stop < start for (_, stop), (start, _) in pairwise(ranges))
     grids = {"grid": list(range(len(sizes))), "none": None}
-    if cut.kept_images:
-        assert cut.apply(pixels, per="image", rows=sizes).tolist() == rows
-        assert cut.apply(grids, per="image") == {"grid": cut.kept_images}
-    else:
-        assert cut.apply(pixels, per="image", rows=sizes) is None
-        assert cut.apply(grids, per="image") == {}
+    assert as_list(cut.apply(pixels, per="image", rows=sizes)) == (rows or None)
+    left = {"grid": cut.kept_images} if cut.kept_images else {}
+    assert cut.apply(grids, per="image") == left
     videos = {"video_grid_thw": list(range(len(sample.runs[VIDEO])))}
     left = {"video_grid_thw": cut.kept_videos} if cut.kept_videos else {}
     assert cut.apply(videos, per="video") == left
@@ -460,10 +457,59 @@ def test_labels_and_masks_are_told_apart():
     """-100 in a loss mask would multiply the loss by -100."""
     orphaned = reconcile([1, 9], [2], IMAGE)
     assert orphaned.apply([5, 6], shifted=True) == [-100]
-    for mask in ([1.0, 0.0], [True, False], torch.ones(2), np.ones(2, dtype=bool)):
+    assert orphaned.apply([np.int64(5), np.int64(6)], shifted=True) == [-100]
+    masks = ([1.0, 0.0], [True, False], torch.ones(2), np.ones(2, dtype=bool))
+    for mask in (*masks, torch.ones(2, dtype=torch.uint8), np.ones(2, dtype=np.uint8)):
         with pytest.raises(PackingError, match="fill=0"):
             orphaned.apply(mask, shifted=True)
         assert as_list(orphaned.apply(mask, shifted=True, fill=0)) == [0]
+        assert as_list(orphaned.apply({"loss_mask": mask}, shifted=True)["loss_mask"]) == [0]
+    assert orphaned.apply([1.0, 2.0], shifted=True, fill=-100) == [-100]
+    with pytest.raises(PackingError, match=r"-100 does not fit torch\.uint8"):
+        orphaned.apply(torch.ones(2, dtype=torch.uint8), shifted=True, fill=-100)
+
+
+def test_masks_among_labels_are_known_by_name():
+    given = {"labels": torch.tensor([5, 6]), "loss_mask": torch.tensor([1, 1])}
+    orphaned = reconcile([1, 9], [2], IMAGE)
+    cut = orphaned.apply(given, shifted=True)
+    assert {name: as_list(value) for name, value in cut.items()} == {
+        "labels": [-100], "loss_mask": [0],
+    }  # fmt: skip
+    assert as_list(orphaned.apply(given, shifted=True, fill=7)["loss_mask"]) == [7]
+
+
+@pytest.mark.parametrize("as_kind", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_tokens_may_be_any_dimension(as_kind):
+    """Position ids of M-RoPE are [3, T], or [3, 1, T]; three tokens are no reason to guess."""
+    cut = truncate([1, 9, 9], [2], 2, IMAGE)
+    positions = as_kind([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    assert cut.apply(positions, dim=1).tolist() == [[0], [3], [6]]
+    assert cut.apply(positions, dim=-1).tolist() == [[0], [3], [6]]
+    assert cut.apply(positions[:, None], dim=2).tolist() == [[[0]], [[3]], [[6]]]
+    assert cut.apply(positions).tolist() == cut.apply(positions, dim=0).tolist() == [[0, 1, 2]]
+    filled = reconcile([1, 9], [2], IMAGE).apply(positions[:, :2], dim=1, shifted=True)
+    assert filled.tolist() == [[-100]] * 3
+    assert cut.apply({"position_ids": positions}, dim=1)["position_ids"].tolist()[2] == [6]
+    for values, dim in ((positions, 2), ([0, 1, 2], 1), (positions, 1.0), (positions[:, :2], 1)):
+        with pytest.raises(PackingError, match=r"dim is|2 entries"):
+            cut.apply(values, dim=dim)
+    with pytest.raises(PackingError, match="dim is for tokens"):
+        cut.apply(positions[:1], per="image", dim=1)
+
+
+def test_lists_in_a_packed_row_are_sequences():
+    """They could be the runs of two images; those are one level deeper."""
+    row, videos = [5, 5, 1, 5, 5, 5, 5, 1, 5, 5], [[2, 2], [2, 2]]
+    options = {"cu_seqlens": [0, 5, 10], "video_token_id": VIDEO}
+    cut = truncate(row, None, 10, IMAGE, tokens_per_video=videos, **options)
+    assert cut.kept_videos == [0, 1, 2, 3]
+    runs = [[one] for one in videos]
+    for call in (
+        lambda **given: truncate(row, None, 10, IMAGE, **given),
+        lambda **given: reconcile(row, None, IMAGE, **given),
+    ):
+        assert call(tokens_per_video=runs, **options).kept_videos == [0, 1]
 
 
 def test_padding_is_no_edge():
@@ -520,6 +566,25 @@ def test_images_and_videos_are_streams_of_their_own():
     assert by_type.kept_images == [0] and by_type.kept_videos == [0]
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("by_type", [False, True], ids=["ids", "types"])
+@pytest.mark.parametrize(
+    "option", ["vision_start_id", "vision_end_id", "break_token_ids", "pad_token_id"]
+)
+def test_a_placeholder_is_nothing_else(call, by_type, option):
+    """As a marker it would be dropped although its image stays."""
+    inputs = {"input_ids": [1, 9, 9, 1], "tokens_per_image": [2], "image_token_id": IMAGE}
+    if by_type:
+        inputs |= {"image_token_id": None, "mm_token_type_ids": [0, 1, 1, 0]}
+    if call == "truncate":
+        if option == "pad_token_id":
+            pytest.skip("truncate has no padding")
+        inputs["max_length"] = 3
+    inputs[option] = [IMAGE] if option == "break_token_ids" else IMAGE
+    with pytest.raises(PackingError, match=f"{option}: 9 is a placeholder"):
+        CALLS[call](**inputs)
+
+
 def test_one_marker_may_open_and_close():
     """Idefics writes the same token before and behind."""
     ids = [4, IMAGE, IMAGE, 4, TEXT, 4]
@@ -541,6 +606,7 @@ def test_one_marker_may_open_and_close():
         ({"tokens_per_video": [1]}, "no video_token_id"),
         ({"side": "middle"}, "side is 'middle'"),
         ({"side": 5}, "side is 5"),
+        ({"side": [np.array([1, 2])], "cu_seqlens": [0, 3], "max_length": [3]}, "side is array"),
         ({"tokens_per_image": 2}, "tokens_per_image is 2, expected a list"),
         ({"cu_seqlens": [0], "input_ids": []}, "1 entries, but the row has 0 sequences"),
         ({"mm_token_type_ids": [0, 1, 1]}, "image_token_id=None"),
@@ -554,9 +620,11 @@ def test_one_marker_may_open_and_close():
 )
 def test_what_makes_no_sense_is_refused(call, change, message):
     inputs = {"input_ids": [1, 9, 9], "tokens_per_image": [2], "image_token_id": IMAGE}
-    inputs |= {"max_length": 2} if call == "truncate" else {}
+    inputs |= {"max_length": 2, **change}
+    if call == "reconcile":
+        del inputs["max_length"]
     with pytest.raises(PackingError, match=message):
-        CALLS[call](**{**inputs, **change})
+        CALLS[call](**inputs)
 
 
 def test_a_whole_row_has_all_its_placeholders():
@@ -595,6 +663,7 @@ def test_errors_say_what_and_where_and_pickle():
         assert part in str(caught.value)
     with pytest.raises(AmbiguousTruncation) as caught:
         reconcile([1, 1, 9, 1], [[], [1, 1]], IMAGE, cu_seqlens=[0, 1, 4])
+    assert AmbiguousTruncation("made by hand").candidates == ()
     copy = pickle.loads(pickle.dumps(caught.value))
     assert copy.candidates == caught.value.candidates
     assert [one["kept_images"] for one in copy.candidates] == [[0], [1]]
@@ -602,6 +671,8 @@ def test_errors_say_what_and_where_and_pickle():
 
 
 def test_tensors_keep_their_kind():
+    for nothing in (torch.tensor([]), np.array([])):
+        assert "int64" in str(reconcile(nothing, [], IMAGE).output_ids.dtype)
     row = torch.tensor([[1, 9, 9, 2, 9, 9]], dtype=torch.int32)
     cut = truncate(row, torch.tensor([2, 2]), 5, IMAGE, cu_seqlens=torch.tensor([0, 6]))
     assert cut.output_ids.dtype == torch.int32 and cut.output_ids.tolist() == [[1, 9, 9, 2]]
@@ -609,17 +680,46 @@ def test_tensors_keep_their_kind():
     assert isinstance(cut.cu_seqlens, torch.Tensor) and cut.cu_seqlens.tolist() == [0, 4]
     single = truncate(torch.tensor([[9]]), [2 - 1], 0, IMAGE)
     assert single.apply(torch.tensor([[5]])).shape == (1, 0)
+    as_tuple = truncate((1, 9, 9), (2,), 2, IMAGE, cu_seqlens=(0, 3))
+    assert as_tuple.output_ids == (1,) and as_tuple.cu_seqlens == (0, 1)
     array = truncate(np.array([1, 9, 9]), [2], 2, IMAGE)
     assert isinstance(array.output_ids, np.ndarray) and array.output_ids.tolist() == [1]
 
 
+def test_an_entry_without_a_dimension_is_a_number():
+    """A 0-d tensor has a ``__len__`` that raises."""
+    counts = [torch.tensor(2), np.array(1)]
+    for limit in (3, torch.tensor(3), np.array(3)):
+        assert truncate([9, 9, 1, 9], counts, limit, IMAGE).kept_images == [0]
+    assert reconcile([9, 9, 1], counts, IMAGE, side="right").kept_images == [0]
+    packed = truncate([9, 9, 1, 9], counts, 3, IMAGE, cu_seqlens=[0, 3, 4])
+    assert packed.kept_images == [0]
+
+
 def test_rows_without_anything():
+    assert not reconcile([1, 2], [[], []], IMAGE, cu_seqlens=[0, 0, 2]).noop  # one boundary less
+    no_rows = truncate([9, 1], [1], 2, IMAGE)
+    assert no_rows.apply([], per="image", rows=[0]) is None
+    assert no_rows.apply({"pixel_values": torch.zeros(0, 4)}, per="image", rows=[0]) == {}
     assert reconcile([], [], IMAGE).noop
     assert reconcile([], [4], IMAGE).dropped_images == [0]
     assert truncate([], [], 5, IMAGE, cu_seqlens=[0, 0]).cu_seqlens == [0]
     gone = truncate([1, 9, 9], [2], 0, IMAGE)
     assert gone.output_ids == [] and gone.dropped_images == [0] and gone.kept_sequences == []
     assert reconcile([1, 2], [4, 4], IMAGE).dropped_images == [0, 1]  # whichever was cut
+
+
+@pytest.mark.parametrize("counts", [[1] * 200_000, [[2, 2]] * 200_000], ids=["ones", "runs"])
+def test_one_candidate_takes_linear_time(counts):
+    """A known side, or a whole row, leaves one window, however many images there are."""
+    row = []
+    for runs in counts:
+        for run in [runs] if isinstance(runs, int) else runs:
+            row += [TEXT, *[IMAGE] * run]
+    started = time.perf_counter()
+    assert truncate(row, counts, len(row), IMAGE).noop
+    assert reconcile(row[2:], counts, IMAGE, side="left").dropped_images == [0]
+    assert time.perf_counter() - started < 10  # a shift per run takes twice as long
 
 
 @pytest.mark.parametrize("images", ["many", "few", "equal", "runs"])

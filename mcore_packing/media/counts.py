@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
 from .families import (
+    GEMMA3_MIN_CROPS,
     MEGATRON_CLASS_TOKEN_LEN,
     MEGATRON_ENCODER_PREFIX,
     MEGATRON_ENCODERS,
@@ -22,10 +24,11 @@ from .families import (
     MEGATRON_TILE_TAG_TOKENS_BY_PREFIX,
     MEGATRON_TWO_DIGIT_TILES,
     MEGATRON_WITHOUT_CLASS_TOKEN,
+    MIN_AREA_OF_LARGER_GRID,
     QWEN_MAX_ASPECT_RATIO,
     get_family,
 )
-from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, shorten
+from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, nested, shorten
 
 
 def num_image_tokens(family: str, height: int, width: int, **settings: Any) -> int:
@@ -76,12 +79,20 @@ def num_image_tokens(family: str, height: int, width: int, **settings: Any) -> i
             f"{', '.join(known.settings)}"
         )
     merged = {**known.settings, **settings}
-    for name, values in known.choices.items():
-        if merged[name] not in values:
-            raise PackingError(
-                f"{name} is {merged[name]!r}, expected one of {', '.join(map(str, values))}"
-            )
-    return as_int(rule(height, width, merged), f"the count of family {family!r}", minimum=1)
+    try:
+        for name, values in known.choices.items():
+            if merged[name] not in values:
+                raise PackingError(
+                    f"{name} is {merged[name]!r}, expected one of {', '.join(map(str, values))}"
+                )
+        count = rule(height, width, merged)
+    except PackingError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise PackingError(
+            f"family {family!r} cannot count with this size and these settings: {error}"
+        ) from error
+    return as_int(count, f"the count of family {family!r}", minimum=1)
 
 
 def count_with_processor(
@@ -96,8 +107,10 @@ def count_with_processor(
     Processors have a helper for this, made for vLLM, but its answer counts more than placeholders
     for some (InternVL's begin and end, Pixtral's breaks, Idefics' row and column tags), ignores
     pan and scan for Gemma 3 and is missing for others. Where it is known what the helper counts, it
-    is asked. Any other processor, and any with ``images_kwargs``, is handed a blank image of that
-    size, alone in its sample, and the placeholders that it writes are counted.
+    is asked; for Gemma 3, Pixtral, Idefics 3 and SmolVLM the count follows from the processor's
+    settings instead. Any other processor, one that does not resize or does not crop, and any with
+    ``images_kwargs``, is handed a blank image of that size, alone in its sample, and the
+    placeholders that it writes are counted.
 
     Args:
         processor: a processor object with its image processor and tokenizer.
@@ -129,8 +142,10 @@ def count_with_processor(
         checked.append(_as_size(height, width, f"sizes[{i}]: "))
     names = [base.__name__ for base in type(processor).__mro__]
     ask = next((_HELPERS[name] for name in names if name in _HELPERS), None)
+    images = getattr(processor, "image_processor", None)
+    made_to_size = all(getattr(images, step, None) is not False for step in _MADE_TO_SIZE_BY)
     try:
-        if ask is not None and not images_kwargs:
+        if ask is not None and made_to_size and not images_kwargs:
             counts = [int(count) for count in ask(processor, checked)]
             for size, count in zip(checked, counts, strict=True):
                 if count < 1:
@@ -160,9 +175,11 @@ def check_placeholders(
         input_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row; or a batch
             ``[B, T]``, or a list of ``B`` rows, each of them a sample.
         features: what should replace the placeholders. A tensor ``[rows, H]``, or ``[images, rows,
-            H]``; or tensors nested in lists and tuples; an int counts for that many rows. With
-            samples one entry for each of them (empty or None where it has no images), or one for
-            each image together with ``num_images``.
+            H]``; or tensors nested in lists and tuples; an int, also one of a 1-D integer tensor,
+            counts for that many rows. With samples one entry for each of them (empty or None where
+            it has no images), or one for each image together with ``num_images``. A batch may also
+            have all its features in one tensor ``[rows, H]``, as Hugging Face gives them: it does
+            not say where a sample ends, and only totals are compared.
         image_token_id: the placeholder.
         cu_seqlens: ``[B + 1]``, the samples of a packed row.
         num_images: how many entries of ``features`` each sample has.
@@ -181,7 +198,9 @@ rows; the row has 3 placeholders and 3 feature rows
     """
     image_token_id = as_int(image_token_id, "image_token_id")
     placeholders = _placeholders_per_sample(input_ids, image_token_id, cu_seqlens)
-    if num_images is None and len(placeholders) == 1:
+    flat_batch = cu_seqlens is None and getattr(features, "ndim", 0) == 2
+    if num_images is None and (flat_batch or len(placeholders) == 1):
+        placeholders = [sum(placeholders)]
         rows = [_num_rows(features, "features")]
     else:
         rows = _rows_per_sample(features, len(placeholders), num_images)
@@ -200,7 +219,7 @@ rows; the row has 3 placeholders and 3 feature rows
 def _placeholders_per_sample(input_ids, image_token_id: int, cu_seqlens) -> list[int]:
     batch = getattr(input_ids, "ndim", 1) == 2 and input_ids.shape[0] != 1
     if isinstance(input_ids, (list, tuple)) and input_ids:
-        batch = hasattr(input_ids[0], "__len__")
+        batch = nested(input_ids[0])
     if batch and cu_seqlens is not None:
         raise PackingError("cu_seqlens go with one packed row, but input_ids hold several rows")
     if batch:
@@ -229,22 +248,29 @@ def _num_rows(features, name: str) -> int:
     if isinstance(features, (list, tuple)):
         return sum(_num_rows(entry, f"{name}[{i}]") for i, entry in enumerate(features))
     shape = getattr(features, "shape", None)
+    if _are_counts(features):
+        return sum(as_counts(features, name))
     if shape is not None and len(shape):
         return math.prod(shape[:-1]) if len(shape) > 1 else int(shape[0])
     return as_int(features, name, minimum=0)
 
 
+def _are_counts(features) -> bool:
+    return getattr(features, "ndim", 0) == 1 and holds_ints(features)
+
+
 def _rows_per_sample(features, num_samples: int, num_images) -> list[int]:
     shape = getattr(features, "shape", None)
+    images_known = num_images is not None and shape is not None and len(shape) > 2
     if features is None:
         features = [None] * num_samples if num_images is None else []
-    elif shape is not None and len(shape) > 2:
+    elif images_known or _are_counts(features):
         features = list(features)  # [images, rows, H]
     elif not isinstance(features, (list, tuple)):
         found = f"one tensor {list(shape)}" if shape is not None else f"a {type(features).__name__}"
         raise PackingError(
             f"features are {found} for {num_samples} samples, which does not say where each sample "
-            f"ends; pass one entry per sample, or one per image and num_images"
+            f"ends; pass one entry per sample, or one per image and say num_images"
         )
     rows = [_num_rows(entry, f"features[{i}]") for i, entry in enumerate(features)]
     if num_images is None:
@@ -345,14 +371,14 @@ def _gemma3(height: int, width: int, settings: Mapping) -> int:
     smallest, most = _positive(settings, "pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops")
     long, short = max(height, width), min(height, width)
     activate = settings["pan_and_scan_min_ratio_to_activate"]
-    if not isinstance(activate, (int, float)) or not activate > 0:
+    if not isinstance(activate, Real) or isinstance(activate, bool) or not activate > 0:
         raise PackingError(
             f"pan_and_scan_min_ratio_to_activate is {activate!r}, expected a positive number"
         )
     if long / short < activate:
         return length
     crops = min(math.floor(long / short + 0.5), math.floor(long / smallest))
-    crops = min(most, max(2, crops))
+    crops = min(most, max(GEMMA3_MIN_CROPS, crops))
     if min(math.ceil(long / crops), short) < smallest:
         return length
     return length * (1 + crops)
@@ -450,7 +476,7 @@ def _closest_grid(height: int, width: int, fewest: int, most: int, tile_area: in
         difference = abs(width / height - columns / rows)
         if difference < closest:
             best, closest = tiles, difference
-        elif difference == closest and height * width > 0.5 * tile_area * tiles:
+        elif difference == closest and height * width > MIN_AREA_OF_LARGER_GRID * tile_area * tiles:
             best = tiles
     return best
 
@@ -534,6 +560,10 @@ _HELPERS: dict[str, Callable] = {
     "Qwen3VLProcessor": _helper,
     "SmolVLMProcessor": _all_tiles,
 }
+
+
+# What the helpers take for granted, whatever the image processor was told.
+_MADE_TO_SIZE_BY = ("do_resize", "do_center_crop")
 
 
 def _count_blank(processor, size: tuple[int, int], image_token_id, images_kwargs) -> int:

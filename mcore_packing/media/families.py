@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import PackingError
+from .kinds import as_ids, as_token
 
 # What the first dimension of a tensor can count; slicing.py knows how many of each a sample has.
 LAYOUT_WORDS = (
@@ -17,6 +18,52 @@ LAYOUT_WORDS = (
     "video",
     "video_patch",  # the product of a video's row of video_grid_thw
     "video_frame",
+)
+
+
+# The named rules of counts.py, and the settings that each of them reads.
+COUNT_SETTINGS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "qwen_vl": frozenset({"patch_size", "merge_size", "min_pixels", "max_pixels"}),
+        "gemma4": frozenset({"patch_size", "pooling_kernel_size", "max_soft_tokens"}),
+        "gemma3": frozenset(
+            {
+                "image_seq_length",
+                "do_pan_and_scan",
+                "pan_and_scan_min_crop_size",
+                "pan_and_scan_max_num_crops",
+                "pan_and_scan_min_ratio_to_activate",
+            }
+        ),
+        "llava15": frozenset(
+            {
+                "crop_size",
+                "patch_size",
+                "vision_feature_select_strategy",
+                "num_additional_image_tokens",
+            }
+        ),
+        "internvl3": frozenset(
+            {"image_seq_length", "crop_to_patches", "min_patches", "max_patches", "size"}
+        ),
+        "megatron_llava": frozenset(
+            {
+                "img_h",
+                "img_w",
+                "patch_dim",
+                "vision_model_type",
+                "disable_vision_class_token",
+                "class_token_len",
+                "pixel_shuffle",
+                "use_tile_tags",
+                "tokenizer_type",
+                "use_tiling",
+                "max_num_tiles",
+                "use_thumbnail",
+                "use_area_weighted_aspect_ratio",
+            }
+        ),
+    }
 )
 
 
@@ -60,16 +107,48 @@ class Family:
     source: str = ""
 
     def __post_init__(self):
+        for name in ("layout", "settings", "choices"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise self._error(f"{name} is a {type(value).__name__}, expected a dict")
+            object.__setattr__(self, name, MappingProxyType(dict(value)))
+        for name in ("break_token_ids", "turn_opener"):
+            ids = as_ids(getattr(self, name), f"family {self.name!r}: {name}")
+            object.__setattr__(self, name, tuple(ids))
+        for name in (item.name for item in fields(self) if item.name.endswith("_id")):
+            token = as_token(getattr(self, name), f"family {self.name!r}: {name}")
+            object.__setattr__(self, name, token)
         for key, word in self.layout.items():
             if word not in LAYOUT_WORDS:
-                raise PackingError(
-                    f"family {self.name!r}: layout[{key!r}] is {word!r}, expected one of "
-                    f"{', '.join(LAYOUT_WORDS)}"
+                raise self._error(
+                    f"layout[{key!r}] is {word!r}, expected one of {', '.join(LAYOUT_WORDS)}"
                 )
-        for name in ("layout", "settings", "choices"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        for name in ("break_token_ids", "turn_opener"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_count()
+
+    def _check_count(self) -> None:
+        """A rule that exists, all of its settings, and choices that allow their defaults."""
+        if isinstance(self.count, str) and self.count in COUNT_SETTINGS:
+            missing = sorted(COUNT_SETTINGS[self.count] - set(self.settings))
+            if missing:
+                raise self._error(f"its settings lack {', '.join(missing)} for {self.count!r}")
+        elif self.count is not None and not callable(self.count):
+            raise self._error(
+                f"count is {self.count!r}, expected a function or one of "
+                f"{', '.join(sorted(COUNT_SETTINGS))}"
+            )
+        for name, values in self.choices.items():
+            if name not in self.settings:
+                raise self._error(f"it has choices of {name}, which is no setting")
+            if not isinstance(values, (list, tuple)):
+                raise self._error(f"choices of {name} are {values!r}, expected a tuple")
+            if self.settings[name] not in values:
+                raise self._error(
+                    f"{name} is {self.settings[name]!r}, expected one of "
+                    f"{', '.join(map(str, values))}"
+                )
+
+    def _error(self, what: str) -> PackingError:
+        return PackingError(f"family {self.name!r}: {what}")
 
     def __reduce__(self):
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -117,8 +196,8 @@ def register_family(
 
     Args:
         name: what it will be called.
-        like: a registered family that gives every attribute not named here. ``layout`` and
-            ``settings`` replace its own, they are not merged.
+        like: a registered family that gives every attribute not named here. ``settings`` go over
+            its own where the count rule is the same; ``layout`` and ``choices`` replace its own.
         overwrite: allow a name that is taken.
         **attributes: of ``Family``.
 
@@ -126,7 +205,8 @@ def register_family(
         The new family.
 
     Raises:
-        PackingError: the name is taken, an attribute does not exist, a layout word is unknown.
+        PackingError: the name is taken, an attribute does not exist or makes no sense, a layout
+            word or count rule is unknown, a rule lacks a setting.
 
     Example:
         >>> family = register_family("my_qwen", like="qwen2_vl", image_token_id=7)
@@ -145,6 +225,9 @@ def register_family(
             f"{', '.join(sorted(known))}"
         )
     base = Family(name) if like is None else get_family(like)
+    given = attributes.get("settings")
+    if isinstance(given, Mapping) and attributes.get("count", base.count) == base.count:
+        attributes["settings"] = {**base.settings, **given}
     _FAMILIES[name] = replace(base, name=name, **attributes)
     return _FAMILIES[name]
 
@@ -184,14 +267,14 @@ register_family(
 register_family(
     "qwen2_5_vl",
     like="qwen2_vl",
-    settings=FAMILIES["qwen2_vl"].settings | {"max_pixels": 28 * 28 * 16384},
+    settings={"max_pixels": 28 * 28 * 16384},
     source="transformers 5.23.0: Qwen2_5_VLConfig; max_pixels in preprocessor_config.json of "
     "Qwen/Qwen2.5-VL-7B-Instruct; otherwise as qwen2_vl",
 )
 register_family(
     "qwen3_vl",
     like="qwen2_vl",
-    settings={"patch_size": 16, "merge_size": 2, "min_pixels": 256**2, "max_pixels": 4096**2},
+    settings={"patch_size": 16, "min_pixels": 256**2, "max_pixels": 4096**2},
     source="transformers 5.23.0: Qwen3VLConfig, Qwen3VLProcessor; settings in "
     "preprocessor_config.json of Qwen/Qwen3-VL-8B-Instruct; TRL's qwen3_vl chat template",
 )
@@ -244,7 +327,7 @@ register_family(
     "gemma3_pan_and_scan",
     like="gemma3",
     layout=_TEXT | {"pixel_values": "tile"},
-    settings=FAMILIES["gemma3"].settings | {"do_pan_and_scan": True},
+    settings={"do_pan_and_scan": True},
     source="transformers 5.23.0: Gemma3ImageProcessorPil, which puts an image before its crops",
 )
 register_family(
@@ -326,6 +409,10 @@ MEGATRON_TURN_OPENERS: Mapping[str, str] = MappingProxyType(
 )
 
 # Constants of the count rules that nobody can set.
+GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
+# Of two equally close grids the larger, if the image has this share of its pixels:
+# dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
+MIN_AREA_OF_LARGER_GRID = 0.5
 QWEN_MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.23.0
 MEGATRON_MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from operator import index
 from typing import Any
 
@@ -14,14 +15,19 @@ from ..errors import PackingError
 def as_int(value: Any, name: str, minimum: int | None = None) -> int:
     """``value`` as a Python int; floats, strings and bools are refused, never rounded."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = index(value)
+        number = _index(value)
     except TypeError:
         raise PackingError(f"{name} is {value!r}, expected an int") from None
     if minimum is not None and number < minimum:
         raise PackingError(f"{name} is {number}, expected at least {minimum}")
     return number
+
+
+def _index(value: Any) -> int:
+    """``operator.index``, but a bool is no index: a mask would be read as zeros and ones."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+        raise TypeError
+    return index(value)
 
 
 def as_token(value: Any, name: str) -> int | None:
@@ -37,6 +43,11 @@ def as_list(values: Any, name: str) -> list:
         raise PackingError(f"{name} is {values!r}, expected a list") from None
 
 
+def nested(value: Any) -> bool:
+    """Whether an entry has entries itself; a 0-d tensor has none, for all its ``__len__``."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+
+
 def as_ids(values: Any, name: str) -> list[int]:
     """The ints of one row: a flat sequence, or a tensor or array ``[T]`` or ``[1, T]``."""
     shape = getattr(values, "shape", None)
@@ -49,9 +60,9 @@ def as_ids(values: Any, name: str) -> list[int]:
     elif isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise PackingError(f"{name} is a {type(values).__name__}, expected one row of ints")
     try:
-        return [index(value) for value in values]
+        return [_index(value) for value in values]
     except TypeError:
-        kinds = {type(value).__name__ for value in values if not isinstance(value, int)}
+        kinds = {type(value).__name__ for value in values if type(value) is not int}
         raise PackingError(
             f"{name} holds a {' or '.join(sorted(kinds))}, expected ints; pass one row at a time"
         ) from None
@@ -83,6 +94,29 @@ def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
     return counts
 
 
+def holds_ints(values: Any) -> bool:
+    """Whether all entries of a list, tensor or array are ints; bools are none."""
+    dtype = getattr(values, "dtype", None)
+    if dtype is not None:
+        return "int" in str(dtype)
+    return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
+
+
+def check_fits(values: Sequence, dtype: Any) -> None:
+    """Refuse what a small integer dtype of torch or NumPy would wrap around."""
+    if not values or "int" not in str(dtype):
+        return
+    if isinstance(dtype, torch.dtype):
+        limits = torch.iinfo(dtype)
+    else:
+        import numpy as np
+
+        limits = np.iinfo(dtype)
+    for value in (min(values), max(values)):
+        if not limits.min <= value <= limits.max:
+            raise PackingError(f"{value} does not fit {dtype}; pass a wider dtype")
+
+
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
     """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
     bounds = as_ids(cu_seqlens, "cu_seqlens")
@@ -100,19 +134,28 @@ def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
 
 
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
-    """``values`` as the kind that ``template`` is: a list, or a tensor or array of its shape.
+    """``values`` as the kind that ``template`` is: a list, a tuple, a tensor or array of its shape.
 
-    Tensors are of the template's dtype, or of ``dtype``.
+    Tensors are of the template's dtype, or of ``dtype``; what does not fit is refused.
     """
     if isinstance(template, Tensor):
-        row = torch.tensor(values, dtype=dtype or template.dtype, device=template.device)
+        dtype = dtype or template.dtype
+        check_fits(values, dtype)
+        row = torch.tensor(values, dtype=dtype, device=template.device)
     elif hasattr(template, "__array__"):
         import numpy as np
 
-        row = np.asarray(values, dtype=np.int64 if dtype else template.dtype)
+        dtype = np.dtype(np.int64) if dtype else template.dtype
+        check_fits(values, dtype)
+        row = np.asarray(values, dtype=dtype)
     else:
-        return values
+        return tuple(values) if isinstance(template, tuple) else values
     return row[None] if template.ndim == 2 else row
+
+
+def like_ids(template: Any, values: list[int]) -> Any:
+    """``like`` for ids, which are ints even where the template is empty and was made of floats."""
+    return like(template, values, None if holds_ints(template) else torch.int64)
 
 
 def length(values: Any, name: str) -> int:

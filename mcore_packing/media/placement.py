@@ -13,7 +13,18 @@ from typing import Any
 import torch
 
 from ..errors import PackingError, PlaceholderMismatch
-from .kinds import as_boundaries, as_counts, as_ids, as_list, as_row, as_token, like, shorten
+from .kinds import (
+    as_boundaries,
+    as_counts,
+    as_ids,
+    as_list,
+    as_row,
+    as_token,
+    like,
+    like_ids,
+    nested,
+    shorten,
+)
 
 IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
 
@@ -30,7 +41,7 @@ class Placement:
             spliced in one place; otherwise a list with one index per block (packed rows, given
             turns, placeholders expanded in place).
         block_spans: ``[start, stop)`` of every block in ``output_ids``.
-        labels: with -100 for all that a block holds, None if none were given.
+        labels: with -100 where they are about a token of a block, None if none were given.
         loss_mask: with 0 there, None if none was given.
         position_ids: restarting in every sequence.
         cu_seqlens: the moved boundaries, None if none were given.
@@ -102,10 +113,10 @@ def place_image_blocks(
     """Put every image block where it belongs, and move labels, loss mask and boundaries along.
 
     Each sequence by itself: where it already holds one placeholder per image, each placeholder
-    becomes its block, in place, as Hugging Face processors do it. Begin and end marker that already
-    surround a placeholder are not repeated. A sequence without placeholders gets its blocks after
-    the last turn opener, or after the openers that ``images_per_turn`` says, or where
-    ``splice_image_blocks`` falls back to.
+    becomes its block, in place, as Hugging Face processors do it. The markers of a block, where all
+    of them already surround its placeholder, are not repeated. A sequence without placeholders gets
+    its blocks after the last turn opener, or after the openers that ``images_per_turn`` says, or
+    where ``splice_image_blocks`` falls back to.
 
     Args:
         prompt_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row.
@@ -124,7 +135,8 @@ def place_image_blocks(
         prompt_token_id: what stands for an image in the prompt, where that is another token than
             the placeholder in the blocks (Gemma 3 writes begin-of-image there).
         shifted: labels and loss mask are shifted, as Megatron's are: entry ``t`` is about token
-            ``t + 1``, so the entry before a block must not be trained either.
+            ``t + 1``. The entry before a block is not trained then, and that of the block's last
+            token takes over what stood there: it predicts the same token.
 
     Returns:
         A ``Placement``.
@@ -194,16 +206,17 @@ def place_image_blocks(
     if num_seqs == len(seqs) == 1 and not placeholders[0] and turns[0] is None:
         insert_at = _splice_at(ids, opener, turn_ends[0], bos_token_id, 0, len(ids))
     output, spans, new_starts = _apply(ids, edits, blocks, starts)
+    moved = len(ids), edits, blocks, new_starts, shifted
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
     types = None
     if image_token_id is not None:
-        types = like(prompt_ids, [int(token == image_token_id) for token in output])
+        types = like_ids(prompt_ids, [int(token == image_token_id) for token in output])
     return Placement(
-        output_ids=like(prompt_ids, output),
+        output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
         block_spans=spans,
-        labels=_edit_tokens(labels, "labels", IGNORE_INDEX, starts, edits, blocks, shifted),
-        loss_mask=_edit_tokens(loss_mask, "loss_mask", 0, starts, edits, blocks, shifted),
+        labels=_edit_tokens(labels, "labels", IGNORE_INDEX, *moved),
+        loss_mask=_edit_tokens(loss_mask, "loss_mask", 0, *moved),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),
         mm_token_type_ids=types,
@@ -261,8 +274,7 @@ def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | N
     if images_per_turn is None:
         return [None] * len(turn_ends)
     images_per_turn = as_list(images_per_turn, "images_per_turn")
-    nested = any(entry is None or hasattr(entry, "__len__") for entry in images_per_turn)
-    if not nested:
+    if not any(entry is None or nested(entry) for entry in images_per_turn):
         flat = as_counts(images_per_turn, "images_per_turn")
         if len(flat) != sum(num_turns):
             raise PackingError(
@@ -373,16 +385,17 @@ def _check_turns(seq: int, placeholders: list[int], turn: list[int], ends: list[
 def _expand_in_place(ids, placeholders, blocks, mine, image_token_id, start, stop, seq):
     """Each placeholder becomes its block, together with the markers that already surround it."""
     edits, last = [], start
-    for position, i in zip(placeholders, mine, strict=True):
+    limits = [*placeholders[1:], stop]
+    for position, limit, i in zip(placeholders, limits, mine, strict=True):
         block = blocks[i]
         first, end = position, position + 1
         if image_token_id in block:
             before = block.index(image_token_id)
             after = block[::-1].index(image_token_id)
             low, high = position - before, position + 1 + after
-            inside = low >= last and high <= stop
-            same = ids[low:position] == block[:before] and ids[end:high] == block[-after:]
-            if before and after and inside and same:
+            inside = low >= last and high <= limit
+            same_end = ids[end:high] == block[len(block) - after :]
+            if inside and same_end and ids[low:position] == block[:before]:
                 first, end = low, high
         edits.append(_Edit(first, end, i, seq))
         last = end
@@ -403,18 +416,24 @@ def _apply(ids, edits, blocks, starts) -> tuple[list[int], list[list[int]], list
     return output + ids[last:], spans, [0, *accumulate(lengths)]
 
 
-def _edit_tokens(values, name, fill, starts, edits, blocks, shifted):
-    """A per-token array after the edits: ``fill`` for every block, and before it if shifted."""
+def _edit_tokens(values, name, fill, num_tokens, edits, blocks, new_starts, shifted):
+    """A per-token array after the edits, with ``fill`` for every token of a block.
+
+    Shifted, the block's last token predicts what the token before it, or the last one that it
+    replaces, predicted; a sequence has no entry about its first token.
+    """
     if values is None:
         return None
-    row = as_row(values, name, starts[-1])
+    row = as_row(values, name, num_tokens)
     output, last = [], 0
     for edit in edits:
-        block = blocks[edit.block]
         output += row[last : edit.start]
-        changed = bool(block) or edit.stop > edit.start
-        if shifted and changed and edit.start > starts[edit.seq]:
-            output[-1] = fill
-        output += [fill] * len(block)
+        entries = [fill] * len(blocks[edit.block])
+        if shifted:
+            begins = len(output) == new_starts[edit.seq]
+            before = fill if begins else output.pop()
+            entries.append(row[edit.stop - 1] if edit.stop > edit.start else before)
+            entries = entries[begins:]
+        output += entries
         last = edit.stop
     return like(values, output + row[last:])

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import PackingError
 from .families import LAYOUT_WORDS, get_family
-from .kinds import as_counts, as_ids, as_int, as_list, length, shorten, take_spans
+from .kinds import as_counts, as_ids, as_int, as_list, length, nested, shorten, take_spans
 
 
 def split_samples(
@@ -34,8 +34,8 @@ def split_samples(
             ``image_grid_thw``; ``video``; ``video_patch``, likewise by ``video_grid_thw``;
             ``video_frame``.
         num_images: how many images each sample has; None where there are only videos.
-        chunks: ``[start, stop)`` of the samples of each chunk, in any order; an int is the number
-            of samples in each chunk, of which the last may have fewer.
+        chunks: ``[start, stop)`` of the samples of each chunk, also as a ``range``, in any order;
+            an int is the number of samples in each chunk, of which the last may have fewer.
         tiles_per_image: how many tiles each image has, where a key counts tiles.
         num_videos: how many videos each sample has, where there are any.
         frames_per_video: how many frames each video has, where a key counts them.
@@ -58,13 +58,13 @@ def split_samples(
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
     rows = _Rows(batch, layout, num_images, tiles_per_image, num_videos, frames_per_video)
-    if not hasattr(chunks, "__len__"):
+    if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
         starts = range(0, rows.num_samples, size)
         chunks = [(start, min(start + size, rows.num_samples)) for start in starts]
     checked = []
     for i, chunk in enumerate(as_list(chunks, "chunks")):
-        bounds = as_ids(chunk, f"chunks[{i}]")
+        bounds = _as_bounds(chunk, f"chunks[{i}]")
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= rows.num_samples:
             raise PackingError(
                 f"chunks[{i}] is {bounds}, expected [start, stop) of {rows.num_samples} samples"
@@ -114,6 +114,14 @@ def take_samples(
     return rows.of(samples)
 
 
+def _as_bounds(chunk, name: str) -> list[int]:
+    if not isinstance(chunk, range):
+        return as_ids(chunk, name)
+    if chunk.step != 1:
+        raise PackingError(f"{name} is {chunk}, expected a step of 1")
+    return [chunk.start, chunk.stop]
+
+
 class _Rows:
     """Where the rows of each sample begin in each tensor of a batch."""
 
@@ -148,6 +156,10 @@ class _Rows:
                 f"both have one for each sample"
             )
         self.num_samples = len(self.images)
+        of_videos = [key for key, word in self.words.items() if "video" in word]
+        forgotten = [key for key in of_videos if length(self.batch[key], key)]
+        if videos is None and forgotten:
+            raise PackingError(f"{', '.join(forgotten)} counts videos; pass num_videos")
 
         self.starts = {word: self._count(word) for word in set(self.words.values())}
         for key, word in self.words.items():
@@ -219,6 +231,8 @@ class _Rows:
             if not any(items):
                 return name, []
             raise PackingError(f"{', '.join(keys)} counts by {name}, which is not in the batch")
-        return name, [
-            math.prod(as_counts(row, f"{name}[{i}]", minimum=1)) for i, row in enumerate(grid)
-        ]
+        rows = [as_counts(row, f"{name}[{i}]", minimum=1) for i, row in enumerate(grid)]
+        for i, row in enumerate(rows):
+            if len(row) != 3:
+                raise PackingError(f"{name}[{i}] has {len(row)} entries, expected 3: t, h and w")
+        return name, [math.prod(row) for row in rows]

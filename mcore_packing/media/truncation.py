@@ -16,8 +16,12 @@ from .kinds import (
     as_int,
     as_list,
     as_token,
+    check_fits,
+    holds_ints,
     length,
     like,
+    like_ids,
+    nested,
     shorten,
     take,
     take_spans,
@@ -62,12 +66,13 @@ class Truncation:
     kept_sequences: list[int]
     max_seqlen: int
     _num_tokens: int
+    _all_sequences: bool  # no boundary is gone: an empty sequence leaves no other trace
     _holes: list[int]  # entries of keep_positions that something inside the cut was removed after
 
     @property
     def noop(self) -> bool:
-        """True where the row stays as it was, with all its images and videos."""
-        whole = len(self.keep_positions) == self._num_tokens
+        """True where the row stays as it was, with all its images, videos and boundaries."""
+        whole = self._all_sequences and len(self.keep_positions) == self._num_tokens
         return whole and not self.dropped_images and not self.dropped_videos
 
     def kept_row_ranges(self, rows_per_image: Sequence[int], per: str = "image") -> list[list[int]]:
@@ -110,27 +115,32 @@ class Truncation:
         *,
         rows: Sequence[int] | None = None,
         shifted: bool = False,
-        fill: Any = IGNORE_INDEX,
+        fill: Any = None,
+        dim: int | None = None,
     ) -> Any:
         """Cut an array as the row was cut.
 
         Args:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
-                of them.
+                of them; an attention mask is not shifted, so it does not go with labels that are.
             per: what the first dimension counts: "token", "image" or "video". Tokens may also be
-                the second dimension of ``[1, T]``.
+                the second dimension of ``[1, T]``, or ``dim``.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``.
-            fill: -100 for labels; give 0 for a loss mask, advantages or log-probabilities.
+            fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
+                that comes without its name cannot be told from labels: give 0 for it, and for
+                advantages and log-probabilities.
+            dim: the dimension of the tokens, where it is another: 1 for the position ids ``[3, T]``
+                of M-RoPE.
 
         Returns:
-            What is left, of the same kind. Where no image (no video) is left, None, and in a dict
-            the key is absent: vision encoders do not take zero rows.
+            What is left, of the same kind. Where no image (no video), or no row of one, is left,
+            None, and in a dict the key is absent: vision encoders do not take zero rows.
 
         Raises:
-            PackingError: ``values`` has another length than the row or the images, or should be
-                filled with -100 but holds no ints.
+            PackingError: ``values`` has another length than the row or the images, or holds no
+                signed ints and ``fill`` is left out.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
@@ -140,16 +150,20 @@ class Truncation:
             {'image_grid_thw': ['second']}
         """
         if isinstance(values, Mapping):
-            cut = {
-                key: self.apply(value, per, rows=rows, shifted=shifted, fill=fill)
-                for key, value in values.items()
-            }
+            cut = {}
+            for key, value in values.items():
+                its_fill = 0 if fill is None and "mask" in str(key) else fill
+                cut[key] = self.apply(
+                    value, per, rows=rows, shifted=shifted, fill=its_fill, dim=dim
+                )
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
         if per == "token":
-            return self._apply_to_tokens(values, shifted, fill)
-        kept, total = self._kept(per)
+            return self._apply_to_tokens(values, shifted, fill, dim)
+        if dim is not None:
+            raise PackingError(f"dim is for tokens; {per}s are always the first dimension")
+        _, total = self._kept(per)
         ranges = self.kept_row_ranges([1] * total if rows is None else rows, per)
         expected = total if rows is None else sum(as_counts(rows, "rows"))
         found = length(values, "values")
@@ -157,17 +171,23 @@ class Truncation:
             raise PackingError(
                 f"values have {found} entries, but the {total} {per}s have {expected} rows"
             )
-        if not kept:
+        if all(start == stop for start, stop in ranges):
             return None
         return take_spans(values, ranges)
 
-    def _apply_to_tokens(self, values, shifted: bool, fill):
-        shape = getattr(values, "shape", None)
-        batch_of_one = shape is not None and len(shape) > 1 and shape[0] == 1
+    def _dim_of_tokens(self, shape) -> int:
+        batch_of_one = len(shape) > 1 and shape[0] == 1
         if self._num_tokens == 1:  # [1, 1] is what the ids are
             batch_of_one = batch_of_one and getattr(self.output_ids, "ndim", 1) == 2
-        dim = int(batch_of_one)
-        found = shape[1] if dim else length(values, "values")
+        return int(batch_of_one)
+
+    def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None):
+        shape = getattr(values, "shape", None)
+        dims = (length(values, "values"),) if shape is None or not len(shape) else shape
+        dim = self._dim_of_tokens(dims) if dim is None else as_int(dim, "dim")
+        if not -len(dims) <= dim < len(dims):
+            raise PackingError(f"dim is {dim}, but values have {len(dims)} dimensions")
+        dim, found = dim % len(dims), dims[dim]
         if found != self._num_tokens:
             raise PackingError(
                 f"values have {found} entries, but the row has {self._num_tokens} tokens"
@@ -175,18 +195,18 @@ class Truncation:
         cut = take(values, self.keep_positions, dim)
         if not shifted or not self._holes:
             return cut
-        if fill == IGNORE_INDEX and not _holds_ints(values):
-            raise PackingError("values are no ints, so they are no labels; pass fill=0")
+        if fill is None:
+            if not holds_ints(values) or "uint" in str(getattr(values, "dtype", "")):
+                raise PackingError("values are no signed ints, so they are no labels; pass fill=0")
+            fill = IGNORE_INDEX
+        check_fits([fill], getattr(values, "dtype", None))
         if shape is None:
             cut = list(cut)
             for hole in self._holes:
                 cut[hole] = fill
             return cut if isinstance(values, list) else type(values)(cut)
         cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
-        if dim:
-            cut[:, self._holes] = fill
-        else:
-            cut[self._holes] = fill
+        cut[(slice(None),) * dim + (self._holes,)] = fill
         return cut
 
     def _kept(self, per: str) -> tuple[list[int], int]:
@@ -220,8 +240,10 @@ def truncate(
     Args:
         input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
         tokens_per_image: how many placeholders each image has, in order. An image whose
-            placeholders stand in several runs can be given as the list of its runs. For a packed
-            row flat, or one such list per sequence.
+            placeholders stand in several runs can be given as the list of its runs; runs that
+            adjoin are one run: give their sum. For a packed row flat ints, or one such list per
+            sequence: there a list among the entries is always a sequence's, never runs, which are
+            one level deeper, ``[[[2, 2]], [[2, 2]]]``.
         max_length: how many tokens may stay. For a packed row an int is the length of the whole
             row; a list cuts each sequence to its own length.
         image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
@@ -245,7 +267,7 @@ def truncate(
     Raises:
         PlaceholderMismatch: the whole row does not have the placeholders that ``tokens_per_image``
             says, in number or in order.
-        PackingError: an argument makes no sense.
+        PackingError: an argument makes no sense, or a marker or break token is a placeholder.
 
     Example:
         >>> row = [1, 7, 9, 9, 8, 2, 7, 9, 9, 9, 8, 3]
@@ -291,8 +313,10 @@ def reconcile(
 
     Args:
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
-        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``; for
-            a packed row one list per sequence.
+        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``:
+            runs that adjoin are one run, give their sum. For a packed row one list per sequence; a
+            list among its entries is always a sequence's, never runs, which are one level deeper,
+            ``[[[2, 2]], [[2, 2]]]``.
         image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
         side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
             For a packed row also one per sequence.
@@ -309,7 +333,8 @@ def reconcile(
         PlaceholderMismatch: no window fits; the images are others, or in another order.
         AmbiguousTruncation: more than one set of images, or of orphaned placeholders, fits. The
             attribute ``candidates`` lists the first few. Say ``side``, or cut with ``truncate``.
-        PackingError: an argument makes no sense.
+        PackingError: an argument makes no sense, or a marker, break token or padding is a
+            placeholder.
 
     Example:
         The cut went through the first image; counting from the front would keep it:
@@ -374,6 +399,7 @@ class _Row:
     num_seqs: int  # without the tail
     packed: bool
     tokens: dict[int, str]
+    placeholders: set[int]
     breaks: list[int] | None = None  # how many break tokens stand before each position
     vision_start_id: int | None = None
     vision_end_id: int | None = None
@@ -391,6 +417,7 @@ class _Row:
                     f"mm_token_type_ids has {len(kinds)} entries, but the row {len(ids)} tokens"
                 )
             tokens = {kind: f"type {kind}" for kind in (_IMAGE, _VIDEO)}
+            placeholders = {ids[p] for p, kind in enumerate(kinds) if kind in tokens}
         else:
             modality = {}
             for kind, name, token_id in (
@@ -406,9 +433,11 @@ class _Row:
                 )
             kinds = [modality.get(token, 0) for token in ids]
             tokens = {kind: f"id {token}" for token, kind in modality.items()}
+            placeholders = set(modality)
         bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
         starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
-        return cls(ids, kinds, starts, len(bounds) - 1, cu_seqlens is not None, tokens)
+        num_seqs, packed = len(bounds) - 1, cu_seqlens is not None
+        return cls(ids, kinds, starts, num_seqs, packed, tokens, placeholders)
 
     def read_options(self, break_ids, vision_start_id, vision_end_id, drop_dangling, pad_token_id):
         inside = set(as_ids(break_ids, "break_token_ids"))
@@ -419,6 +448,14 @@ class _Row:
         if drop_dangling:
             self.vision_start_id, self.vision_end_id = vision_start_id, vision_end_id
         self.pad_token_id = as_token(pad_token_id, "pad_token_id")
+        for name, tokens in (
+            ("break_token_ids", inside),
+            ("vision_start_id", {vision_start_id}),
+            ("vision_end_id", {vision_end_id}),
+            ("pad_token_id", {self.pad_token_id}),
+        ):
+            for token in tokens & self.placeholders:
+                raise PackingError(f"{name}: {token} is a placeholder")
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
@@ -474,7 +511,7 @@ class _Row:
         entries = [] if spec is None else as_list(spec, where)
         if entries and kind not in self.tokens:
             raise PackingError(f"{where} is given, but no {name}_token_id to find them by")
-        flat = not any(entry is None or hasattr(entry, "__len__") for entry in entries)
+        flat = not any(entry is None or nested(entry) for entry in entries)
         if not self.packed:
             return [_as_items(entries, where)]
         if not entries:
@@ -539,7 +576,7 @@ class _Row:
             if position not in ends and state[position + 1] != _KEPT
         ]
         return Truncation(
-            output_ids=like(input_ids, [self.ids[position] for position in keep]),
+            output_ids=like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
             orphan_positions=[p for p, what in enumerate(state) if what == _ORPHAN],
             kept_images=kept["image"],
@@ -553,6 +590,7 @@ class _Row:
             kept_sequences=seqs,
             max_seqlen=max(lengths[: self.num_seqs], default=0),
             _num_tokens=len(self.ids),
+            _all_sequences=cu_seqlens is None or len(seqs) == self.num_seqs,
             _holes=holes,
         )
 
@@ -585,19 +623,12 @@ class _Row:
                 state[position] = _DANGLING
 
 
-def _holds_ints(values) -> bool:
-    dtype = getattr(values, "dtype", None)
-    if dtype is not None:
-        return "int" in str(dtype)
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
-
-
 def _as_items(entries, where: str) -> list[list[int]]:
     """The runs of each image, from ints and lists of ints."""
     items = []
     for i, entry in enumerate(as_list(entries, where)):
-        nested = hasattr(entry, "__len__")
-        runs = as_ids(entry, f"{where}[{i}]") if nested else [as_int(entry, f"{where}[{i}]")]
+        name = f"{where}[{i}]"
+        runs = as_ids(entry, name) if nested(entry) else [as_int(entry, name)]
         if not runs or min(runs) < 1:
             raise PackingError(
                 f"{where}[{i}] is {entry}, expected at least 1; leave out an image that has no "
@@ -610,7 +641,7 @@ def _as_items(entries, where: str) -> list[list[int]]:
 def _windows(row: _Row, max_length, side) -> list[tuple[int, int]]:
     """What stays of every sequence, and of the tail, before anything is repaired."""
     seqs = list(pairwise(row.starts))
-    if not hasattr(max_length, "__len__"):
+    if not nested(max_length):
         limit = min(as_int(max_length, "max_length", minimum=0), len(row.ids))
         first = 0 if _as_side(side) == "right" else len(row.ids) - limit
         last = first + limit
@@ -636,7 +667,7 @@ def _per_seq(side, row: _Row) -> list:
 
 
 def _as_side(side) -> str:
-    if side not in _SIDES:
+    if not isinstance(side, str) or side not in _SIDES:
         raise PackingError(
             f"side is {side!r}, expected 'left' or 'right', the side that is cut off"
         )
@@ -669,6 +700,11 @@ def _align(row: _Row, stream: _Stream, start: int, stop: int, side: str | None) 
         candidates = 1
     elif side == "left":
         candidates = 1 << (total - left)
+    if candidates & (candidates - 1) == 0:  # one window: ask it, in time linear in the row
+        first = candidates.bit_length() - 1
+        if not _fits(stream, first, left, breaks, gaps):
+            raise _mismatch(stream, positions, gaps, side)
+        return first
     boundaries = _bits(stream.runs, total + 1)
     for offset in breaks:
         candidates &= boundaries >> offset
@@ -694,6 +730,16 @@ def _align(row: _Row, stream: _Stream, start: int, stop: int, side: str | None) 
     if candidates & keeps:
         raise _ambiguous(stream, candidates, keeps)
     return lowest
+
+
+def _fits(stream: _Stream, first: int, left: int, breaks: list[int], gaps: list[int]) -> bool:
+    """Whether the ``left`` placeholders from number ``first`` on break where the row breaks."""
+    runs = set(stream.runs)
+    adjoin = set(range(1, left)) - set(gaps)
+    inner = runs - set(stream.starts)
+    return runs.issuperset(first + offset for offset in breaks) and adjoin.isdisjoint(
+        boundary - first for boundary in inner
+    )
 
 
 def _bits(numbers, size: int) -> int:
