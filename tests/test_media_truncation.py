@@ -470,11 +470,11 @@ def test_labels_and_masks_are_told_apart():
 
 
 def test_masks_among_labels_are_known_by_name():
-    given = {"labels": torch.tensor([5, 6]), "loss_mask": torch.tensor([1, 1])}
+    given = {name: torch.tensor([1, 1]) for name in ("labels", "loss_mask", "attention_mask")}
     orphaned = reconcile([1, 9], [2], IMAGE)
     cut = orphaned.apply(given, shifted=True)
     assert {name: as_list(value) for name, value in cut.items()} == {
-        "labels": [-100], "loss_mask": [0],
+        "labels": [-100], "loss_mask": [0], "attention_mask": [1],
     }  # fmt: skip
     assert as_list(orphaned.apply(given, shifted=True, fill=7)["loss_mask"]) == [7]
 

@@ -122,12 +122,13 @@ class Truncation:
 
         Args:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
-                of them; an attention mask is not shifted, so it does not go with labels that are.
+                of them.
             per: what the first dimension counts: "token", "image" or "video". Tokens may also be
                 the second dimension of ``[1, T]``, or ``dim``.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
-                that token was removed from inside the row, the entry becomes ``fill``.
+                that token was removed from inside the row, the entry becomes ``fill``. Never true
+                of an ``attention_mask`` among them.
             fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
                 that comes without its name cannot be told from labels: give 0 for it, and for
                 advantages and log-probabilities.
@@ -153,8 +154,9 @@ class Truncation:
             cut = {}
             for key, value in values.items():
                 its_fill = 0 if fill is None and "mask" in str(key) else fill
+                about_next = shifted and key != "attention_mask"
                 cut[key] = self.apply(
-                    value, per, rows=rows, shifted=shifted, fill=its_fill, dim=dim
+                    value, per, rows=rows, shifted=about_next, fill=its_fill, dim=dim
                 )
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
