@@ -9,8 +9,6 @@ import time
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported
-
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
