@@ -228,19 +228,6 @@ def local_positions(cu_seqlens_padded: Tensor, num_rows: int, cp_size: int, cp_r
     return cu[seq] + offset + half * chunk
 
 
-def to_local(position: Tensor, seq: Tensor, cu: Tensor, cp_size: int, cp_rank: int) -> Tensor:
-    """The inverse of ``local_positions``: where a position of ``seq`` is on a rank, or -1."""
-    if cp_size == 1:
-        return position
-    begin = cu[seq]
-    chunk_size = ((cu[seq + 1] - begin) // (2 * cp_size)).clamp(min=1)
-    offset = position - begin
-    chunk = offset // chunk_size
-    first, second = chunk == cp_rank, chunk == 2 * cp_size - 1 - cp_rank
-    local = begin // cp_size + offset % chunk_size + torch.where(second, chunk_size, 0)
-    return torch.where(first | second, local, -1)
-
-
 def expand_tokens(
     input_ids: Tensor,
     labels: Tensor | None,
@@ -318,25 +305,23 @@ def source_positions(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of ``source``: where each text row and each image row went.
 
+    Said here as what it is, a scatter; the kernel searches, so that it writes every entry once.
+
     Returns:
         int32 ``[T]`` and int32 ``[num_image_rows]``: positions on this rank, -1 for what is not
         here (a placeholder, a row that was cut off, a row of another rank).
     """
-    cu, starts = cu_seqlens_padded.long(), row_starts.long()
-
-    def locate(row):
-        seq = last_at_or_below(starts, row)
-        position = cu[seq] + row - starts[seq]
-        local = to_local(position, seq, cu, cp_size, cp_rank)
-        return torch.where(position < cu[seq + 1], local, -1)
-
-    text = locate(expanded_start[:-1].long())
-    text = torch.where(input_ids == image_token_id, -1, text)
-    row = torch.arange(num_image_rows, device=input_ids.device)
-    if image_begin.numel():
-        image = last_at_or_below(image_start.long(), row)
-        row = locate(image_begin[image] + row - image_start[image])
-    return text.int(), row.int()
+    source = expand_tokens(
+        input_ids, None, None, image_begin, image_start, row_starts, cu_seqlens_padded,
+        image_token_id, int(cu_seqlens_padded[-1]), cp_size, cp_rank,
+    )[0].long()  # fmt: skip
+    position = torch.arange(source.numel(), dtype=torch.int32, device=source.device)
+    text = position.new_full((input_ids.numel(),), -1)
+    images = position.new_full((num_image_rows,), -1)
+    is_text, is_image = source >= 0, (source < PAD) & (source >= -1 - num_image_rows)
+    text[source[is_text]] = position[is_text]
+    images[-2 - source[is_image]] = position[is_image]
+    return text, images
 
 
 def expand_rows(
