@@ -81,12 +81,11 @@ def expand_tokens_kernel(
     next_image = tl.load(image_begin_ptr + image, mask=image < num_images, other=-1).to(tl.int64)
     trains = (((next_image == row + 1) & (row + 1 < end)) | is_pad) == 0
     if HAS_LABELS:
-        label = tl.load(labels_ptr + token, mask=live, other=IGNORE)
+        is_last_row = (is_image == 0) | (image_row == stop - 1)
+        label = tl.load(labels_ptr + token, mask=live & trains & is_last_row, other=IGNORE)
         leaked = (label == image_token_id) & (row + 1 == end) & (token + 1 < num_tokens)
         trains = trains & (leaked == 0)
-        is_last_row = (is_image == 0) | (image_row == stop - 1)
-        label = tl.where(trains & is_last_row, label, IGNORE)
-        tl.store(new_labels_ptr + local, label, mask=live)
+        tl.store(new_labels_ptr + local, tl.where(leaked, IGNORE, label), mask=live)
     if HAS_LOSS_MASK:
         keep = live & trains & is_text
         tl.store(
