@@ -594,6 +594,13 @@ class Reached(Exception):
     """The language model was called with these arguments."""
 
 
+def stop_at_language_model(model):
+    def stop(module, args, kwargs):
+        raise Reached(kwargs)
+
+    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+
+
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """Nobody looks at a value before the end of a forward, as on a GPU."""
@@ -621,11 +628,7 @@ def test_without_looking(like_a_gpu, positions, seen):
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_no_value_is_read_before_the_language_model(like_a_gpu, positions):
     model, given = model_of(positions), arguments(tiny.samples(3, img_size=SIZE))
-
-    def stop(module, args, kwargs):
-        raise Reached
-
-    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    stop_at_language_model(model)
     with mp.install(model, pad_between_seqs=True), HostReads() as reads, pytest.raises(Reached):
         model(**given)
     # Main compares cu_seqlens[-1] with the row once, itself.
@@ -703,11 +706,7 @@ def test_boundaries_end_where_megatrons_own_rows_do(fp8, fixed, fused, context):
     model, samples = model_of(max_sequence_length=400), tiny.samples(3, img_size=SIZE)
     model.config.fp8, model.config.fp8_recipe = fp8, "delayed"
     model._language_is_pipeline_parallel = fixed
-
-    def stop(module, args, kwargs):
-        raise Reached(kwargs)
-
-    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    stop_at_language_model(model)
     given = arguments(samples)
     if context:
         given[context] = types.SimpleNamespace(key_value_memory_dict={})
@@ -720,11 +719,7 @@ def test_boundaries_end_where_megatrons_own_rows_do(fp8, fixed, fused, context):
 def test_a_failing_forward_keeps_its_error(like_a_gpu):
     model, given = model_of(), arguments(tiny.samples(3, img_size=SIZE))
     given["packed_seq_params"].cu_seqlens_q = given["packed_seq_params"].cu_seqlens_kv.flip(0)
-
-    def stop(module, args, kwargs):
-        raise Reached
-
-    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+    stop_at_language_model(model)
     with mp.install(model, space="collapsed"), pytest.raises(Reached):
         model(**given)
 

@@ -391,16 +391,21 @@ def test_a_packed_row_cut_as_a_whole(parts, data):
         assert same.kept_images == kept and same.output_ids == cut.output_ids
 
 
-@LAW
-@given(samples(), st.data())
-def test_everything_is_cut_alike(sample, data):
-    """Arrays of all kinds follow their tokens, images and rows; nothing is left of no image."""
+def cut_anywhere(sample, data):
     limit = data.draw(st.integers(0, len(sample.ids)))
     side = data.draw(st.sampled_from(["left", "right"]))
     cut = truncate(
         sample.ids, sample.per_image(), limit, IMAGE, side=side, break_token_ids=[BREAK],
         tokens_per_video=sample.per_image(VIDEO), video_token_id=VIDEO, **MARKERS,
     )  # fmt: skip
+    return cut, limit, side
+
+
+@LAW
+@given(samples(), st.data())
+def test_everything_is_cut_alike(sample, data):
+    """Arrays of all kinds follow their tokens, images and rows; nothing is left of no image."""
+    cut, *_ = cut_anywhere(sample, data)
     tokens = list(range(100, 100 + len(sample.ids)))
     expected = [tokens[position] for position in cut.keep_positions]
     assert cut.apply(tokens) == expected
@@ -432,12 +437,7 @@ def test_everything_is_cut_alike(sample, data):
 @given(samples(), st.data())
 def test_shifted_labels_never_speak_of_a_token_that_is_gone(sample, data):
     """A label stays where its token follows, or where the cut took it; before a hole it is -100."""
-    limit = data.draw(st.integers(0, len(sample.ids)))
-    side = data.draw(st.sampled_from(["left", "right"]))
-    cut = truncate(
-        sample.ids, sample.per_image(), limit, IMAGE, side=side, break_token_ids=[BREAK],
-        tokens_per_video=sample.per_image(VIDEO), video_token_id=VIDEO, **MARKERS,
-    )  # fmt: skip
+    cut, limit, side = cut_anywhere(sample, data)
     labels = list(range(1, len(sample.ids) + 1))  # the position of the token each is about
     found = cut.apply(labels, shifted=True)
     last = limit if side == "right" else len(sample.ids)
