@@ -17,7 +17,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["mcore_packing", "mcore_packing.kernels", "mcore_packing.media"],
+    packages=[
+        "mcore_packing",
+        "mcore_packing.kernels",
+        "mcore_packing.media",
+        "mcore_packing.testing",
+    ],
     package_dir={"mcore_packing.kernels": "kernels"},
     install_requires=["torch", "megatron-core>=0.12", 'triton; platform_system == "Linux"'],
     extras_require={

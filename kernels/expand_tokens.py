@@ -7,6 +7,7 @@ import triton.language as tl
 from .search import last_at_or_below, lower_bound, num_steps
 
 PAD = tl.constexpr(-1)
+FIRST_IMAGE_ROW = tl.constexpr(-2)
 IGNORE = tl.constexpr(-100)
 
 _INTEGERS = (
@@ -20,9 +21,9 @@ def expand_tokens_kernel(
     input_ids_ptr,  # [T]
     labels_ptr,  # [T] or unused
     loss_mask_ptr,  # [T] or unused
-    image_begin_ptr,  # [N] int32
-    image_start_ptr,  # [N + 1] int32
-    row_starts_ptr,  # [B + 2] int32
+    image_start_ptr,  # [N] int32
+    cu_image_rows_ptr,  # [N + 1] int32
+    seq_start_ptr,  # [B + 2] int32, in the unpadded row
     cu_padded_ptr,  # [B + 2] int32
     source_ptr,  # [P] int32, out
     position_ids_ptr,  # [P] int64, out
@@ -56,34 +57,35 @@ def expand_tokens_kernel(
         offset = local - begin // cp_size
         chunk = tl.where(offset < half, cp_rank, 2 * (cp_size - 1) - cp_rank)
         position = begin + offset + half * chunk
-    first_row = tl.load(row_starts_ptr + seq).to(tl.int64)
-    end = tl.load(row_starts_ptr + seq + 1).to(tl.int64)
-    row = first_row + position - begin
-    is_pad = row >= end
+    unpadded = tl.load(seq_start_ptr + seq).to(tl.int64) + position - begin
+    seq_end = tl.load(seq_start_ptr + seq + 1).to(tl.int64)
+    is_pad = unpadded >= seq_end
 
-    # The last image that begins at or before the row decides what the row is.
-    image = lower_bound(image_begin_ptr, row + 1, num_images, image_steps)
-    stop = tl.load(image_start_ptr + image).to(tl.int64)
+    # The last image that starts at or before a position decides what stands there.
+    image = lower_bound(image_start_ptr, unpadded + 1, num_images, image_steps)
+    rows_before = tl.load(cu_image_rows_ptr + image).to(tl.int64)  # of all images up to that one
     has_image = image > 0
-    image_first = tl.load(image_begin_ptr + image - 1, mask=has_image, other=0).to(tl.int64)
-    image_row = tl.load(image_start_ptr + image - 1, mask=has_image, other=0) + row - image_first
-    is_image = has_image & (image_row < stop)
-    token = tl.where(is_image, row - image_row + image - 1, row - stop + image)
+    start = tl.load(image_start_ptr + image - 1, mask=has_image, other=0).to(tl.int64)
+    image_row = tl.load(cu_image_rows_ptr + image - 1, mask=has_image, other=0) + unpadded - start
+    is_image = has_image & (image_row < rows_before)
+    token = tl.where(is_image, unpadded - image_row + image - 1, unpadded - rows_before + image)
     token = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
-    source = tl.where(is_image, -2 - image_row, token)
+    source = tl.where(is_image, FIRST_IMAGE_ROW - image_row, token)
     is_text = (is_image | is_pad) == 0
     tl.store(source_ptr + local, tl.where(is_pad, PAD, source).to(tl.int32), mask=live)
     tl.store(position_ids_ptr + local, position - begin, mask=live)
     ids = tl.load(input_ids_ptr + token, mask=live & is_text, other=0)
     tl.store(token_ids_ptr + local, ids, mask=live)
 
-    # A token's last row predicts the next token, unless that is an image of the same sequence.
-    next_image = tl.load(image_begin_ptr + image, mask=image < num_images, other=-1).to(tl.int64)
-    trains = (((next_image == row + 1) & (row + 1 < end)) | is_pad) == 0
+    # The last row of a token predicts the next one, unless that is an image of the same sequence.
+    next_start = tl.load(image_start_ptr + image, mask=image < num_images, other=-1).to(tl.int64)
+    before_image = (next_start == unpadded + 1) & (unpadded + 1 < seq_end)
+    trains = (before_image | is_pad) == 0
     if HAS_LABELS:
-        is_last_row = (is_image == 0) | (image_row == stop - 1)
+        is_last_row = (is_image == 0) | (image_row == rows_before - 1)
         label = tl.load(labels_ptr + token, mask=live & trains & is_last_row, other=IGNORE)
-        leaked = (label == image_token_id) & (row + 1 == end) & (token + 1 < num_tokens)
+        # A row-wide shift made this one: the next sequence begins with an image.
+        leaked = (label == image_token_id) & (unpadded + 1 == seq_end) & (token + 1 < num_tokens)
         trains = trains & (leaked == 0)
         tl.store(new_labels_ptr + local, tl.where(leaked, IGNORE, label), mask=live)
     if HAS_LOSS_MASK:
@@ -97,9 +99,10 @@ def expand_tokens(
     input_ids,
     labels,
     loss_mask,
-    image_begin,
+    expanded_start,
     image_start,
-    row_starts,
+    cu_image_rows,
+    seq_start_expanded,
     cu_seqlens_padded,
     image_token_id,
     num_rows,
@@ -108,37 +111,38 @@ def expand_tokens(
 ):
     """Launch the kernel; arguments and results are those of ``reference.expand_tokens``."""
     size = num_rows // cp_size
-    num_images, num_seqs = image_begin.numel(), row_starts.numel() - 2
-    source = row_starts.new_empty(size)
-    position_ids = row_starts.new_empty(size, dtype=torch.int64)
+    num_images, num_seqs = image_start.numel(), seq_start_expanded.numel() - 2
+    source = cu_seqlens_padded.new_empty(size)
+    position_ids = cu_seqlens_padded.new_empty(size, dtype=torch.int64)
     token_ids = input_ids.new_empty(size)
     new_labels = input_ids.new_empty(0) if labels is None else labels.new_empty(size)
     new_loss_mask = input_ids.new_empty(0) if loss_mask is None else loss_mask.new_empty(size)
     block = 256
-    expand_tokens_kernel[(triton.cdiv(size, block),)](
-        input_ids,
-        input_ids if labels is None else labels,
-        input_ids if loss_mask is None else loss_mask,
-        image_begin,
-        image_start,
-        row_starts,
-        cu_seqlens_padded,
-        source,
-        position_ids,
-        token_ids,
-        new_labels,
-        new_loss_mask,
-        input_ids.numel(),
-        num_images,
-        num_seqs,
-        image_token_id,
-        num_rows,
-        cp_size,
-        cp_rank,
-        num_steps(num_images),
-        num_steps(num_seqs + 2),
-        HAS_LABELS=labels is not None,
-        HAS_LOSS_MASK=loss_mask is not None,
-        BLOCK=block,
-    )
+    with torch.cuda.device_of(input_ids):
+        expand_tokens_kernel[(triton.cdiv(size, block),)](
+            input_ids,
+            input_ids if labels is None else labels,
+            input_ids if loss_mask is None else loss_mask,
+            image_start,
+            cu_image_rows,
+            seq_start_expanded,
+            cu_seqlens_padded,
+            source,
+            position_ids,
+            token_ids,
+            new_labels,
+            new_loss_mask,
+            input_ids.numel(),
+            num_images,
+            num_seqs,
+            image_token_id,
+            num_rows,
+            cp_size,
+            cp_rank,
+            num_steps(num_images),
+            num_steps(num_seqs + 2),
+            HAS_LABELS=labels is not None,
+            HAS_LOSS_MASK=loss_mask is not None,
+            BLOCK=block,
+        )
     return source, position_ids, token_ids, new_labels, new_loss_mask

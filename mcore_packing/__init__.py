@@ -1,17 +1,20 @@
 """Packed multimodal sequences that are correct and fast in Megatron-Core."""
 
+import importlib.util
+import sys
 from importlib import import_module
 from pathlib import Path
 
 from .context_parallel import alignment, cp_partition
 from .errors import AmbiguousTruncation, BoundarySpaceError, PackingError, PlaceholderMismatch
-from .layout import PackedLayout, expand_embeddings, expand_labels, remap_cu_seqlens
+from .expand import expand_embeddings, expand_labels
+from .layout import PackedLayout, remap_cu_seqlens
 
 __version__ = "0.1.0"
 
 # What needs Megatron is imported when it is first used.
 _LAZY = {
-    "boundaries": "packed_seq",
+    "layout_options": "llava",
     "packed_seq_params": "packed_seq",
     "remap_packed_seq_params": "packed_seq",
     "install": "llava",
@@ -36,10 +39,21 @@ __all__ = [
     *_LAZY,
 ]
 
-# In a bare checkout ``mcore_packing.kernels`` is the folder beside this one; in a wheel it is
-# inside.
+
+def _load_kernels(folder: Path) -> None:
+    """In a bare checkout ``mcore_packing.kernels`` is the folder beside this one; in a wheel it is
+    inside. Named here, it is imported from there and once, whatever is on the path."""
+    name = f"{__name__}.kernels"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    globals()["kernels"] = sys.modules[name]
+
+
 if not Path(__file__).with_name("kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+    _load_kernels(Path(__file__).parents[1] / "kernels")
 
 
 def __getattr__(name):

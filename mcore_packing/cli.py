@@ -51,8 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parity(options) -> int:
-    from . import parity, tiny
+    from . import parity
     from .llava import install
+    from .testing import tiny
 
     failed = False
     with tiny.megatron():
@@ -109,7 +110,7 @@ def _version(package: str) -> str:
 
 
 def _attention() -> str:
-    from . import tiny
+    from .testing import tiny
 
     try:
         return tiny.attention_name()
@@ -119,10 +120,10 @@ def _attention() -> str:
 
 def _llava() -> dict[str, str]:
     try:
-        from .llava import LLaVAModel, understanding
+        from .versions import LLaVAModel, describe
     except ImportError as error:
         return {"LLaVAModel": f"cannot be imported: {error}"}
-    return {"LLaVAModel": understanding(LLaVAModel), "found in": inspect.getfile(LLaVAModel)}
+    return {"LLaVAModel": describe(LLaVAModel), "found in": inspect.getfile(LLaVAModel)}
 
 
 def _show(options) -> int:

@@ -1,9 +1,15 @@
 """``install``: the forward hook on Megatron's ``LLaVAModel``, and its removal."""
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
+import threading
 import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -11,27 +17,26 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from . import versions
 from .context_parallel import alignment
-from .errors import Fault, PackingError, Space
-from .layout import PackedLayout, expand_embeddings, expand_labels
-from .packed_seq import expand_params, layouts_of, physical_boundaries, with_seq_idx
+from .errors import PackingError, PlaceholderMismatch
+from .expand import count_lost, expand_tokens, fill_rows
+from .layout import PackedLayout, check_on_overflow, max_seqlen_bound, read_later, round_up
+from .packed_seq import (
+    layout_of,
+    megatron_params,
+    physical_boundaries,
+    says,
+    stage_layout,
+    with_capacity,
+)
 from .reference import local_positions
+from .space import check_space
 
 logger = logging.getLogger(__name__)
 
-# ``_preprocess_data`` by its arguments: releases return three values, main returns five.
-_RELEASED = frozenset({
-    "image_embeddings", "language_embeddings", "input_ids", "loss_mask", "labels",
-    "use_inference_kv_cache", "inference_context", "image_token_index", "num_image_tiles",
-    "inference_params",
-})  # fmt: skip
-_MAIN = _RELEASED | {
-    "imgs_sizes", "position_ids", "sound_embeddings", "sound_embeddings_len", "sound_timestamps",
-}  # fmt: skip
-_METHODS = ("_preprocess_data", "_process_embedding_token_parallel")
-_INFERENCE = ("inference_context", "inference_params")
-
 _NO_IMAGE = -(2**31)  # an id that no tokenizer has
+_CAPACITY_STEP = 64
 
 
 def install(
@@ -39,523 +44,645 @@ def install(
     space: str = "auto",
     fused: bool = True,
     on_missing: str = "pass",
+    on_overflow: str = "raise",
     pad_between_seqs: bool | None = None,
+    capacity: int | None = None,
 ) -> "Installation":
     """Make packed rows correct in a ``LLaVAModel``, by a hook around its ``forward``.
 
     Whenever ``forward`` gets ``thd`` boundaries, they are moved to expanded space before anything
     reads them; for ``learned_absolute`` position embeddings the position ids are restarted at every
-    sequence. Calls without boundaries, in another format, or with lists of tokens (inference) pass
+    sequence. Parameters that came with their layout (``mp.packed_seq_params``) are used as they
+    are. Calls without boundaries, in another format, or with lists of tokens (inference) pass
     through untouched.
 
     Args:
         model: a ``LLaVAModel``, any wrapper around one (``Float16Module``, DDP, FSDP), or a list of
             pipeline chunks.
-        space: what the boundaries count: "collapsed" tokens, "expanded" rows, or "auto": ask each
-            row. Boundaries that are expanded already (Megatron's Energon loader makes such) stay as
-            they are.
+        space: what boundaries without a layout count: "collapsed" tokens, "expanded" rows (as
+            Megatron's Energon loader makes them), or "auto": ask the values of the first rows,
+            refuse what is not certain, and keep the first answer, for training and evaluation
+            apart. Say it where you know it.
         fused: also replace the expansion itself: one kernel, no host synchronisation, and labels
             that never cross a boundary. Without it only boundaries and position ids change.
-        on_missing: "raise" makes a call without ``thd`` boundaries an error, "pass" lets it
-            through. A pipeline stage that gets neither tokens nor boundaries silently attends
-            across samples.
+        on_missing: "raise" makes a call without ``thd`` boundaries an error (stages without a
+            language model and inference pass), "pass" lets it through. A pipeline stage that gets
+            neither tokens nor boundaries silently attends across samples.
+        on_overflow: "raise" makes samples that do not fit the language model's maximum, with the
+            padding that parallelism asks for, an error; "truncate" cuts them off, as Megatron does,
+            and logs how many trained tokens went. What lies behind the last boundary is cut off
+            either way, unless it is trained.
         pad_between_seqs: whether ``cu_seqlens_q`` counts real rows, padding excluded, and
             ``cu_seqlens_q_padded`` says where sequences are. By default one tensor, the padded
             boundaries, serves as both, unless the caller's own parameters tell them apart.
+        capacity: where layers are captured as CUDA graphs, which reject boundaries of another
+            length: room for so many sequences, the tail included. By default what the first row
+            needs, rounded up to 64.
 
     Returns:
         A handle: ``check()`` raises what the last row had wrong, ``remove()`` restores the model.
         Also a context manager.
 
     Raises:
-        PackingError: no ``LLaVAModel`` in there, installed twice, or a language model that drops
-            its boundaries (hybrids before Megatron-Core 0.16).
+        PackingError: no ``LLaVAModel`` in there, installed twice, a ``forward`` without
+            ``packed_seq_params``, or a language model that drops its boundaries (hybrids before
+            Megatron-Core 0.16).
 
     Source:
-        ``LLaVAModel.forward`` of Megatron-Core 0.12.3 to 0.16.1 and main.
+        ``LLaVAModel.forward`` of Megatron-Core 0.12.3 to main.
     """
-    if space not in ("auto", "collapsed", "expanded"):
-        raise PackingError(f"space is {space!r}, expected 'auto', 'collapsed' or 'expanded'")
+    check_space(space)
+    check_on_overflow(on_overflow)
     if on_missing not in ("pass", "raise"):
         raise PackingError(f"on_missing is {on_missing!r}, expected 'pass' or 'raise'")
-    chunks = list(model) if isinstance(model, list | tuple) else [model]
-    hooks = [
-        _Hook(find_llava(chunk), space, fused, on_missing == "raise", pad_between_seqs)
-        for chunk in chunks
-    ]
-    if len({id(hook.model) for hook in hooks}) < len(hooks):
+    models = [find_llava(chunk) for chunk in _chunks(model)]
+    if len(set(map(id, models))) < len(models):
         raise PackingError("the same LLaVAModel is in the list twice")
-    for hook in hooks:
-        hook.install()
-    return Installation(hooks)
+    settings = Settings(
+        _SpaceOfRows(space), fused, on_missing == "raise", on_overflow, pad_between_seqs, capacity
+    )
+    hooks = [_Hook(llava, settings) for llava in models]
+    for llava, hook in zip(models, hooks, strict=True):
+        hook.install(llava)
+    return Installation(models, settings)
+
+
+def layout_options(model) -> dict:
+    """Arguments with which ``PackedLayout.build`` lays a row out exactly as the model will.
+
+    For a data path that makes layouts where it makes rows, on the CPU.
+
+    Args:
+        model: as ``install`` takes it, installed or not.
+
+    Returns:
+        ``space``, ``on_overflow``, and the multiples and lengths that the parallelism, the
+        precision and the maximum of the model ask for.
+
+    Raises:
+        PackingError: no ``LLaVAModel`` in there, or a maximum that pipelines cannot use.
+    """
+    llava = find_llava(_chunks(model)[0])
+    hook = _hook_of(llava)
+    if hook is not None:
+        return hook.layout_options(llava)
+    return _layout_options(llava, "auto", "raise")
 
 
 class Installation:
-    """What ``install`` returns: the hook of every pipeline chunk."""
+    """What ``install`` returns: the hook of every pipeline chunk. It does not keep models alive."""
 
-    def __init__(self, hooks: list["_Hook"]):
-        self._hooks = hooks
+    def __init__(self, models: list[LLaVAModel], settings: "Settings"):
+        self._models = [weakref.ref(model) for model in models]
+        self._settings = settings
 
     @property
     def layout_options(self) -> dict:
-        """Arguments with which ``PackedLayout.build`` lays a row out exactly as the model will.
+        """As ``mp.layout_options`` of the model."""
+        return layout_options(self._live()[0])
 
-        For a data path that computes boundaries once, on the CPU, and hands them to every pipeline
-        stage.
-        """
-        return self._live()[0].layout_options
+    @property
+    def space(self) -> str:
+        """What boundaries without a layout count: as said, or as found, in the model's present mode
+        or else in the other; "auto" until a row tells."""
+        space, training = self._settings.space, self._live()[0].training
+        return space.of(training) or space.of(not training) or "auto"
 
-    def _live(self) -> list["_Hook"]:
-        if not self._hooks:
+    def _live(self) -> list[LLaVAModel]:
+        if not self._models:
             raise PackingError("the hook was removed before")
-        return self._hooks
+        models = [model for ref in self._models if (model := ref()) is not None]
+        if not models:
+            raise PackingError("the model is gone")
+        return models
 
     def check(self) -> None:
         """Raise what is wrong with the last packed row of any chunk (synchronises on a GPU)."""
-        for hook in self._live():
-            if hook.last_layout is not None:
-                hook.last_layout.check()
+        for model in self._live():
+            _hook_of(model).check()
 
     def remove(self) -> None:
         """Restore the model exactly.
 
         Raises:
-            PackingError: it was removed before, or someone else replaced the hook since.
+            PackingError: it was removed before, or someone else changed the model's class or
+                ``forward`` since.
         """
-        for hook in self._live():
-            hook.remove()
-        self._hooks = []
+        models = self._live()
+        for model in models:
+            _hook_of(model).check_removable(model)
+        for model in models:
+            _hook_of(model).remove(model)
+        self._models = []
 
     def __enter__(self) -> "Installation":
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._hooks:
+        if self._models:
             self.remove()
 
 
-class _Replacement:
-    """A method replaced on an instance, that will not be copied along with it."""
+class _SpaceOfRows:
+    """What the boundaries of a data path count: said, or found once and kept."""
 
-    _mcore_packing = True
+    def __init__(self, space: str):
+        self.said = None if space == "auto" else space
+        self.found = {}  # by whether the model was training
 
-    def __init__(self, method, original):
-        functools.update_wrapper(self, original)
-        self._call = functools.partial(method, original)
+    def of(self, training: bool) -> str | None:
+        return self.said or self.found.get(training)
 
-    def __call__(self, *args, **kwargs):
-        return self._call(*args, **kwargs)
+    def learn(self, space: str | None, training: bool) -> None:
+        if space is None or self.of(training) is not None:
+            return
+        self.found[training] = space
+        logger.info("the boundaries of the first packed row are %s", space)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            warnings.warn(
+                f"mcore_packing found the boundaries to be {space} by looking at a row; processes "
+                f"that see other rows could find otherwise, so say it: install(space={space!r})",
+                stacklevel=2,
+            )
 
-    def __reduce_ex__(self, protocol):
-        raise PackingError(
-            "a copy of this model would run the original's forward; remove() the hook, copy or "
-            "pickle the model, then install() on both"
-        )
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``install`` was told, for all chunks."""
+
+    space: _SpaceOfRows
+    fused: bool
+    raises_if_missing: bool
+    on_overflow: str
+    pad_between_seqs: bool | None
+    capacity: int | None
+
+
+@dataclass
+class _Call:
+    """One packed ``forward`` in progress."""
+
+    layout: PackedLayout
+    given: PackedSeqParams
+    fused: bool
+    cp_size: int
+    cp_rank: int
+    params: PackedSeqParams | None = None  # what the language model gets
+    wait: Callable[[], PackedLayout] | None = None  # for the layout's status
+    wait_for_lost: Callable[[], list[int]] | None = None  # for the number of trained tokens cut off
+    waits_for_end: bool = False  # nothing but a fault is still to be read
+    num_image_rows: int | None = None  # that the vision model gave
+    has_params: bool = False  # whether the language model got them
 
 
 class _Hook:
-    """The hook on one ``LLaVAModel``: methods replaced on the instance.
+    """The hook on one ``LLaVAModel``.
 
     ``forward`` lays the row out and passes expanded boundaries on. Where the expansion is fused,
-    the two methods it calls in between find the layout of the call in progress in ``self.call``.
+    the two methods that Megatron calls in between find the layout in ``self.call``. Right before
+    the language model, with the vision model queued on the GPU, what only the GPU knew is read.
     """
 
-    def __init__(self, model: LLaVAModel, space: str, fused: bool, raises: bool, pad_between_seqs):
-        if hasattr(model.forward, "_mcore_packing"):
+    def __init__(self, model: LLaVAModel, settings: Settings):
+        if _hook_of(model) is not None:
             raise PackingError(
                 "mcore_packing is installed on this model already; remove() it first"
             )
-        self.model = model
-        self.space = space
-        self.raises = raises
-        self.call = None
-        self.last_layout = None
-        self.replaced = {}
-        self.space_is_said = space != "auto"
+        self.settings = settings
         self.forward_signature = inspect.signature(model.forward)
-        self.preprocess_signature = inspect.signature(model._preprocess_data)
-        takes = frozenset(self.preprocess_signature.parameters)
-        self.known = takes in (_RELEASED, _MAIN)
-        self.is_main = takes == _MAIN
-        self.fused = fused and self.known and model._tile_tags is None
-        if not self.known:
-            warnings.warn(
-                f"mcore_packing does not know this LLaVAModel._preprocess_data, which takes "
-                f"{sorted(takes ^ _RELEASED)} more or less: boundaries are remapped, expansion "
-                f"stays Megatron's own (fused=False)",
-                stacklevel=4,
+        if "packed_seq_params" not in self.forward_signature.parameters:
+            raise PackingError(
+                f"the forward of this {type(model).__name__} has no parameter packed_seq_params "
+                f"({', '.join(self.forward_signature.parameters)}), so its boundaries cannot be "
+                f"found; name it in the signature, or set __wrapped__ (functools.wraps)"
             )
+        self.preprocess_signature = inspect.signature(model._preprocess_data)
+        self.release = versions.release_of(type(model))
+        self.fused = settings.fused and model._tile_tags is None and self._is_known(model)
         language_model = getattr(model, "language_model", None)
-        if language_model is not None and not takes_boundaries(language_model):
+        if language_model is not None and not versions.takes_boundaries(language_model):
             raise PackingError(
                 "this megatron-core passes no packed_seq_params to "
                 f"{type(language_model).__name__}, so packed samples leak into each other; hybrid "
                 "models need megatron-core >= 0.16"
             )
-        self.restarts = (
+        self.restarts_positions = (
             getattr(language_model, "position_embedding_type", None) == "learned_absolute"
         )
-        self.fields = {}  # arguments of packed_seq_params
-        if type(language_model).__name__ in ("MambaModel", "HybridModel"):
-            self.fields["seq_idx"] = True
-        if pad_between_seqs is not None:
-            self.fields["pad_between_seqs"] = pad_between_seqs
+        self.overrides = {}  # arguments of megatron_params
+        if versions.is_hybrid(language_model):
+            self.overrides["seq_idx"] = True
+        if settings.pad_between_seqs is not None:
+            self.overrides["pad_between_seqs"] = settings.pad_between_seqs
         # Routers of experts count padding otherwise.
-        self.masks_padding = self.fused and _takes_padding_mask(language_model)
-        self.pre_hook = None
+        self.masks_padding = self.fused and versions.wants_padding_mask(language_model)
+        self.has_layer_graphs = versions.asks_for_layer_graphs(model.config)
+        self.capacity = settings.capacity
+        self.class_before = self.forward_before = self.pre_hook = None
+        self.last_layout = self.last_input_ids = None
+        self._local = threading.local()  # a call belongs to its thread
+
+    def _is_known(self, model) -> bool:
+        """Whether the expansion may be replaced: it must be Megatron's own, of a known release."""
+        names = ["_preprocess_data"]
+        if _splits_rows(model):
+            names.append("_process_embedding_token_parallel")
+        why = None
+        if changed := versions.overridden(model, names):
+            why = f"{' and '.join(changed)} of this {type(model).__name__} are not Megatron's own"
+        elif self.release is None:
+            takes = sorted(self.preprocess_signature.parameters)
+            why = f"this LLaVAModel._preprocess_data is of no known release (it takes {takes})"
+        if why is not None:
+            warnings.warn(
+                f"mcore_packing: {why}; boundaries are remapped, the expansion is left alone "
+                f"(fused=False)",
+                stacklevel=5,
+            )
+        return why is None
 
     # Installation
 
-    def install(self) -> None:
-        self._replace("forward", self._forward)
-        for name in _METHODS if self.fused else ():
-            self._replace(name, getattr(self, name))
-        if self.masks_padding:
-            self.pre_hook = self.model.language_model.register_forward_pre_hook(
-                self._add_padding_mask, with_kwargs=True
+    def install(self, model: LLaVAModel) -> None:
+        self.class_before = type(model)
+        self.forward_before = vars(model).pop("forward", None)  # someone's own wrapper
+        model._packing_hook = self
+        model.__class__ = _with_hook(self.class_before)
+        language_model = getattr(model, "language_model", None)
+        if language_model is not None:
+            self.pre_hook = language_model.register_forward_pre_hook(
+                self.before_language_model, prepend=True, with_kwargs=True
             )
 
-    def remove(self) -> None:
-        attributes = self.model.__dict__
-        for name, (wrapper, _) in self.replaced.items():
-            if attributes.get(name) is not wrapper:
-                raise PackingError(f"someone replaced {name} of the model since; remove that first")
-        for name, (_, before) in self.replaced.items():
-            delattr(self.model, name)
-            if before is not None:
-                setattr(self.model, name, before)
-        self.replaced = {}
+    def check_removable(self, model: LLaVAModel) -> None:
+        if "forward" in vars(model):
+            raise PackingError("someone replaced forward of the model since; remove that first")
+        if type(model) is not _with_hook(self.class_before):
+            raise PackingError(
+                f"someone made the model a {type(model).__name__} since; remove that first"
+            )
+
+    def remove(self, model: LLaVAModel) -> None:
+        model.__class__ = self.class_before
+        del model._packing_hook
+        if self.forward_before is not None:
+            model.forward = self.forward_before
         if self.pre_hook is not None:
             self.pre_hook.remove()
+        self.class_before = None
 
-    def _replace(self, name: str, method) -> None:
-        original = getattr(self.model, name)
-
-        # On the instance: callers that use model.forward(...) skip a forward pre-hook.
-        wrapper = _Replacement(method, original)
-        self.replaced[name] = (wrapper, self.model.__dict__.get(name))
-        setattr(self.model, name, wrapper)
+    def check(self) -> None:
+        if self.last_layout is None:
+            return
+        self.last_layout.check()
+        ids = self.last_input_ids
+        if ids is not None and not torch.equal(self.last_layout.input_ids, ids.reshape(-1)):
+            raise PackingError("the layout that came with the last row was made of other input_ids")
 
     # What Megatron calls
 
-    def _forward(self, original, *args, **kwargs):
+    @property
+    def call(self) -> _Call | None:
+        """The packed call in progress in this thread."""
+        return getattr(self._local, "call", None)
+
+    @contextlib.contextmanager
+    def _during(self, call: _Call):
+        before, self._local.call = self.call, call
+        try:
+            yield
+        finally:
+            self._local.call = before
+
+    def forward(self, model, original, args, kwargs):
         bound = self.forward_signature.bind(*args, **kwargs)
         given = bound.arguments
-        params, input_ids = given.get("packed_seq_params"), given.get("input_ids")
-        is_thd = params is not None and params.qkv_format == "thd"
-        if not is_thd and self.raises:
-            found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
-            raise PackingError(
-                f"this stage got no packed_seq_params in thd format ({found}), so packed samples "
-                f"would leak into each other; hand every pipeline stage the boundaries of its "
-                f"micro-batch"
-            )
-        is_packed = is_thd and self.model.add_decoder
-        if not is_packed or not isinstance(input_ids, Tensor | None):
+        if not self._is_packed(model, given):
             return original(*args, **kwargs)
-
-        layout = None
-        infers = any(given.get(name) is not None for name in _INFERENCE)
-        fused = self.fused and not infers
-        self._check_context_parallel(params)
-        if input_ids is None:
-            params, alarm = self._check_boundaries(params)
-        else:
-            layout, layout_kv = self._lay_out(given, params, input_ids, fused, infers)
-            self.last_layout = layout
-            alarm = self._watch_layout(layout)
-            params = expand_params(params, layout, layout_kv, **self.fields)
-            if self.restarts and self.model.pre_process:
-                given["position_ids"] = layout.position_ids_collapsed.unsqueeze(0)
-        given["packed_seq_params"] = params
-        if fused:
-            self.call = layout, params
-            if self.splits_rows:
-                # Ours come back from _process_embedding_token_parallel; until then main would clamp
-                # them to the length of this rank's share.
-                given["packed_seq_params"] = PackedSeqParams(qkv_format="thd")
+        call = self._prepare(model, given)
         try:
-            outputs = original(*bound.args, **bound.kwargs)
-        finally:
-            self.call = None
-        if alarm is not None:
-            alarm()
+            with self._during(call):
+                outputs = original(*bound.args, **bound.kwargs)
+        except Exception:
+            if call.waits_for_end:  # what is wrong with the row may be why
+                self._settle(call)
+            raise
+        self._settle(call)
+        if not call.has_params and given["packed_seq_params"].cu_seqlens_q is None:
+            raise PackingError(
+                "the language model ran without its boundaries: it was compiled before the hook "
+                "was installed; call mp.install first"
+            )
         return outputs
 
-    def _preprocess_data(self, original, *args, **kwargs):
-        given = self.preprocess_signature.bind(*args, **kwargs).arguments
-        if self.call is None or self.call[0] is None or given["use_inference_kv_cache"]:
+    def preprocess_data(self, model, original, args, kwargs):
+        call = self.call
+        if call is None or not call.fused or not call.layout.has_tokens:
             return original(*args, **kwargs)
-        model, layout = self.model, self.call[0]
-        embeddings = labels = loss_mask = None
-        if model.post_process and given["labels"] is not None:
-            expanded = expand_labels(layout, given["labels"], given["loss_mask"], **self.rank)
-            labels, loss_mask = (x if x is None else x[None] for x in expanded)
+        given = self.preprocess_signature.bind(*args, **kwargs).arguments
+        sound = given.get("sound_embeddings")
+        if sound is not None and sound.numel():
+            raise PackingError("a sound of one sample looks like none; pass sound_clips=None")
+        layout = call.layout
+        has_labels = model.post_process and given["labels"] is not None
+        labels, loss_mask = (given["labels"], given["loss_mask"]) if has_labels else (None, None)
+        tokens = expand_tokens(layout, labels, loss_mask, call.cp_size, call.cp_rank)
+        embeddings = None
         if model.pre_process:
             text, images = given["language_embeddings"][0], given["image_embeddings"]
             if images is not None and images.numel() == 0:
                 images = None
-            is_dummy = images is not None and self._allows_dummy(layout)
-            embeddings = expand_embeddings(layout, text, None if is_dummy else images, **self.rank)
-            if is_dummy:
-                embeddings = _KeepInGraph.apply(embeddings, images)
+            dummy = None
+            if images is not None and self._allows_dummy(model, layout):
+                dummy, images = images, None
+            call.num_image_rows = 0 if images is None else images.shape[:2].numel()
+            embeddings = fill_rows(layout, text, images, tokens.source, call.cp_size, call.cp_rank)
+            if dummy is not None:
+                embeddings = _KeepInGraph.apply(embeddings, dummy)
             embeddings = embeddings[:, None]
-        if not self.is_main:
-            return embeddings, labels, loss_mask
-        _, position_ids, token_ids, *_ = layout.tokens(**self.rank)
-        position_ids = None if given.get("position_ids") is None else position_ids[None]
-        return embeddings, labels, loss_mask, token_ids[None], position_ids
-
-    def _process_embedding_token_parallel(self, original, *args, **kwargs):
-        if self.call is None:
-            return original(*args, **kwargs)
-        embeddings, labels, loss_mask = args[:3]  # this rank's already
-        if self.model.sequence_parallel_lm and embeddings is not None:
-            embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings, labels, loss_mask, self.call[1]
-
-    def _allows_dummy(self, layout: PackedLayout) -> bool:
-        """A row without images may carry one that only keeps the vision model in the graph: of
-        FSDP's by the caller, on main of Megatron's own."""
-        is_fsdp = getattr(self.model.vision_model, "_is_fsdp_managed_module", False)
-        return layout.image_begin.numel() == 0 and (is_fsdp or self.is_main)
-
-    def _add_padding_mask(self, language_model, args, kwargs):
-        """bool ``[1, rows of this rank]``, True for padding."""
-        if self.call is None or self.call[0] is None:
-            return None
-        layout, mask = self.call[0], self.call[0].padding_mask
-        if self.model.context_parallel_lm > 1:
-            cu_seqlens = layout.cu_seqlens_padded
-            mask = mask[local_positions(cu_seqlens, layout.num_expanded, **self.rank)]
-        if self.model.sequence_parallel_lm:
-            group = language_model.tp_group
-            mask = mask.chunk(group.size())[group.rank()]
-        return args, {**kwargs, "padding_mask": mask[None]}
-
-    # The layout of a row
-
-    @functools.cached_property
-    def splits_rows(self) -> bool:
-        return self.model.context_parallel_lm > 1 or self.model.sequence_parallel_lm
-
-    @property
-    def _is_fixed(self) -> bool:
-        """Whether Megatron pads every row to the language model's maximum length."""
-        model = self.model
-        overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
-        return model._language_is_pipeline_parallel or overlaps
-
-    @property
-    def rank(self) -> dict:
-        size = self.model.context_parallel_lm
-        return {"cp_size": size, "cp_rank": self.model.cp_group.rank() if size > 1 else 0}
-
-    @functools.cached_property
-    def layout_options(self) -> dict:
-        """The space, and the multiples and the length that the model's parallelism asks for."""
-        model, config = self.model, self.model.config
-        if not self.fused:
-            return self._megatrons_layout_options(infers=False)
-        seq_multiple, total_multiple = alignment(
-            model.context_parallel_lm,
-            model.tensor_model_parallel_size_lm,
-            model.sequence_parallel_lm,
-            _fp8_align(config),
+        expanded = (
+            embeddings,
+            None if labels is None else tokens.labels[None],
+            None if loss_mask is None else tokens.loss_mask[None],
         )
-        longest, is_fixed = model._language_max_sequence_length, self._is_fixed
-        if is_fixed and longest % total_multiple:
-            raise PackingError(
-                f"language_max_sequence_length is {longest}, expected a multiple of "
-                f"{total_multiple}: the pipeline expects rows of exactly this length"
-            )
-        longest = longest // total_multiple * total_multiple
-        return {
-            "space": self.space,
-            "seq_multiple": seq_multiple,
-            "total_multiple": total_multiple,
-            "num_padded_rows": longest if is_fixed else None,
-            "max_expanded": longest,
-        }
+        if not self.release.returns_ids:
+            return expanded
+        position_ids = None if given.get("position_ids") is None else tokens.position_ids[None]
+        return *expanded, tokens.token_ids[None], position_ids
 
-    def _megatrons_layout_options(self, infers: bool) -> dict:
-        """What Megatron's own expansion does: it pads no sequence, and a row for pipelines only."""
-        longest = self.model._language_max_sequence_length
-        return {
-            "space": self.space,
-            "num_padded_rows": longest if self._is_fixed and not infers else None,
-            "max_expanded": longest,
-        }
+    def process_embedding_token_parallel(self, model, original, args, kwargs):
+        call = self.call
+        if call is None or not call.fused:
+            return original(*args, **kwargs)
+        embeddings, labels, loss_mask, params = args  # this rank's already
+        if model.sequence_parallel_lm and embeddings is not None:
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return embeddings, labels, loss_mask, params
 
     @torch.compiler.disable
-    def _lay_out(
-        self, given, params, input_ids, fused: bool, infers: bool
-    ) -> tuple[PackedLayout, PackedLayout]:
+    def before_language_model(self, language_model, args, kwargs):
+        """Give the language model its boundaries, and its routers the padding."""
+        call = self.call
+        if call is None:
+            return None
+        if not call.waits_for_end:
+            self._settle(call)
+        call.has_params = True
+        kwargs = {**kwargs, "packed_seq_params": call.params}
+        if self.masks_padding and call.fused:
+            kwargs["padding_mask"] = _padding_mask(language_model, call)
+        return args, kwargs
+
+    def _allows_dummy(self, model, layout: PackedLayout) -> bool:
+        """A row without images may carry one that only keeps the vision model in the graph: of
+        FSDP's by the caller, on main of Megatron's own."""
+        is_fsdp = getattr(model.vision_model, "_is_fsdp_managed_module", False)
+        return layout.image_start.numel() == 0 and (is_fsdp or self.release.keeps_text_rows)
+
+    # One packed call
+
+    def _is_packed(self, model, given) -> bool:
+        """Whether there are boundaries to move.
+
+        Raises:
+            PackingError: there are none, and ``on_missing="raise"``.
+        """
+        params = given.get("packed_seq_params")
+        is_thd = params is not None and params.qkv_format == "thd"
+        has_tensors = isinstance(given.get("input_ids"), Tensor | None)
+        if is_thd and model.add_decoder and has_tensors:
+            return True
+        passes = not model.add_decoder or not has_tensors or _infers(given)
+        if is_thd or passes or not self.settings.raises_if_missing:
+            return False
+        found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
+        raise PackingError(
+            f"this stage got no packed_seq_params in thd format ({found}), so packed samples "
+            f"would leak into each other; hand every pipeline stage the boundaries of its "
+            f"micro-batch"
+        )
+
+    @torch.compiler.disable
+    def _prepare(self, model, given) -> _Call:
+        """Lay the row out, and put into ``given`` what ``forward`` is to see instead."""
+        if self.class_before is None:
+            raise PackingError(
+                "the hook was removed from the model that this one is a shallow copy of"
+            )
+        params, input_ids = given["packed_seq_params"], given.get("input_ids")
+        _check_context_parallel(model, params)
+        fused = self.fused and not _infers(given) and not _has_sound(given)
+        if input_ids is None:
+            options = self.layout_options(model, fused)
+            layout = stage_layout(params, _num_stage_rows(model), **options)
+        else:
+            layout = self._lay_out(model, given, fused)
+        cp_size = model.context_parallel_lm
+        cp_rank = model.cp_group.rank() if cp_size > 1 else 0
+        call = _Call(layout, params, fused, cp_size, cp_rank)
+        self.last_layout = layout
+        self.last_input_ids = input_ids if _rides_along(params) else None
+        self._start_reading(model, given, call)
+        if self.restarts_positions and model.pre_process:
+            given["position_ids"] = layout.position_ids_collapsed.unsqueeze(0)
+        given["packed_seq_params"] = self._first_params(call)
+        return call
+
+    def _lay_out(self, model, given, fused: bool) -> PackedLayout:
+        params, input_ids = given["packed_seq_params"], given["input_ids"]
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise PackingError(
                 f"input_ids are {list(input_ids.shape)}, expected one packed row, [1, T]: Megatron "
                 f"has no batch of rows in thd format"
             )
-        if any(given.get(name) is not None for name in ("sound_clips", "sound_length")):
-            raise PackingError("mcore_packing does not know the expansion of sound tokens")
         token = given.get("image_token_index")
-        token = self.model.image_token_index if token is None else token
-        tokens_per_image, num_rows = self._tokens_per_image(given, input_ids)
-        if self.is_main and tokens_per_image.numel() == 0:
-            token = _NO_IMAGE  # every image was dropped: main keeps placeholders as text
-        options = self.layout_options if fused else self._megatrons_layout_options(infers)
-        layouts = layouts_of(
-            params, input_ids, tokens_per_image, token,
-            num_image_rows=num_rows if fused else None, **options,
-        )  # fmt: skip
+        token = model.image_token_index if token is None else token
+        tokens_per_image, num_image_rows = self._tokens_per_image(model, given)
+        options = self.layout_options(model, fused, _infers(given))
+        if tokens_per_image.numel() == 0 and getattr(self.release, "keeps_text_rows", False):
+            token = _NO_IMAGE
+            options["num_padded_rows"] = options["num_padded_rows"] if fused else None
+        space, said = self.settings.space, getattr(params, "space", None)
+        options["space"] = said or space.of(model.training) or "auto"
+        options["strict"] = not said and space.said is None
+        if fused:
+            options["num_image_rows"] = num_image_rows
+        layout = layout_of(params, input_ids, tokens_per_image, token, **options)
+        if not said and not _rides_along(params):
+            space.learn(layout.space, model.training)
         if not fused:
-            layouts[0].check()
-            self._check_lengths(layouts[0])
-        return layouts
+            layout = layout if layout.is_exact else layout.exact_later()()
+            _check_megatrons_row(model, layout)
+        return layout
 
-    def _tokens_per_image(self, given, input_ids) -> tuple[Tensor, int | None]:
+    def _tokens_per_image(self, model, given) -> tuple[Tensor, int | None]:
         """How many rows each placeholder becomes, and their sum where the host knows it."""
-        model, images = self.model, given.get("images")
+        images, input_ids = given.get("images"), given["input_ids"]
         num_image_tiles = given.get("num_image_tiles")
         if num_image_tiles is None and isinstance(images, Tensor):
             num_image_tiles = torch.ones(images.shape[0], dtype=torch.int, device=input_ids.device)
         if not isinstance(num_image_tiles, Tensor) or num_image_tiles.dim() != 1:
             found = getattr(num_image_tiles, "shape", type(num_image_tiles).__name__)
             raise PackingError(f"num_image_tiles is {found}, expected a tensor [N] on every stage")
-        sizes = given.get("imgs_sizes")
-        if sizes is not None and getattr(model, "_dynamic_resolution", False):
-            return self._dynamic_tokens(num_image_tiles, sizes.to(input_ids.device)), None
-        if sizes is not None and not self.known:
-            raise PackingError("mcore_packing does not know this LLaVAModel's dynamic resolution")
-
-        num_rows = None
         if num_image_tiles.numel() == 0:
-            num_rows = 0  # images may still hold a dummy
-        elif model.pre_process and isinstance(images, Tensor):
+            return num_image_tiles.long(), 0  # images may still hold a dummy
+        if self.release is not None:
+            dynamic = self.release.dynamic_tokens(model, given, num_image_tiles)
+            if dynamic is not None:
+                known = int(dynamic.sum()) if dynamic.device.type == "cpu" else None
+                return dynamic.to(input_ids.device, non_blocking=True), known
+        elif given.get("imgs_sizes") is not None:
+            raise PackingError("mcore_packing does not know this LLaVAModel's dynamic resolution")
+        num_rows = None
+        if model.pre_process and isinstance(images, Tensor):
             num_rows = images.shape[0] * model.img_seq_len
         elif model.pre_process and model.encoder_hidden_state is not None:
             num_rows = model.encoder_hidden_state.shape[:2].numel()
         return num_image_tiles.long() * model.img_seq_len, num_rows
 
-    def _dynamic_tokens(self, num_image_tiles: Tensor, sizes: Tensor) -> Tensor:
-        """Rows of each image from the pixels ``[tiles, 2]`` of its tiles.
+    def layout_options(self, model, fused: bool | None = None, infers: bool = False) -> dict:
+        """As ``mp.layout_options``; for a call that is not fused, what Megatron's own expansion
+        does."""
+        space = self.settings.space.of(model.training) or "auto"
+        on_overflow = self.settings.on_overflow
+        if self.fused if fused is None else fused:
+            return _layout_options(model, space, on_overflow)
+        return _megatrons_layout_options(model, self.release, infers, space, on_overflow)
 
-        Source:
-            ``LLaVAModel._preprocess_data`` of Megatron-Core main, ``dynamic_resolution=True``.
-        """
-        model = self.model
-        rows = (sizes // model.patch_dim).prod(-1)
-        if not model._drop_vision_class_token:
-            rows = rows + model.vision_model.class_token_len
-        for merges in (model._pixel_shuffle, model._conv_merging):
-            rows = rows // 4 if merges else rows
-        if model._max_num_tiles > 1:
-            ends = num_image_tiles.cumsum(0)
-            before = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
-            rows = before[ends] - before[ends - num_image_tiles]
-        return rows
+    # What only the GPU knows
 
-    def _check_context_parallel(self, params: PackedSeqParams) -> None:
-        size = getattr(params, "local_cp_size", None)
-        if size not in (None, self.model.context_parallel_lm):
-            raise PackingError(
-                f"local_cp_size is {size}, but the model's context_parallel_size "
-                f"{self.model.context_parallel_lm}: LLaVAModel cannot change it from row to row"
-            )
+    def _start_reading(self, model, given, call: _Call) -> None:
+        """Queue what has to be read before the language model."""
+        layout = call.layout
+        is_capturing = layout.status.is_cuda and torch.cuda.is_current_stream_capturing()
+        if is_capturing:
+            torch._assert_async(layout.status[0] == 0)
+            return
+        if not layout.is_exact:
+            call.wait = layout.exact_later()
+            longest = _longest_of_text(layout, call.given)
+            if longest is not None:
+                call.waits_for_end = True
+                call.layout = dataclasses.replace(layout, max_seqlen=longest)
+        loss_mask, has_layout = given.get("loss_mask"), _rides_along(call.given)
+        if loss_mask is not None and not has_layout and layout.has_tokens and _may_be_cut(layout):
+            lost = count_lost(layout, loss_mask)
+            if layout.space == "expanded":  # cut at the maximum by its own data path
+                last = physical_boundaries(call.given)[-1]
+                lost = lost * (last != model._language_max_sequence_length)
+            call.wait_for_lost = read_later(lost.reshape(1))
 
-    def _check_lengths(self, layout: PackedLayout) -> None:
-        """Megatron's own expansion cannot pad a sequence, and TE's partition would not complain."""
-        multiple, _ = alignment(self.model.context_parallel_lm)
-        wrong = layout.cu_seqlens_padded.diff() % multiple != 0
-        if multiple > 1 and bool(wrong.any()):
-            seq = int(wrong.nonzero()[0])
-            raise PackingError(
-                f"sequence {seq}: {int(layout.cu_seqlens_padded.diff()[seq])} rows, expected a "
-                f"multiple of 2 * cp_size = {multiple}; only fused=True pads sequences"
-            )
-
-    # Errors that a GPU finds
-
-    @torch.compiler.disable
-    def _watch_layout(self, layout: PackedLayout):
-        """Arrange for what the kernel found to be raised at the end of this forward."""
-
-        def tell(status: list[int]) -> None:
-            if status[0]:
-                layout.check()
-            if not self.space_is_said:
-                self.space_is_said = True
-                space = "expanded" if status[1] == Space.EXPANDED else "collapsed"
-                logger.info("the boundaries of the first packed row are %s", space)
-
-        return _watch(layout.status, Fault.NONE, tell)
-
-    @torch.compiler.disable
-    def _check_boundaries(self, params: PackedSeqParams):
-        """A stage without tokens can use expanded boundaries only: those that cover its rows."""
-        hidden = getattr(getattr(self.model.language_model, "decoder", None), "input_tensor", None)
-        if hidden is None:
-            raise PackingError(
-                "input_ids are None, but this stage has no hidden states to compare its boundaries "
-                "with"
-            )
-        num_rows = hidden.shape[0] * self.model.context_parallel_lm
-        if self.model.sequence_parallel_lm:
-            num_rows *= self.model.tensor_model_parallel_size_lm
-
-        def tell(last: list[int]) -> None:
-            if last[0] != num_rows:
+    def _settle(self, call: _Call) -> None:
+        """Read what was queued: raise what is wrong with the row, or make its exact boundaries."""
+        if call.wait is not None:
+            layout, call.wait = call.wait(), None
+            if not call.waits_for_end:
+                call.params = None
+            elif layout.max_seqlen > call.layout.max_seqlen:
                 raise PackingError(
-                    f"the last boundary is {last[0]}, but this stage has {num_rows} rows: a stage "
-                    f"without tokens needs expanded boundaries that cover the row; see "
-                    f"mp.packed_seq_params and Installation.layout_options"
+                    f"max_seqlen_q is {call.given.max_seqlen_q}, but the longest sequence has "
+                    f"{layout.max_seqlen} rows"
                 )
+            self.last_layout = call.layout = layout
+        if call.wait_for_lost is not None:
+            (lost,), call.wait_for_lost = call.wait_for_lost(), None
+            self._report_lost(call.layout, lost)
+        expected = call.layout.num_image_rows
+        if call.num_image_rows is not None and expected not in (None, call.num_image_rows):
+            raise PlaceholderMismatch(
+                actual=call.num_image_rows,
+                expected=expected,
+                message=f"images have {call.num_image_rows} rows, but the placeholders become "
+                f"{expected} rows",
+            )
+        if call.params is None:
+            call.params = self._params(call)
 
-        alarm = _watch(physical_boundaries(params)[-1:], num_rows, tell)
-        if self.fields.get("seq_idx"):
-            params = with_seq_idx(params, num_rows)
-        return params, alarm
+    def _report_lost(self, layout: PackedLayout, lost: int) -> None:
+        if not lost:
+            return
+        message = f"{lost} trained tokens do not fit the row of {layout.num_expanded}"
+        if self.settings.on_overflow == "raise":
+            raise PackingError(
+                f"{message}: they lie behind the last boundary; give them one, or mask their loss"
+            )
+        logger.warning("%s and were cut off (on_overflow='truncate')", message)
+
+    def _first_params(self, call: _Call) -> PackedSeqParams:
+        """What ``forward`` sees until the language model gets its own."""
+        call.params = self._params(call)
+        if call.fused and self.release.reads_boundaries:
+            return PackedSeqParams(qkv_format="thd")
+        return call.params
+
+    def _params(self, call: _Call) -> PackedSeqParams:
+        layout = call.layout
+        if self.has_layer_graphs:
+            return self._constant_params(layout, call.given)
+        if not self.overrides and not _rides_along(call.given) and says(call.given, layout):
+            return call.given
+        return megatron_params(layout, call.given, **self.overrides)
+
+    def _constant_params(self, layout: PackedLayout, given: PackedSeqParams) -> PackedSeqParams:
+        """Nothing but the values of tensors changes from row to row."""
+        if self.capacity is None:
+            self.capacity = round_up(layout.num_seqs + 1, _CAPACITY_STEP)
+            logger.info("captured layers have room for %d sequences", self.capacity)
+        bound = max_seqlen_bound(layout.num_expanded)
+        layout = dataclasses.replace(layout, max_seqlen=bound, has_tail=True)
+        return with_capacity(megatron_params(layout, given, **self.overrides), self.capacity)
 
 
-def _watch(word: Tensor, expected: int, tell):
-    """Call ``tell`` with the values of ``word``: at once on a CPU, else by the function returned.
+@functools.cache
+def _with_hook(model_class: type[LLaVAModel]) -> type[LLaVAModel]:
+    """The class with the hook in front of what it inherits.
 
-    Under graph capture, where nothing can be told, ``word[0] == expected`` is asserted on the GPU.
-
-    The copy to pinned memory is queued here, right behind the kernel that wrote the word; at the
-    end of the forward, with the language model queued behind it, waiting for it leaves the GPU
-    busy.
+    Put in place of a model's own class, so that every way to call ``forward`` meets it, and a
+    shallow copy runs on itself.
     """
-    if word.device.type == "cpu":
-        tell(word.tolist())
-        return None
-    if torch.cuda.is_current_stream_capturing():
-        torch._assert_async(word[0] == expected)
-        return None
-    host = torch.empty(word.shape, dtype=word.dtype, pin_memory=True)
-    host.copy_(word, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
 
-    def wait() -> None:
-        event.synchronize()
-        tell(host.tolist())
+    class WithHook(model_class):
+        @functools.wraps(model_class.forward)
+        def forward(self, *args, **kwargs):
+            hook = self._packing_hook
+            original = hook.forward_before or super().forward
+            return hook.forward(self, original, args, kwargs)
 
-    return wait
+        @functools.wraps(model_class._preprocess_data)
+        def _preprocess_data(self, *args, **kwargs):
+            original = super()._preprocess_data
+            return self._packing_hook.preprocess_data(self, original, args, kwargs)
+
+        @functools.wraps(model_class._process_embedding_token_parallel)
+        def _process_embedding_token_parallel(self, *args, **kwargs):
+            original = super()._process_embedding_token_parallel
+            return self._packing_hook.process_embedding_token_parallel(self, original, args, kwargs)
+
+        def __copy__(self):
+            new = type(self).__new__(type(self))
+            new.__dict__.update(self.__dict__)
+            return new
+
+        def __reduce_ex__(self, protocol):
+            raise PackingError(
+                "a model with the hook installed is not copied or pickled as a whole; remove() the "
+                "hook, copy or save the model, then install() again; or save its state_dict()"
+            )
+
+        def __deepcopy__(self, memo):
+            return self.__reduce_ex__(4)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(WithHook, name, getattr(model_class, name))
+    return WithHook
 
 
-class _KeepInGraph(torch.autograd.Function):
-    """``rows``; ``images`` take part with weight zero, so that FSDP sees their gradients."""
+def _hook_of(model: LLaVAModel) -> _Hook | None:
+    return vars(model).get("_packing_hook")
 
-    @staticmethod
-    def forward(ctx, rows, images):
-        ctx.images = images.shape, images.dtype, images.device
-        return rows.view_as(rows)
 
-    @staticmethod
-    def backward(ctx, grad):
-        shape, dtype, device = ctx.images
-        return grad, torch.zeros(shape, dtype=dtype, device=device)
+def _chunks(model) -> list:
+    return list(model) if isinstance(model, list | tuple) else [model]
 
 
 def find_llava(model) -> LLaVAModel:
@@ -574,41 +701,169 @@ def find_llava(model) -> LLaVAModel:
     return found[0]
 
 
-def _takes_padding_mask(language_model) -> bool:
-    """Whether it has experts, and hands their routers a mask (megatron-core >= 0.16)."""
-    if getattr(getattr(language_model, "config", None), "num_moe_experts", None) is None:
-        return False
-    return "padding_mask" in inspect.signature(language_model.forward).parameters
+# What the model asks of a row
 
 
-def understanding(model_class) -> str:
-    """In words, how far ``install`` understands a ``LLaVAModel`` class."""
-    takes = set(inspect.signature(model_class._preprocess_data).parameters) - {"self"}
-    if takes == _RELEASED:
-        return "understood, fused (as in 0.12 to 0.16)"
-    if takes == _MAIN:
-        return "understood, fused (main)"
-    return "boundaries only: its _preprocess_data is not known"
+def _splits_rows(model) -> bool:
+    return model.context_parallel_lm > 1 or model.sequence_parallel_lm
 
 
-def takes_boundaries(language_model) -> bool:
-    parameters = inspect.signature(language_model.forward).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    return "packed_seq_params" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+def _has_fixed_length(model) -> bool:
+    """Whether every row has to be as long as the language model's maximum: for pipelines and for
+    communication that overlaps, Megatron pads it; captured layers take no other length."""
+    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
+    graphs = versions.asks_for_layer_graphs(model.config)
+    return model._language_is_pipeline_parallel or overlaps or graphs
 
 
-def _fp8_align(config) -> int:
-    """How many rows FP8 matrix products want a multiple of, on each rank.
+def _layout_options(model, space: str, on_overflow: str) -> dict:
+    seq_multiple, total_multiple = alignment(
+        model.context_parallel_lm,
+        model.tensor_model_parallel_size_lm,
+        model.sequence_parallel_lm,
+        versions.gemm_alignment(model.config),
+    )
+    longest, is_fixed = model._language_max_sequence_length, _has_fixed_length(model)
+    if is_fixed and longest % total_multiple:
+        raise PackingError(
+            f"language_max_sequence_length is {longest}, expected a multiple of "
+            f"{total_multiple}: the pipeline expects rows of exactly this length"
+        )
+    longest = longest // total_multiple * total_multiple
+    return {
+        "space": space,
+        "seq_multiple": seq_multiple,
+        "total_multiple": total_multiple,
+        "num_padded_rows": longest if is_fixed else None,
+        "max_expanded": longest,
+        "on_overflow": on_overflow,
+    }
 
-    Source:
-        ``megatron.core.fp8_utils.get_fp8_align_size``, which does not know blockwise scaling (128).
+
+def _megatrons_layout_options(model, release, infers: bool, space: str, on_overflow: str) -> dict:
+    """What Megatron's own expansion does: it pads no sequence, a row for pipelines, and from 0.18
+    on one that parallelism could not divide."""
+    longest = model._language_max_sequence_length
+    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
+    is_fixed = model._language_is_pipeline_parallel or overlaps
+    total_multiple = 1
+    if release is not None and release.pads_rows:
+        _, total_multiple = alignment(
+            model.context_parallel_lm,
+            model.tensor_model_parallel_size_lm,
+            model.sequence_parallel_lm,
+        )
+    return {
+        "space": space,
+        "seq_multiple": 1,
+        "total_multiple": total_multiple,
+        "num_padded_rows": longest if is_fixed and not infers else None,
+        "max_expanded": longest // total_multiple * total_multiple,
+        "on_overflow": on_overflow,
+    }
+
+
+def _num_stage_rows(model) -> int:
+    """How many rows a stage without tokens has, those of all its ranks together."""
+    hidden = getattr(getattr(model.language_model, "decoder", None), "input_tensor", None)
+    if hidden is None:
+        raise PackingError(
+            "input_ids are None, but this stage has no hidden states to compare its boundaries with"
+        )
+    num_rows = hidden.shape[0] * model.context_parallel_lm
+    return num_rows * (model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1)
+
+
+def _check_context_parallel(model, params: PackedSeqParams) -> None:
+    size = getattr(params, "local_cp_size", None)
+    if size not in (None, model.context_parallel_lm):
+        raise PackingError(
+            f"local_cp_size is {size}, but the model's context_parallel_size "
+            f"{model.context_parallel_lm}: LLaVAModel cannot change it from row to row"
+        )
+
+
+def _check_megatrons_row(model, layout: PackedLayout) -> None:
+    """Megatron's own expansion cannot pad a sequence, and TE's partition would not complain."""
+    lengths = layout.cu_seqlens_padded.diff()
+    if layout.seq_multiple > 1 and bool((lengths[:-1] != layout.cu_seqlens_expanded.diff()).any()):
+        raise PackingError(
+            f"the layout pads sequences to multiples of {layout.seq_multiple}, which only "
+            f"fused=True does"
+        )
+    multiple, _ = alignment(model.context_parallel_lm)
+    wrong = lengths % multiple != 0
+    if multiple > 1 and bool(wrong.any()):
+        seq = int(wrong.nonzero()[0])
+        raise PackingError(
+            f"sequence {seq}: {int(lengths[seq])} rows, expected a multiple of 2 * cp_size = "
+            f"{multiple}; only fused=True pads sequences"
+        )
+
+
+# What a call is about
+
+
+def _infers(given) -> bool:
+    return any(given.get(name) is not None for name in ("inference_context", "inference_params"))
+
+
+def _has_sound(given) -> bool:
+    """Whether there are sounds. Data paths send ``[1, 1]`` zeros where there are none."""
+    clips = given.get("sound_clips")
+    return isinstance(clips, Tensor) and clips.numel() > 0 and clips.shape != (1, 1)
+
+
+def _rides_along(params: PackedSeqParams) -> bool:
+    return getattr(params, "layout", None) is not None
+
+
+def _may_be_cut(layout: PackedLayout) -> bool:
+    """Whether the row could be longer than there is room for, as far as the host knows."""
+    if layout.num_image_rows is None:
+        return True
+    rows = layout.num_collapsed - layout.image_start.numel() + layout.num_image_rows
+    return rows + layout.num_seqs * (layout.seq_multiple - 1) > layout.num_expanded
+
+
+def _longest_of_text(layout: PackedLayout, params: PackedSeqParams) -> int | None:
+    """The longest sequence of a row without images by what the caller says, so that nothing has to
+    be read before the language model; None where the tail could be longer.
+
+    Never the length of a row of several sequences: mcore's unfused RoPE would take it for absolute
+    positions.
     """
-    if not getattr(config, "fp8", None):
-        return 1
-    if str(getattr(config, "fp8_recipe", "")).endswith("blockwise"):
-        return 128
-    try:
-        from megatron.core.fp8_utils import get_fp8_align_size
-    except ImportError:
-        return 32 if str(getattr(config, "fp8_recipe", "")).endswith("mxfp8") else 16
-    return get_fp8_align_size(config.fp8_recipe)
+    if not layout.has_tokens or layout.image_start.numel() or type(params.max_seqlen_q) is not int:
+        return None
+    longest = round_up(params.max_seqlen_q, layout.seq_multiple)
+    longest_tail = layout.num_expanded - longest
+    return longest if longest_tail <= longest < layout.num_expanded else None
+
+
+def _padding_mask(language_model, call: _Call) -> Tensor:
+    """bool ``[1, rows of this rank]``, True for padding."""
+    layout, mask = call.layout, call.layout.padding_mask
+    if call.cp_size > 1:
+        mask = mask[
+            local_positions(
+                layout.cu_seqlens_padded, layout.num_expanded, call.cp_size, call.cp_rank
+            )
+        ]
+    if language_model.config.sequence_parallel:
+        group = language_model.tp_group
+        mask = mask.chunk(group.size())[group.rank()]
+    return mask[None]
+
+
+class _KeepInGraph(torch.autograd.Function):
+    """``rows``; ``images`` take part with weight zero, so that FSDP sees their gradients."""
+
+    @staticmethod
+    def forward(ctx, rows, images):
+        ctx.images = images.shape, images.dtype, images.device
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shape, dtype, device = ctx.images
+        return grad, torch.zeros(shape, dtype=dtype, device=device)

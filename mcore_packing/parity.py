@@ -141,7 +141,8 @@ def run_alone(model, samples: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
 
 
 def pack(samples: Sequence[dict]) -> dict:
-    """One collapsed row from samples: concatenated tensors, ``[1, T]``, and ``cu_seqlens``."""
+    """One collapsed row from samples: concatenated tensors, ``[1, T]``, and ``cu_seqlens``, with
+    the ``space`` that those count."""
     samples = [_complete(sample) for sample in samples]
     images = [sample["images"] for sample in samples if sample["images"] is not None]
     lengths = torch.tensor([0] + [sample["input_ids"].numel() for sample in samples])
@@ -156,6 +157,7 @@ def pack(samples: Sequence[dict]) -> dict:
         "images": torch.cat(images) if images else torch.empty(0, device=device),
         "num_image_tiles": torch.cat([sample["num_image_tiles"] for sample in samples]),
         "cu_seqlens": lengths.cumsum(0).int().to(device),
+        "space": "collapsed",
         "max_seqlen": int(lengths.max()),
     }
 
@@ -180,13 +182,15 @@ def _complete(sample: dict) -> dict:
 def forward(model, row: dict) -> tuple[Tensor, Tensor]:
     """Loss and expanded loss mask, ``[1, S]`` each, of a row that ``pack`` made.
 
-    With ``cu_seqlens=None`` in the row it runs unpacked; the last pipeline stage has no images.
+    With ``cu_seqlens=None`` in the row it runs unpacked; ``packed_seq_params`` in the row go before
+    its ``cu_seqlens``. The last pipeline stage has no images.
     """
-    from .packed_seq import PackedSeqParams
+    from .packed_seq import LaidOutParams
 
-    params, cu_seqlens = None, row["cu_seqlens"]
-    if cu_seqlens is not None:
-        params = PackedSeqParams(
+    params, cu_seqlens = row.get("packed_seq_params"), row["cu_seqlens"]
+    if params is None and cu_seqlens is not None:
+        params = LaidOutParams(
+            space=row["space"],
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch, Rectangle
 
+from .expand import expand_tokens
 from .layout import PackedLayout
 from .parity import Comparison
 
@@ -30,9 +31,8 @@ def draw_row(layout: PackedLayout, path) -> None:
     given = layout.cu_seqlens_collapsed.tolist()
     edges = layout.cu_seqlens_padded.tolist()
     figure, (before, after) = plt.subplots(2, 1, figsize=(12, 4.6), layout="constrained")
-    tokens = layout.image_begin - layout.image_start[:-1]
-    tokens = [token + index for index, token in enumerate(tokens.tolist())]
-    _draw_bar(before, layout.token_starts.tolist(), [(t, t + 1) for t in tokens])
+    tokens = (layout.input_ids == layout.image_token_id).nonzero().flatten().tolist()
+    _draw_bar(before, layout.seq_start_collapsed.tolist(), [(t, t + 1) for t in tokens])
     _draw_bar(after, edges, _image_spans(layout))
     _draw_boundaries(before, given, RIGHT, "solid")
     _draw_boundaries(after, edges[: len(given)], RIGHT, "solid")
@@ -115,7 +115,7 @@ def draw_parity(before: Comparison, after: Comparison, path) -> None:
 
 def _image_spans(layout: PackedLayout) -> list[tuple[int, int]]:
     """``(begin, end)`` of every image in the physical row."""
-    source = layout.tokens()[0]
+    source = expand_tokens(layout).source
     is_image = (source < -1).int()
     steps = is_image.diff(prepend=is_image.new_zeros(1), append=is_image.new_zeros(1))
     spans = zip(

@@ -15,7 +15,10 @@ import bench
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, cpu, tiny
+from mcore_packing import PackedLayout
+from mcore_packing.expand import expand_tokens
+from mcore_packing.testing import tiny
+from mcore_packing.testing.host_reads import HostReads
 
 IMAGE = tiny.IMAGE_TOKEN_ID
 ROWS = 576
@@ -62,7 +65,7 @@ class Row:
 
 def contenders(model, row):
     """``{name: function}``; each gives embeddings, and labels where it makes them."""
-    source = row.build().tokens()[0].long()
+    source = expand_tokens(row.build()).source.long()
     index = torch.where(source >= 0, source, row.ids.numel() - 2 - source)
     is_image = (source < 0)[:, None]
     token_ids = torch.where(source >= 0, source, 0)
@@ -90,7 +93,6 @@ def contenders(model, row):
 
     compiled = torch.compile(gather, fullgraph=True)
     layout = row.build()
-    layout.source_positions()
     return {
         "megatron": megatron,
         "mcore_packing": ours,
@@ -114,7 +116,7 @@ def count_synchronisations(name, function):
     if not bench.HAVE_GPU:
         if name.startswith("mcore_packing") or name.endswith("compiled"):
             return None  # on a CPU ours may look, and what is compiled cannot be watched
-        with cpu.HostReads() as reads:
+        with HostReads() as reads:
             function()
         return len(reads.found)
     torch.cuda.synchronize()

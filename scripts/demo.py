@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import mcore_packing as mp
-from mcore_packing import cli, tiny
+from mcore_packing import cli
+from mcore_packing.testing import tiny
 
 try:
     from mcore_packing import plot

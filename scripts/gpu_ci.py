@@ -11,7 +11,7 @@ from pathlib import Path
 
 import bench
 
-from mcore_packing import tiny
+from mcore_packing.testing import tiny
 
 TIMEOUT = 1200  # seconds for one check: a hang must not cost the report
 

@@ -1,15 +1,21 @@
 """Real models in real processes: context, tensor, sequence, pipeline parallelism against one.
 
+Of two micro-batches the first brings its layout along, as one tensor through the data path; the
+second has Energon's expanded boundaries, and is laid out in the model. Nobody looks at a value but
+as on a GPU, where that would cost: what the hook reads and launches is counted.
+
 Without arguments of torchrun it is the reference; ``parallel_parity.sh`` starts it for every case.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,11 +24,13 @@ from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import mcore_packing as mp
-from mcore_packing import cpu, parity, tiny
+from mcore_packing import cpu, layout, llava, ops, packed_seq, parity
+from mcore_packing.testing import tiny
+from mcore_packing.testing.host_reads import HostReads
 
 SIZE = 28  # pixels: 5 rows a tile
 LONGEST = 512  # rows of the language model, and of every row under pipeline parallelism
-CAPACITY = 8
+CAPACITY = 8  # sequences that a stage without tokens has room for
 LAYERS = 4
 
 
@@ -73,66 +81,107 @@ def share(parameter, full):
     return full.chunk(size, dim=parameter.partition_dim)[rank]
 
 
-def rows(img_seq_len: int):
-    """Two micro-batches of packed rows; the second as Energon gives it, its boundaries expanded."""
+def rows(model):
+    """Two micro-batches of packed rows, with what the data path sends of them to every stage."""
     first, second = (parity.pack(tiny.samples(n, img_size=SIZE, seed=n)) for n in (4, 3))
-    tiles = second["num_image_tiles"] * img_seq_len
+    tiles = second["num_image_tiles"] * model.img_seq_len
     second["cu_seqlens"] = mp.remap_cu_seqlens(
         second["cu_seqlens"], second["input_ids"], tiles, tiny.IMAGE_TOKEN_ID
     )
+    second["space"] = "expanded"
     second["max_seqlen"] = int(second["cu_seqlens"].diff().max())
+    for row in (first, second):
+        row["layout"] = mp.PackedLayout.build(
+            row["input_ids"],
+            row["cu_seqlens"],
+            row["num_image_tiles"] * model.img_seq_len,
+            tiny.IMAGE_TOKEN_ID,
+            **{**mp.layout_options(model), "space": row["space"]},
+        )
+        size = mp.PackedLayout.tensor_size(CAPACITY)
+        row["boundaries"] = row["layout"].to_tensor(size, boundaries_only=True)
+    received = mp.PackedLayout.from_tensor(first["layout"].to_tensor())
+    first["packed_seq_params"] = mp.packed_seq_params(received)
     return first, second
 
 
-def step_function(received):
+def forward_step(iterator, model):
     """Megatron's forward step: what each stage hands its model, and the loss."""
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    row = next(iterator)
+    if first or last:
+        images = row["images"] if first else None
+        output, mask = parity.forward(model, {**row, "images": images})
+    else:  # no tokens here: the boundaries that the data path computed
+        nothing = dict.fromkeys(("images", "input_ids", "position_ids", "attention_mask"))
+        received = mp.PackedLayout.from_tensor(row["boundaries"])
+        output, mask = model(**nothing, packed_seq_params=mp.packed_seq_params(received))
 
-    def forward_step(iterator, model):
-        row = next(iterator)
-        if first or last:
-            images = row["images"] if first else None
-            output, mask = parity.forward(model, {**row, "images": images})
-        else:  # no tokens here: the boundaries that the data path computed
-            nothing = dict.fromkeys(("images", "input_ids", "position_ids", "attention_mask"))
-            params = mp.packed_seq_params(received[id(row)])
-            output, mask = model(**nothing, packed_seq_params=params)
+    def loss_function(output):
+        loss = (output * mask).sum()
+        return loss, mask.sum().int(), {"loss": loss.detach().clone()}
 
-        def loss_function(output):
-            loss = (output * mask).sum()
-            return loss, mask.sum().int(), {"loss": loss.detach().clone()}
-
-        return output, loss_function
-
-    return forward_step
+    return output, loss_function
 
 
-def run(model, on_missing="raise"):
-    """Loss of every micro-batch and the summed gradients, by Megatron's own schedule."""
-    handle = mp.install(model, on_missing=on_missing)
-    batches = rows(model.img_seq_len)
-    received = {}
-    for row in batches:
-        tiles = row["num_image_tiles"] * model.img_seq_len
-        layout = mp.PackedLayout.build(
-            row["input_ids"], row["cu_seqlens"], tiles, tiny.IMAGE_TOKEN_ID, **handle.layout_options
-        )
-        received[id(row)] = mp.boundaries(layout, CAPACITY)
-    losses = get_forward_backward_func()(
-        forward_step_func=step_function(received),
-        data_iterator=iter(batches),
-        model=[model],
-        num_microbatches=len(batches),
-        seq_length=LONGEST,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    handle.remove()
+class Spy:
+    """What the hook did for each micro-batch: values read, layouts launched; and whether the
+    language model got the exact length of the longest sequence."""
+
+    def __init__(self, model):
+        self.reads, self.launches, self.exact = [], [], []
+        model.language_model.register_forward_pre_hook(self.see_lengths, with_kwargs=True)
+
+    def see_lengths(self, module, args, kwargs):
+        params = kwargs["packed_seq_params"]
+        longest = int(params.cu_seqlens_q_padded.diff().max())
+        self.exact.append(params.max_seqlen_q == params.max_seqlen_kv == longest)
+
+    @contextlib.contextmanager
+    def watching(self):
+        """As on a GPU, where looking at a value would cost."""
+        prepare, build = llava._Hook._prepare, ops.layout
+
+        def watched(hook, *args):
+            self.launches.append(0)
+            with HostReads() as reads:
+                call = prepare(hook, *args)
+            self.reads.append(len(reads.found))
+            return call
+
+        def launched(*args):
+            self.launches[-1] += 1
+            return build(*args)
+
+        with contextlib.ExitStack() as stack:
+            for room in (layout, packed_seq):
+                stack.enter_context(patch.object(room, "may_look", lambda tensor: False))
+            stack.enter_context(patch.object(llava._Hook, "_prepare", watched))
+            stack.enter_context(patch.object(ops, "layout", launched))
+            yield
+
+
+def run(model):
+    """Loss of every micro-batch, the summed gradients, by Megatron's own schedule; and the spy."""
+    with mp.install(model, on_missing="raise"):
+        batches = rows(model)
+        spy = Spy(model)
+        with spy.watching():
+            losses = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=[model],
+                num_microbatches=len(batches),
+                seq_length=LONGEST,
+                micro_batch_size=1,
+                forward_only=False,
+            )
     reduce_gradients(model)
     total = torch.tensor([loss["loss"] for loss in losses] or [0.0] * len(batches))
     if parallel_state.is_pipeline_last_stage():
         dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
-    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return total, gradients, spy
 
 
 def reduce_gradients(model):
@@ -159,6 +208,15 @@ def one_by_one(model):
     return torch.tensor(losses), {n: p.grad for n, p in model.named_parameters()}
 
 
+def observed(spies: list[Spy]) -> dict:
+    """The most that any stage and rank read and launched for each micro-batch."""
+    return {
+        "reads": [max(counts) for counts in zip(*(spy.reads for spy in spies), strict=True)],
+        "launches": [max(counts) for counts in zip(*(spy.launches for spy in spies), strict=True)],
+        "exact_max_seqlen": all(all(spy.exact) for spy in spies),
+    }
+
+
 def relative(found, expected) -> float:
     """Norm of the difference over the norm of what is expected."""
     return float((found - expected).norm() / expected.norm())
@@ -169,7 +227,7 @@ def make_reference(path: Path, positions: str) -> dict:
     with cpu.megatron_on_cpu():
         model = build(positions, 1, 1, 1, False)
         state = {name: p.detach().clone() for name, p in model.named_parameters()}
-        losses, gradients = run(model)
+        losses, gradients, spy = run(model)
         alone_losses, alone = one_by_one(build(positions, 1, 1, 1, False))
     torch.save({"state": state, "losses": losses, "gradients": gradients}, path)
     return {
@@ -179,6 +237,7 @@ def make_reference(path: Path, positions: str) -> dict:
         "loss": relative(losses, alone_losses),
         "gradient": max(relative(gradients[name], alone[name]) for name in gradients),
         "parameters": len(gradients),
+        **observed([spy]),
     }
 
 
@@ -194,7 +253,7 @@ def compare(path: Path, options) -> dict:
     with cpu.megatron_on_cpu(**sizes):
         model = build(options.positions, options.cp, options.tp, options.pp, options.sp)
         names = load(model, reference["state"])
-        losses, gradients = run(model)
+        losses, gradients, spy = run(model)
         loss = 0.0
         if parallel_state.is_pipeline_last_stage():
             loss = relative(losses, reference["losses"])
@@ -206,19 +265,20 @@ def compare(path: Path, options) -> dict:
             for name, gradient in gradients.items()
         }
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (loss, errors))
+    dist.all_gather_object(found, (loss, errors, spy))
     dist.barrier()
     dist.destroy_process_group()  # else gloo's threads can abort the interpreter's exit
-    worst = max((error, name) for _, mine in found for name, error in mine.items())
+    worst = max((error, name) for _, mine, _ in found for name, error in mine.items())
     name = [f"cp {options.cp}"] * (options.cp > 1) + [f"tp {options.tp}"] * (options.tp > 1)
     name += ["sequence parallel"] * options.sp + [f"pp {options.pp}"] * (options.pp > 1)
     return {
         "case": ", ".join(name),
         "against": "one process, packed",
         "positions": options.positions,
-        "loss": max(loss for loss, _ in found),
+        "loss": max(loss for loss, _, _ in found),
         "gradient": worst[0],
-        "parameters": len({name for _, mine in found for name in mine}),
+        "parameters": len({name for _, mine, _ in found for name in mine}),
+        **observed([spy for _, _, spy in found]),
         "worst": worst[1],
     }
 
@@ -243,6 +303,8 @@ def main() -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result), flush=True)
     passed = result["loss"] <= options.tolerance and result["gradient"] <= options.tolerance
+    passed &= result["exact_max_seqlen"] and result["reads"] == [0, 0]
+    passed &= result["launches"][0] == 0
     return int(not passed)
 
 

@@ -1,24 +1,44 @@
 """Fixtures: real Megatron on this machine, and Hypothesis without randomness."""
 
 import contextlib
+import importlib
+import json
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+LAUNCHED = Counter()  # kernels that ran, by op: see test_kernels.py
+
+
+def dispatch_to_kernels() -> torch.library.Library:
+    """Ops on CPU tensors run the kernels, under Triton's interpreter, and are counted."""
+    from mcore_packing import ops
+
+    library = torch.library.Library("mcore_packing", "IMPL")
+    for name, module in ops.KERNELS.items():
+        launch = getattr(importlib.import_module(f"mcore_packing.kernels.{module}"), name)
+
+        def counted(*args, name=name, launch=launch):
+            LAUNCHED[name] += 1
+            return launch(*args)
+
+        library.impl(name, counted, "CPU", allow_override=True)
+    return library
+
+
 if os.environ.get("MCORE_PACKING_TEST_KERNELS") == "1":
-    # Ops on CPU tensors run the kernels, under Triton's interpreter: see test_kernels.py.
-    from mcore_packing.kernels import expand_rows, expand_tokens, layout, source_positions
+    KERNELS_LIBRARY = dispatch_to_kernels()
 
-    from mcore_packing import reference
 
-    for module in (layout, expand_tokens, source_positions, expand_rows):
-        for name in ("layout", "expand_tokens", "source_positions", "expand_rows", "collect_rows"):
-            if hasattr(module, name):
-                setattr(reference, name, getattr(module, name))
+def pytest_terminal_summary(terminalreporter):
+    if LAUNCHED:
+        terminalreporter.write_line(f"launched {json.dumps(LAUNCHED)}")
+
 
 # Subprocesses find this checkout too.
 ROOT = str(Path(__file__).parent.parent)
@@ -40,7 +60,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module")
 def megatron():
     """Megatron-Core, able to build and run models on this machine's GPU or CPU."""
-    from mcore_packing import tiny
+    from mcore_packing.testing import tiny
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from mcore_packing import tiny
+from mcore_packing.testing import tiny
 
 from .packs import IMAGE, ROWS_PER_TILE, Row
 

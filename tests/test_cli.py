@@ -25,7 +25,7 @@ def test_parity_passes_with_the_hook_and_fails_without():
 
 def test_parity_of_a_model_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
-        "from mcore_packing import tiny\n"
+        "from mcore_packing.testing import tiny\n"
         "def build():\n"
         "    return tiny.llava_model('rope', img_size=28), tiny.samples(3, img_size=28)\n"
     )

@@ -9,7 +9,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, random
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mcore_packing import cpu, parity, tiny
+from mcore_packing import cpu, parity
+from mcore_packing.testing import tiny
 
 
 def touched():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, llava, parity, reference, tiny
+from mcore_packing import PackedLayout, llava, parity, reference
+from mcore_packing.testing import tiny
 
 from .packs import IMAGE, NAMED, make_row
 

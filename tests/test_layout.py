@@ -1,5 +1,7 @@
 """The laws of the layout: boundaries, lengths, positions, padding, truncation, errors."""
 
+import dataclasses
+import operator
 import pickle
 
 import hypothesis
@@ -9,6 +11,7 @@ import torch
 
 import mcore_packing as mp
 from mcore_packing import PackedLayout
+from mcore_packing.expand import expand_tokens, source_positions
 
 from . import oracle
 from .packs import IMAGE, NAMED, Row, make_row, structures
@@ -52,7 +55,7 @@ def check_laws(row: Row) -> None:
     )
     for name in ("cu_seqlens_collapsed", "cu_seqlens_expanded", "cu_seqlens_padded"):
         assert torch.equal(getattr(expanded, name), getattr(layout, name))
-    assert torch.equal(expanded.token_starts, layout.token_starts)
+    assert torch.equal(expanded.seq_start_collapsed, layout.seq_start_collapsed)
 
 
 @pytest.mark.parametrize("structure", NAMED.values(), ids=NAMED)
@@ -91,7 +94,8 @@ def test_truncation_keeps_the_front(structure, longest, multiple):
     row = make_row(structure)
     whole = build(row, seq_multiple=multiple)
     longest = longest // multiple * multiple
-    layout = build(row, seq_multiple=multiple, max_expanded=longest)
+    options = {"seq_multiple": multiple, "max_expanded": longest}
+    layout = build(row, on_overflow="truncate", **options)
     assert layout.num_expanded == min(longest, whole.num_expanded)
     assert torch.equal(layout.cu_seqlens_padded, whole.cu_seqlens_padded.clamp(max=longest))
     kept = layout.cu_seqlens_padded[:-1].diff()
@@ -99,8 +103,14 @@ def test_truncation_keeps_the_front(structure, longest, multiple):
         layout.cu_seqlens_expanded.diff(), whole.cu_seqlens_expanded.diff().min(kept)
     )
     if layout.num_expanded:
-        assert torch.equal(layout.tokens()[0], whole.tokens()[0][:longest])
+        assert torch.equal(expand_tokens(layout).source, expand_tokens(whole).source[:longest])
         assert torch.equal(layout.position_ids, whole.position_ids[:longest])
+    is_text = row.input_ids != IMAGE
+    position = source_positions(whole, row.num_image_rows).text
+    assert torch.equal(layout.is_cut[is_text], (position >= longest)[is_text])
+    if layout.num_expanded < whole.num_expanded:
+        with pytest.raises(mp.PackingError, match="there is room for"):
+            build(row, **options)
 
 
 def test_a_known_length_gives_the_surplus_to_the_tail():
@@ -109,9 +119,39 @@ def test_a_known_length_gives_the_surplus_to_the_tail():
     assert layout.cu_seqlens_padded.tolist() == [0, 7, 9, 16]
     assert layout.has_tail and layout.num_expanded == 16
     assert layout.padding_mask.tolist() == [False] * 9 + [True] * 7
-    with pytest.raises(mp.PackingError, match="9 rows, more than the num_padded_rows=8"):
+    with pytest.raises(mp.PackingError, match="has 9 rows, but there is room for 8; pack rows"):
         build(row, num_padded_rows=8)
-    assert build(row, num_padded_rows=8, max_expanded=8).cu_seqlens_padded.tolist() == [0, 7, 8, 8]
+    cut = build(row, num_padded_rows=8, max_expanded=8, on_overflow="truncate")
+    assert cut.cu_seqlens_padded.tolist() == [0, 7, 8, 8]
+    assert cut.is_cut.tolist() == [False, False, False, False, True]
+    with pytest.raises(mp.PackingError, match="is 16, expected at most max_expanded=12"):
+        build(row, num_padded_rows=16, max_expanded=12)
+
+
+def test_padding_that_does_not_fit_says_how_much_it_needs():
+    row = make_row([[0, 1, 0], [0, 0]])  # 7 and 2 rows
+    message = "12 rows, but there is room for 8: 9 rows of its sequences, and 3 of padding"
+    with pytest.raises(mp.PackingError, match=message):
+        build(row, seq_multiple=4, max_expanded=8)
+
+
+def test_what_is_behind_the_last_boundary_may_be_cut_off():
+    ids = torch.tensor([1, IMAGE, 2, 0, 0, 0, 0])
+    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
+    layout = PackedLayout.build(ids, cu_seqlens, [4], IMAGE, "collapsed", max_expanded=7)
+    assert layout.cu_seqlens_padded.tolist() == [0, 6, 7]
+    assert layout.is_cut.tolist() == [False] * 4 + [True] * 3
+
+
+def test_boundaries_that_end_at_the_maximum_were_cut_there():
+    # A data path cut its row of 9 at 6, inside the image: what lies behind is not a sequence.
+    ids, cu_seqlens = torch.tensor([1, 2, IMAGE, 3]), torch.tensor([0, 2, 6], dtype=torch.int32)
+    for space in ("expanded", "auto"):
+        layout = PackedLayout.build(ids, cu_seqlens, [6], IMAGE, space, max_expanded=6)
+        assert layout.space == "expanded" and layout.cu_seqlens_padded.tolist() == [0, 2, 6, 6]
+    whole = torch.tensor([0, 2, 9], dtype=torch.int32)
+    with pytest.raises(mp.PackingError, match="9 rows, but there is room for 6"):
+        PackedLayout.build(ids, whole, [6], IMAGE, "expanded", max_expanded=6)
 
 
 def test_real_and_padded_boundaries():
@@ -157,13 +197,12 @@ def test_boundaries_inside_an_image_are_left_alone():
     # Megatron's own unit test: 512 lies inside a 577-row image.
     ids = torch.cat([torch.tensor([IMAGE]), torch.arange(1, 1024)])
     cu_seqlens = torch.tensor([0, 512, 1024, 1600], dtype=torch.int32)
-    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE)
-    assert layout.space == "expanded"
+    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE, "expanded")
     assert layout.cu_seqlens_padded.tolist() == [0, 512, 1024, 1600, 1600]
     assert layout.position_ids[[511, 512, 1599]].tolist() == [511, 0, 575]
-    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE, seq_multiple=5)
+    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE, "expanded", seq_multiple=5)
     assert layout.cu_seqlens_padded.tolist() == [0, 515, 1030, 1610, 1610]
-    source = layout.tokens()[0]
+    source = expand_tokens(layout).source
     assert source[[511, 512, 514, 515]].tolist() == [-2 - 511, -1, -1, -2 - 512]
 
 
@@ -207,6 +246,79 @@ def test_moves_and_pickles():
         assert torch.equal(copy.position_ids, layout.position_ids)
 
 
+@hypothesis.given(structures(), st.integers(1, 6), st.booleans(), st.sampled_from([None, 3]))
+def test_a_tensor_carries_all_of_it(structure, multiple, has_room, spare):
+    row = make_row(structure)
+    row.input_ids = row.input_ids.int() if multiple == 1 else row.input_ids
+    room = 2 * build(row, seq_multiple=multiple).num_expanded * multiple if has_room else None
+    layout = build(row, seq_multiple=multiple, num_padded_rows=room)
+    needed = PackedLayout.tensor_size(
+        layout.num_seqs, len(row.input_ids), len(row.tokens_per_image)
+    )
+    tensor = layout.to_tensor(None if spare is None else needed + spare)
+    assert tensor.dtype == torch.int32 and tensor.numel() == needed + (spare or 0)
+    for sent in (tensor, tensor[None], tensor.long()):
+        found = PackedLayout.from_tensor(sent)
+        for field in dataclasses.fields(layout):
+            ours, theirs = getattr(layout, field.name), getattr(found, field.name)
+            if field.name == "status":
+                continue  # nothing is wrong, and the host knows it
+            same = torch.equal if isinstance(ours, torch.Tensor) else operator.eq
+            assert type(ours) is type(theirs) and same(ours, theirs), field.name
+            assert not isinstance(ours, torch.Tensor) or ours.dtype == theirs.dtype, field.name
+    # What a stage without tokens needs.
+    found = PackedLayout.from_tensor(layout.to_tensor(boundaries_only=True))
+    assert not found.has_tokens and found.num_expanded == layout.num_expanded
+    assert found.max_seqlen == layout.max_seqlen and found.has_tail == layout.has_tail
+    for name in ("cu_seqlens_padded", "cu_seqlens_expanded", "position_ids", "padding_mask"):
+        assert torch.equal(getattr(found, name), getattr(layout, name)), name
+    assert torch.equal(found.tail_rows, layout.tail_rows)
+    assert torch.equal(found.to_tensor(), layout.to_tensor(boundaries_only=True))
+    with pytest.raises(mp.PackingError, match="this layout holds boundaries only"):
+        expand_tokens(found)
+
+
+def test_a_tensor_that_is_no_layout_is_refused():
+    layout = build(make_row(NAMED["T63-N5-B3"]))
+    tensor = layout.to_tensor()
+    wrong = tensor.clone()
+    wrong[0] += 1
+    for given, message in (
+        (wrong, "is not what PackedLayout.to_tensor"),
+        (tensor[:-1], "is not what PackedLayout.to_tensor"),
+        (tensor[:5], r"the layout is \[5\]"),
+        (tensor.float(), "the layout is torch.float32"),
+        (tensor.tolist(), "the layout is list"),
+    ):
+        with pytest.raises(mp.PackingError, match=message):
+            PackedLayout.from_tensor(given)
+    with pytest.raises(mp.PackingError, match="but size=9"):
+        layout.to_tensor(9)
+    ids = torch.tensor([2**31, 5])
+    layout = PackedLayout.build(ids, torch.tensor([0, 2], dtype=torch.int32), [])
+    with pytest.raises(mp.PackingError, match="beyond int32"):
+        layout.to_tensor()
+
+
+def test_boundaries_of_a_stage_without_tokens():
+    layout = PackedLayout.from_boundaries(int32(0, 5, 9), 12)
+    assert layout.cu_seqlens_padded.tolist() == [0, 5, 9, 12] and layout.max_seqlen == 5
+    assert layout.is_exact and not layout.has_tokens and layout.tail_rows.tolist() == [3]
+    layout = PackedLayout.from_boundaries(int32(0, 3, 5), 8, 4, cu_seqlens_padded=int32(0, 4, 8))
+    assert layout.padding_mask.nonzero().flatten().tolist() == [3, 6, 7]
+    for given, message in (
+        ({"cu_seqlens": int32(1, 5)}, "starts at 1, expected 0"),
+        ({"cu_seqlens": int32(0, 5, 3)}, "sequence 1: cu_seqlens decreases by 2"),
+        ({"cu_seqlens": int32(0, 13)}, "the last boundary is 13, but this stage has 12 rows"),
+        ({"cu_seqlens": int32(0, 4, 9), "seq_multiple": 4}, "sequence 1: 5 rows, expected a multi"),
+        ({"cu_seqlens": int32(0, 4).long()}, "cu_seqlens is torch.int64"),
+    ):
+        with pytest.raises(mp.PackingError, match=message):
+            PackedLayout.from_boundaries(**{"num_rows": 12, **given})
+    cut = PackedLayout.from_boundaries(int32(0, 5, 13), 12, on_overflow="truncate")
+    assert cut.cu_seqlens_padded.tolist() == [0, 5, 12, 12]
+
+
 def test_remap_cu_seqlens():
     row = make_row(NAMED["T63-N5-B3"])
     cu_seqlens = mp.remap_cu_seqlens(row.cu_seqlens, row.input_ids, row.tokens_per_image, IMAGE)
@@ -246,6 +358,27 @@ def int32(*values):
         ({"tokens_per_image": torch.tensor([4, 0])}, "image 1: tokens_per_image is 0"),
         ({"tokens_per_image": torch.tensor([-3, 4])}, "image 0: tokens_per_image is -3"),
         ({"tokens_per_image": torch.tensor([2**31, 4])}, "more than int32 can count"),
+        ({"tokens_per_image": None}, "tokens_per_image is None, expected integers"),
+        ({"tokens_per_image": 4}, "tokens_per_image is 4, expected integers"),
+        ({"tokens_per_image": "46"}, "tokens_per_image is '46', expected integers"),
+        ({"tokens_per_image": [4, [6]]}, r"tokens_per_image mixes ints and lists: \[4, \[6\]\]"),
+        ({"tokens_per_image": [4, 2**70]}, "image 1: tokens_per_image is 1180591620717411303424"),
+        ({"tokens_per_image": ROWS + 0j}, "tokens_per_image is torch.complex64"),
+        ({"image_token_id": None}, "image_token_id is None, expected an int"),
+        ({"image_token_id": "-200"}, "image_token_id is '-200', expected an int"),
+        ({"image_token_id": -200.0}, "image_token_id is -200.0, expected an int"),
+        ({"image_token_id": True}, "image_token_id is True, expected an int"),
+        ({"num_image_rows": 10.0}, "num_image_rows is 10.0, expected an int"),
+        ({"num_image_rows": "10"}, "num_image_rows is '10', expected an int"),
+        ({"num_padded_rows": 16.0}, "num_padded_rows is 16.0, expected an int"),
+        ({"seq_multiple": 2.0}, "seq_multiple is 2.0, expected an int"),
+        ({"on_overflow": "cut"}, "on_overflow is 'cut', expected 'raise' or 'truncate'"),
+        ({"on_overflow": None}, "on_overflow is None"),
+        ({"space": None}, "space is None"),
+        (
+            dict.fromkeys(("input_ids", "cu_seqlens", "tokens_per_image"), IDS.to("meta")),
+            "input_ids is on the meta device",
+        ),
         ({"tokens_per_image": torch.tensor([2**30, 2**30])}, "more than int32 can count"),
         ({"tokens_per_image": ROWS.float()}, "tokens_per_image is torch.float32"),
         ({"tokens_per_image": [[4], [6], []]}, "3 lists, but cu_seqlens 2 sequences"),
@@ -261,7 +394,7 @@ def int32(*values):
         ({"input_ids": IDS.tolist()}, "input_ids is a list"),
         ({"space": "both"}, "space is 'both'"),
         ({"seq_multiple": 0}, "seq_multiple is 0"),
-        ({"total_multiple": 1.5}, "total_multiple is 1.5"),
+        ({"total_multiple": 1.5}, "total_multiple is 1.5, expected an int"),
         ({"max_expanded": 10, "total_multiple": 4}, "max_expanded is 10, expected a multiple of 4"),
         ({"num_image_rows": 11}, "become 10 image rows, but there are 11"),
         ({"cu_seqlens_padded": int32(0, 7)}, "cu_seqlens_padded has 2 entries, expected 3"),
@@ -292,9 +425,23 @@ def test_a_mismatch_names_both_numbers():
     assert (copy.actual, copy.expected, str(copy)) == (1, 2, str(caught.value))
 
 
+class Mismatched(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        PackedLayout.build(IDS, CU_SEQLENS, ROWS[:1], IMAGE, space="collapsed")
+
+
+def test_a_mismatch_survives_a_worker():
+    loader = torch.utils.data.DataLoader(Mismatched(), num_workers=1)
+    with pytest.raises(mp.PlaceholderMismatch, match="2 placeholders and 1 entries"):
+        next(iter(loader))
+
+
 def test_a_rank_needs_lengths_that_divide():
     layout = build(make_row([[0, 1, 0], [0, 0]]), seq_multiple=4)
-    assert layout.tokens(cp_size=2, cp_rank=1)[0].numel() == layout.num_expanded // 2
+    assert expand_tokens(layout, cp_size=2, cp_rank=1).source.numel() == layout.num_expanded // 2
     for cp_size, cp_rank in ((4, 0), (2, 2), (2, -1)):
         with pytest.raises(mp.PackingError):
-            layout.tokens(cp_size=cp_size, cp_rank=cp_rank)
+            expand_tokens(layout, cp_size=cp_size, cp_rank=cp_rank)

@@ -1,11 +1,17 @@
 """The hook on a real LLaVAModel: packed equals one by one, and nothing else changes."""
 
+import concurrent.futures
 import copy as copy_module
 import dataclasses
+import functools
+import gc
+import inspect
+import io
 import logging
 import pickle
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -19,14 +25,22 @@ from torch.nn.parallel import DistributedDataParallel
 import mcore_packing as mp
 from mcore_packing import layout as layout_room
 from mcore_packing import llava as llava_room
-from mcore_packing import parity, tiny
-from mcore_packing.cpu import HostReads
-from mcore_packing.llava import takes_boundaries, understanding
+from mcore_packing import ops, parity, versions
+from mcore_packing import packed_seq as packed_seq_room
+from mcore_packing.testing import tiny
+from mcore_packing.testing.host_reads import HostReads
+from mcore_packing.versions import release_of, takes_boundaries
 
 pytestmark = pytest.mark.usefixtures("megatron")
 SIZE = 28  # pixels: 5 rows a tile
 POSITIONS = ("learned_absolute", "rope")
 OLD = tuple(map(int, mcore_version.split(".")[:2])) < (0, 16)
+RELEASE = release_of()
+
+
+def install(model, **options):
+    """``mp.install`` on models whose rows have collapsed boundaries, unless a test says more."""
+    return mp.install(model, **{"space": "collapsed", **options})
 
 
 def model_of(positions="learned_absolute", **kwargs):
@@ -71,7 +85,7 @@ def test_forward_packed_vs_batched(count):
         model = tiny.llava_model(positions)
         assert model.img_seq_len == 577
         alone = parity.run_alone(model, samples)
-        with mp.install(model):
+        with install(model):
             result = parity.compare(model, samples, alone)
         assert f"{result.token_mult_prob_error:.6f}" == "1.000000"
         assert result.max_difference < 1e-5 and result.lost_labels == 0
@@ -86,7 +100,7 @@ def test_many_packs(positions, fused):
     for seed in range(12):
         samples = tiny.samples(1 + seed % 7, img_size=SIZE, seed=seed)
         alone = parity.run_alone(model, samples)
-        with mp.install(model, fused=fused):
+        with install(model, fused=fused):
             result = parity.compare(model, samples, alone)
         assert result.token_mult_prob_error == pytest.approx(1, abs=1e-6)
         first = sum(int(sample["input_ids"][0]) == tiny.IMAGE_TOKEN_ID for sample in samples[1:])
@@ -108,12 +122,12 @@ def test_vision_towers(options, fused):
     size = options.get("img_size", SIZE)
     model, samples = model_of(**options), tiny.samples(5, img_size=size)
     alone = parity.run_alone(model, samples)
-    with mp.install(model, fused=fused):
+    with install(model, fused=fused):
         result = parity.compare(model, samples, alone)
     assert result.max_difference < 1e-5
 
 
-@pytest.mark.skipif("main" not in understanding(LLaVAModel), reason="only main resizes freely")
+@pytest.mark.skipif(RELEASE.name != "main", reason="only main resizes freely")
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
 @pytest.mark.parametrize(
     "options",
@@ -154,7 +168,7 @@ def test_dynamic_resolution(options, fused):
 
     alone = [run([sample]) for sample in samples]
     expected, expected_mask = (torch.cat(x, dim=1) for x in zip(*alone, strict=True))
-    with mp.install(model, fused=fused, space="collapsed"):
+    with install(model, fused=fused):
         loss, mask = run(samples, torch.tensor([0, 12, 24, 36], dtype=torch.int32))
     assert loss.shape == expected.shape
     assert ((loss - expected) * mask * expected_mask).abs().max() < 1e-5
@@ -166,7 +180,7 @@ def test_dynamic_resolution(options, fused):
 )
 def test_gradients_equal_one_by_one(dtype, tolerance):
     samples = tiny.samples(6, img_size=SIZE, dtype=dtype)
-    packed = gradients(model_of().to(dtype), [parity.pack(samples)], install=True)
+    packed = gradients(model_of().to(dtype), [parity.pack(samples)], packed=True)
     rows = [{**parity.pack([sample]), "cu_seqlens": None} for sample in samples]
     alone = gradients(model_of().to(dtype), rows)
     assert packed.keys() == alone.keys()
@@ -177,10 +191,10 @@ def test_gradients_equal_one_by_one(dtype, tolerance):
         assert error <= tolerance or alone[name].norm() < 1e-12, (name, error)
 
 
-def gradients(model, rows, install=False, **options):
+def gradients(model, rows, packed=False, **options):
     """Summed gradients of every parameter over rows."""
     model.train()
-    handle = mp.install(model, **options) if install else None
+    handle = install(model, **options) if packed else None
     for row in rows:
         loss, mask = parity.forward(model, row)
         (loss * mask).sum().backward()
@@ -201,8 +215,8 @@ def gradients(model, rows, install=False, **options):
 )
 def test_activation_recomputation(recompute, fused):
     row = parity.pack(tiny.samples(4, img_size=SIZE))
-    plain = gradients(model_of(), [row], install=True, fused=fused)
-    again = gradients(model_of(language=recompute), [row], install=True, fused=fused)
+    plain = gradients(model_of(), [row], packed=True, fused=fused)
+    again = gradients(model_of(language=recompute), [row], packed=True, fused=fused)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-6, atol=1e-9)
 
@@ -217,7 +231,7 @@ def test_every_way_to_call(way, fused):
     alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
     given = arguments(samples)
     order = ("images", "input_ids", "position_ids", "attention_mask", "labels", "loss_mask")
-    with mp.install(model, fused=fused), torch.no_grad():
+    with install(model, fused=fused), torch.no_grad():
         if way == "call":
             loss, mask = model(**given)
         elif way == "forward":
@@ -236,7 +250,7 @@ def test_wrapped_in_float16_module():
     wrapped = Float16Module(model.config, model)
     samples = tiny.samples(4, img_size=SIZE)
     alone = parity.run_alone(wrapped, samples)
-    with mp.install(wrapped):
+    with install(wrapped):
         result = parity.compare(wrapped, samples, alone)
     assert result.token_mult_prob_error < 1.01
     assert parity.compare(wrapped, samples, alone).token_mult_prob_error > 1.05
@@ -245,7 +259,7 @@ def test_wrapped_in_float16_module():
 def test_wrapped_in_ddp():
     model, samples = model_of(), tiny.samples(4, img_size=SIZE)
     wrapped = DistributedDataParallel(model)
-    handle = mp.install(wrapped)
+    handle = install(wrapped)
     assert parity.compare(wrapped, samples).max_difference < 1e-5
     handle.remove()
     assert "forward" not in model.__dict__
@@ -257,7 +271,7 @@ def test_labels_none_gives_logits():
         model(**{**arguments([sample]), "labels": None, "packed_seq_params": None})[0]
         for sample in samples
     ]
-    with mp.install(model):
+    with install(model):
         logits, mask = model(**{**arguments(samples), "labels": None})
     assert mask is None
     torch.testing.assert_close(logits, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
@@ -271,14 +285,18 @@ def test_expanded_boundaries_pass_as_the_same_object(seen, caplog):
     expanded = torch.tensor([0, *lengths]).cumsum(0).int()
     for fused in (True, False):
         given = arguments(samples, expanded)
+        longest = dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), max(lengths))
+        given["packed_seq_params"] = dataclasses.replace(given["packed_seq_params"], **longest)
         with (
-            mp.install(model, fused=fused),
+            mp.install(model, fused=fused) as handle,
             caplog.at_level(logging.INFO, logger="mcore_packing"),
             torch.no_grad(),
         ):
             caplog.clear()
+            assert handle.space == "auto"
             loss, mask = model(**given)
             model(**given)
+            assert handle.space == "expanded"
         assert calls[-1]["packed_seq_params"] is given["packed_seq_params"]
         assert ((loss[0] + alone).abs() * mask[0]).max() < 1e-5
         said = [r.getMessage() for r in caplog.records if r.name.startswith("mcore_packing")]
@@ -292,7 +310,7 @@ def test_the_tail_is_covered(seen):
     given = arguments(samples)
     given["packed_seq_params"].cu_seqlens_q = given["packed_seq_params"].cu_seqlens_q[:-1]
     given["packed_seq_params"].cu_seqlens_kv = given["packed_seq_params"].cu_seqlens_q
-    with mp.install(model, space="collapsed"), torch.no_grad():
+    with install(model), torch.no_grad():
         loss, _ = model(**given)
     params = calls[-1]["packed_seq_params"]
     assert params.cu_seqlens_q.numel() == 4 and params.cu_seqlens_q[-1] == loss.shape[1]
@@ -302,7 +320,7 @@ def test_the_tail_is_covered(seen):
 def test_text_only(fused):
     samples = [{"input_ids": torch.randint(1, 500, (n,))} for n in (9, 1, 20)]
     model = model_of("rope")
-    with mp.install(model, fused=fused):
+    with install(model, fused=fused):
         assert parity.compare(model, samples).max_difference < 1e-5
 
 
@@ -314,7 +332,7 @@ def test_text_only_with_fsdps_dummy_image(fused):
     given = arguments(samples)
     expected = model(**given)[0]
     given["images"] = torch.randn(1, 3, SIZE, SIZE)
-    with mp.install(model, fused=fused):
+    with install(model, fused=fused):
         loss, mask = model(**given)
         (loss * mask).sum().backward()
     torch.testing.assert_close(loss[:, :9], expected[:, :9], rtol=0, atol=1e-5)
@@ -326,8 +344,8 @@ def test_images_of_nobody_are_refused():
     model = model_of()
     given = arguments([{"input_ids": torch.randint(1, 500, (9,))}])
     given["images"] = torch.randn(1, 3, SIZE, SIZE)
-    with mp.install(model) as handle:
-        if "main" in understanding(LLaVAModel):  # there they take part with weight zero
+    with install(model) as handle:
+        if RELEASE.keeps_text_rows:  # there they take part with weight zero
             model(**given)
         else:
             with pytest.raises(mp.PlaceholderMismatch, match="images have 5 rows"):
@@ -340,19 +358,30 @@ def test_another_context_parallel_size_is_refused():
         pytest.skip("this megatron-core has no local_cp_size")
     model, given = model_of(), arguments(tiny.samples(1, img_size=SIZE))
     given["packed_seq_params"].local_cp_size = 2
-    with mp.install(model), pytest.raises(mp.PackingError, match="local_cp_size is 2"):
+    with install(model), pytest.raises(mp.PackingError, match="local_cp_size is 2"):
         model(**given)
 
 
+def alone_mask(model, samples):
+    """The loss mask of samples that are run one by one, one behind the other."""
+    return torch.cat([pair[1] for pair in parity.run_alone(model, samples)])
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
-def test_truncation_at_the_models_length(fused, seen):
+def test_truncation_at_the_models_length(fused, seen, caplog):
     samples = tiny.samples(4, img_size=SIZE)
     whole = model_of("rope")
     short = model_of("rope", max_sequence_length=150)
     calls = seen(short)
-    with mp.install(whole, fused=fused), mp.install(short, fused=fused), torch.no_grad():
+    with install(short, fused=fused), pytest.raises(mp.PackingError, match="there is room for 150"):
+        short(**arguments(samples))
+    cut = {"fused": fused, "on_overflow": "truncate"}
+    with install(whole, fused=fused), install(short, **cut), torch.no_grad():
         expected, expected_mask = whole(**arguments(samples))
         loss, mask = short(**arguments(samples))
+    lost = int(alone_mask(whole, samples)[150:].sum())
+    (said,) = [r.getMessage() for r in caplog.records if "trained tokens" in r.getMessage()]
+    assert said.startswith(f"{lost} trained tokens do not fit the row of 150")
     assert loss.shape == mask.shape == (1, 150) and expected.shape[1] > 150
     assert calls[-1]["packed_seq_params"].cu_seqlens_q.max() == 150
     torch.testing.assert_close(mask, expected_mask[:, :150], rtol=0, atol=0)
@@ -365,7 +394,7 @@ def test_the_fixed_length_of_pipelines(fused, longest, seen):
     model, samples = model_of("rope", max_sequence_length=longest), tiny.samples(3, img_size=SIZE)
     calls = seen(model)
     model._language_is_pipeline_parallel = True
-    with mp.install(model, fused=fused), torch.no_grad():
+    with install(model, fused=fused, on_overflow="truncate"), torch.no_grad():
         loss, mask = model(**arguments(samples))
     cu_seqlens = calls[-1]["packed_seq_params"].cu_seqlens_q
     assert loss.shape == mask.shape == (1, longest) and cu_seqlens[-1] == longest
@@ -396,7 +425,7 @@ def test_calls_that_are_not_packed_pass_through():
     }
     expected = {name: outcome(model, call) for name, call in calls.items()}
     assert isinstance(expected["unpacked"], torch.Tensor)
-    with mp.install(model):
+    with install(model):
         found = {name: outcome(model, call) for name, call in calls.items()}
     torch.testing.assert_close(found.pop("unpacked"), expected.pop("unpacked"), rtol=0, atol=0)
     for name, result in found.items():
@@ -410,7 +439,7 @@ def test_on_missing():
     one_sequence = dataclasses.replace(given["packed_seq_params"], qkv_format="sbhd")
     for params, found in ((None, "none"), (one_sequence, "qkv_format 'sbhd'")):
         with (
-            mp.install(model, on_missing="raise"),
+            install(model, on_missing="raise"),
             pytest.raises(mp.PackingError, match=rf"got no packed_seq_params .* \({found}\)"),
         ):
             model(**{**given, "packed_seq_params": params})
@@ -418,16 +447,20 @@ def test_on_missing():
 
 def test_remove_restores_the_model():
     model = model_of()
-    before, forward = dict(model.__dict__), model.forward
-    handle = mp.install(model)
+    before, forward, before_state = dict(model.__dict__), model.forward, model.state_dict()
+    handle = install(model)
     assert model.forward != forward and model.forward.__name__ == "forward"
+    assert isinstance(model, LLaVAModel) and type(model).__name__ == "LLaVAModel"
+    assert inspect.signature(model.forward) == inspect.signature(forward)
+    assert model.state_dict().keys() == before_state.keys()
     handle.check()
     handle.remove()
-    assert model.__dict__ == before and model.forward == forward
+    assert model.__dict__ == before and model.forward == forward and type(model) is LLaVAModel
+    assert not model.language_model._forward_pre_hooks
     with pytest.raises(mp.PackingError, match="removed before"):
         handle.remove()
-    with mp.install(model):
-        assert model.__dict__ != before
+    with install(model):
+        assert type(model) is not LLaVAModel
     assert model.__dict__ == before
 
 
@@ -435,44 +468,92 @@ def test_remove_puts_another_wrapper_back():
     model = model_of()
     model.forward = wrapper = lambda *args, **kwargs: LLaVAModel.forward(model, *args, **kwargs)
     model.forward.__wrapped__ = LLaVAModel.forward.__get__(model)
-    handle = mp.install(model)
+    handle = install(model)
     handle.remove()
     assert model.__dict__["forward"] is wrapper
-    handle = mp.install(model)
+    handle = install(model)
     model.forward = wrapper
     with pytest.raises(mp.PackingError, match="someone replaced forward"):
         handle.remove()
 
 
-def test_copies_are_refused():
-    # A copy would run the original's forward, with the original's weights, and nobody would know.
+def test_copies_of_the_whole_model_are_refused():
     model = model_of()
-    with mp.install(model):
-        for copy in (copy_module.deepcopy, pickle.dumps):
-            with pytest.raises(mp.PackingError, match="would run the original's forward"):
-                copy(vars(model)["forward"])
+    copies = (copy_module.deepcopy, pickle.dumps, lambda x: torch.save(x, io.BytesIO()))
+    with install(model):
+        for copy in copies:
+            with pytest.raises(
+                mp.PackingError, match=r"remove\(\) the hook, copy or save the model"
+            ):
+                copy(model)
+        torch.save(model.state_dict(), io.BytesIO())
+    assert model_of().load_state_dict(model.state_dict())
+
+
+def test_a_shallow_copy_runs_on_itself():
+    model, samples = model_of(), tiny.samples(3, img_size=SIZE)
+    with install(model):
+        copy = copy_module.copy(model)
+        other = model_of(seed=1).vision_projection
+        copy._modules = {**model._modules, "vision_projection": other}
+        with torch.no_grad():
+            given = arguments(samples)
+            assert not torch.equal(copy(**given)[0], model(**given)[0])
+    with pytest.raises(mp.PackingError, match="is a shallow copy of"):
+        copy(**given)
+
+
+@pytest.mark.parametrize("call", [False, True], ids=["idle", "called"])
+def test_an_installed_model_is_freed_with_its_last_reference(call):
+    gc.collect()
+    gc.disable()
+    try:
+        model = model_of()
+        handle = install(model)
+        if call:
+            loss, mask = model(**arguments(tiny.samples(2, img_size=SIZE)))
+            (loss * mask).sum().backward()
+            del loss, mask
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None
+        with pytest.raises(mp.PackingError, match="the model is gone"):
+            handle.check()
+    finally:
+        gc.enable()
+
+
+def test_two_threads_do_not_mix_up_their_calls():
+    model = model_of()
+    rows = [tiny.samples(1 + seed % 5, img_size=SIZE, seed=seed) for seed in range(8)]
+    with install(model), torch.no_grad():
+        expected = [model(**arguments(samples))[0] for samples in rows]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda samples: model(**arguments(samples))[0], rows * 6)
+    for loss, wanted in zip(found, expected * 6, strict=True):
+        torch.testing.assert_close(loss, wanted)
 
 
 def test_install_is_refused():
     model = model_of()
     with pytest.raises(mp.PackingError, match="Linear holds 0 LLaVAModels"):
-        mp.install(torch.nn.Linear(2, 2))
+        install(torch.nn.Linear(2, 2))
     with pytest.raises(mp.PackingError, match="str holds 0 LLaVAModels"):
-        mp.install("model")
+        install("model")
     with pytest.raises(mp.PackingError, match="in the list twice"):
-        mp.install([model, model])
+        install([model, model])
     with pytest.raises(mp.PackingError, match="space is 'both'"):
-        mp.install(model, space="both")
+        install(model, space="both")
     with pytest.raises(mp.PackingError, match="on_missing is 'warn'"):
-        mp.install(model, on_missing="warn")
-    with mp.install(model), pytest.raises(mp.PackingError, match="installed on this model already"):
-        mp.install([model_of(), model])
+        install(model, on_missing="warn")
+    with install(model), pytest.raises(mp.PackingError, match="installed on this model already"):
+        install([model_of(), model])
     assert "forward" not in model.__dict__
 
 
 def test_every_chunk_is_installed_on():
     chunks = [model_of(), DistributedDataParallel(model_of(seed=1))]
-    handle = mp.install(chunks)
+    handle = install(chunks)
     for chunk, samples in zip(chunks, (tiny.samples(2, img_size=SIZE),) * 2, strict=True):
         assert parity.compare(chunk, samples).max_difference < 1e-5
     handle.remove()
@@ -484,24 +565,76 @@ def test_hybrid_models_need_their_boundaries():
     model = model_of()
     model.language_model.forward = lambda input_ids, position_ids, attention_mask: None
     with pytest.raises(mp.PackingError, match="passes no packed_seq_params to GPTModel"):
-        mp.install(model)
+        install(model)
     assert "forward" not in vars(model)
 
 
-def test_an_unknown_signature_warns_and_still_remaps():
-    class Later(LLaVAModel):
-        def _preprocess_data(self, *args, something_new=None, **kwargs):
-            return super()._preprocess_data(*args, **kwargs)
-
-    model, samples = model_of(), tiny.samples(4, img_size=SIZE)
-    model.__class__ = Later
+def caught_warnings(model, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        handle = mp.install(model)
-        assert parity.compare(model, samples).max_difference < 1e-5
-    assert [w for w in caught if "does not know this LLaVAModel" in str(w.message)]
-    assert len([w for w in caught if "mcore_packing" in str(w.message)]) == 1
+        handle = install(model, **options)
+    return handle, [str(w.message) for w in caught if "mcore_packing" in str(w.message)]
+
+
+class Overridden(LLaVAModel):
+    """A user's own expansion, with the arguments of Megatron's: it doubles image rows."""
+
+    def _preprocess_data(self, image_embeddings, *args, **kwargs):
+        return super()._preprocess_data(2 * image_embeddings, *args, **kwargs)
+
+
+def test_an_overridden_expansion_keeps_its_own_and_is_warned_about():
+    model, samples = model_of(), tiny.samples(4, img_size=SIZE)
+    model.__class__ = Overridden
+    handle, (warning,) = caught_warnings(model)
+    assert "_preprocess_data of this Overridden are not Megatron's own" in warning
+    assert parity.compare(model, samples).max_difference < 1e-5
     handle.remove()
+    assert type(model) is Overridden
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_patched_expansion_keeps_its_own_and_is_warned_about(monkeypatch, where, wraps):
+    model, samples = model_of(), tiny.samples(4, img_size=SIZE)
+    original = LLaVAModel._preprocess_data
+
+    def double(self, image_embeddings, *args, **kwargs):
+        return original(self, 2 * image_embeddings, *args, **kwargs)
+
+    double.__signature__ = inspect.signature(original)
+    patch = functools.wraps(original)(double) if wraps else double
+    if where == "class":
+        monkeypatch.setattr(LLaVAModel, "_preprocess_data", patch)
+    else:
+        model._preprocess_data = types.MethodType(patch, model)
+    handle, (warning,) = caught_warnings(model)
+    assert "are not Megatron's own" in warning
+    assert parity.compare(model, samples).max_difference < 1e-5
+    handle.remove()
+
+
+def test_an_unknown_release_warns_and_still_remaps(monkeypatch):
+    model, samples = model_of(), tiny.samples(4, img_size=SIZE)
+    monkeypatch.setattr(versions, "RELEASES", ())
+    handle, (warning,) = caught_warnings(model)
+    assert "is of no known release" in warning and "fused=False" in warning
+    assert parity.compare(model, samples).max_difference < 1e-5
+    handle.remove()
+
+
+def test_a_forward_that_hides_its_boundaries_is_refused():
+    class Hides(LLaVAModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = model_of()
+    model.__class__ = Hides
+    with pytest.raises(mp.PackingError, match="forward of this Hides has no parameter packed_seq"):
+        install(model)
+    Hides.forward = functools.wraps(LLaVAModel.forward)(Hides.forward)
+    with install(model):
+        assert parity.compare(model, tiny.samples(3, img_size=SIZE)).max_difference < 1e-5
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
@@ -526,7 +659,7 @@ def test_bad_calls(change, message, fused):
         name: value.clone() for name, value in model.state_dict().items() if value is not None
     }
     with (
-        mp.install(model, space="collapsed", fused=fused),
+        install(model, fused=fused),
         pytest.raises(mp.PackingError, match=message),
     ):
         model(**{**arguments(samples), **change})
@@ -539,7 +672,7 @@ def test_spare_image_tiles_are_refused():
     model, samples = model_of(), tiny.samples(1, img_size=SIZE)
     given = {**arguments(samples), "images": torch.randn(3, 3, SIZE, SIZE)}
     with (
-        mp.install(model, space="collapsed"),
+        install(model),
         pytest.raises(mp.PlaceholderMismatch, match="become 5 image rows, but there are 15"),
     ):
         model(**given)
@@ -547,7 +680,7 @@ def test_spare_image_tiles_are_refused():
 
 def test_one_tile_an_image_is_the_default():
     model, samples = model_of(), tiny.samples(1, img_size=SIZE)
-    with mp.install(model), torch.no_grad():
+    with install(model), torch.no_grad():
         given = arguments(samples)
         expected = model(**given)[0]
         given["num_image_tiles"] = None
@@ -564,7 +697,7 @@ def test_routers_of_experts_do_not_count_padding():
     for layer in model.language_model.decoder.layers:
         layer.mlp.router.register_forward_pre_hook(lambda module, args: masks.append(args[1:]))
     model._language_is_pipeline_parallel = True  # a fixed length: the surplus is the tail
-    with mp.install(model), torch.no_grad():
+    with install(model), torch.no_grad():
         _, loss_mask = model(**arguments(tiny.samples(3, img_size=SIZE)))
     assert len(masks) == 3
     if OLD:
@@ -573,7 +706,7 @@ def test_routers_of_experts_do_not_count_padding():
     for (mask,) in masks:
         assert mask.shape == (400, 1) and not (loss_mask[0] * mask[:, 0]).any()
         assert 0 < mask.sum() < 400
-    handle = mp.install(model)
+    handle = install(model)
     handle.remove()
     assert not model.language_model._forward_pre_hooks
 
@@ -583,7 +716,7 @@ def test_real_and_padded_boundaries_by_choice(seen):
     alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
     calls = seen(model)
     model._language_is_pipeline_parallel = True
-    with mp.install(model, pad_between_seqs=True), torch.no_grad():
+    with install(model, pad_between_seqs=True), torch.no_grad():
         loss, mask = model(**arguments(samples))
     params = calls[-1]["packed_seq_params"]
     assert params.cu_seqlens_q[-1] == alone.numel() and params.cu_seqlens_q_padded[-1] == 400
@@ -603,39 +736,157 @@ def stop_at_language_model(model):
 
 @pytest.fixture
 def like_a_gpu(monkeypatch):
-    """Nobody looks at a value before the end of a forward, as on a GPU."""
-    monkeypatch.setattr(layout_room, "_may_look", lambda input_ids: False)
-    watch = lambda word, expected, tell: lambda: tell(word.tolist())  # noqa: E731
-    monkeypatch.setattr(llava_room, "_watch", watch)
+    """Nobody looks at a value, but through ``read_later``, as on a GPU. Gives the reads: "queued"
+    or "read", one for each."""
+    events = []
+
+    def read_later(values):
+        events.append("queued")
+
+        def wait():
+            events.append("read")
+            return values.tolist()
+
+        return wait
+
+    for room in (layout_room, packed_seq_room):
+        monkeypatch.setattr(room, "may_look", lambda tensor: False)
+    for room in (layout_room, llava_room):
+        monkeypatch.setattr(room, "read_later", read_later)
+    return events
+
+
+@pytest.fixture
+def no_layers(monkeypatch):
+    """Notes when the first layer of a language model runs."""
+
+    def watch(model, events):
+        run = lambda module, args: events.append("layer")  # noqa: E731
+        model.language_model.decoder.layers[0].register_forward_pre_hook(run)
+
+    return watch
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_without_looking(like_a_gpu, positions, seen):
+def test_without_looking(like_a_gpu, positions, seen, no_layers):
     model = model_of(positions)
     calls = seen(model)
+    no_layers(model, like_a_gpu)
     for seed in range(6):
         samples = tiny.samples(1 + seed, img_size=SIZE, seed=seed)
         alone = parity.run_alone(model, samples)
-        with mp.install(model):
+        like_a_gpu.clear()
+        with install(model):
             result = parity.compare(model, samples, alone)
         assert result.max_difference < 1e-5 and result.lost_labels == 0
-        params = calls[-1]["packed_seq_params"]  # bounds: the tail is kept, however empty
-        assert params.cu_seqlens_q.numel() == len(samples) + 2
-        assert type(params.max_seqlen_q) is int and params.max_seqlen_q % 1024 == 0
-        assert params.max_seqlen_q > result.num_expanded
+        # One read, before the language model, and it knows the longest sequence.
+        assert like_a_gpu[:3] == ["queued", "read", "layer"]
+        params = calls[-1]["packed_seq_params"]
+        assert params.cu_seqlens_q.numel() == len(samples) + 2  # the tail is kept, however empty
+        assert type(params.max_seqlen_q) is int
+        assert params.max_seqlen_q == int(params.cu_seqlens_q.diff().max())
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_no_value_is_read_before_the_language_model(like_a_gpu, positions):
     model, given = model_of(positions), arguments(tiny.samples(3, img_size=SIZE))
     stop_at_language_model(model)
-    with mp.install(model, pad_between_seqs=True), HostReads() as reads, pytest.raises(Reached):
+    with install(model, pad_between_seqs=True), HostReads() as reads, pytest.raises(Reached):
         model(**given)
-    # Main compares cu_seqlens[-1] with the row once, itself.
-    assert reads.found == ["_local_scalar_dense"] * ("main" in understanding(LLaVAModel))
+    assert reads.found == []  # but the status, in one copy
+    assert like_a_gpu == ["queued", "read"]
     with HostReads() as reads, pytest.raises(Reached):
         model(**given)
     assert len(reads.found) > 10  # Megatron's own
+
+
+@pytest.fixture
+def sent_layout(monkeypatch):
+    """The layout that a data path, on a CPU, would send with these arguments of ``forward``."""
+
+    def build(given, model, **options):
+        with monkeypatch.context() as patch:
+            for room in (layout_room, packed_seq_room):
+                patch.setattr(room, "may_look", lambda tensor: True)
+            return mp.PackedLayout.build(
+                given["input_ids"],
+                given["packed_seq_params"].cu_seqlens_q,
+                given["num_image_tiles"] * model.img_seq_len,
+                tiny.IMAGE_TOKEN_ID,
+                **{**mp.layout_options(model), "space": "collapsed", **options},
+            )
+
+    return build
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
+def test_a_layout_from_the_data_path_is_used_as_it_is(
+    sent_layout, like_a_gpu, monkeypatch, positions, fused, seen
+):
+    model, samples = model_of(positions), tiny.samples(4, img_size=SIZE)
+    alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
+    calls = seen(model)
+    with install(model, space="auto", fused=fused) as handle:
+        given = arguments(samples)
+        layout = sent_layout(given, model)
+        params = mp.packed_seq_params(layout)
+        monkeypatch.setattr(ops, "layout", pytest.fail)
+        like_a_gpu.clear()
+        given["packed_seq_params"] = params
+        with torch.no_grad():
+            loss, mask = model(**given)
+        handle.check()
+        stop_at_language_model(model)
+        with HostReads() as reads, pytest.raises(Reached):
+            model(**given)
+    assert like_a_gpu == [] and (not fused or reads.found == [])
+    assert ((loss[0] + alone).abs() * mask[0]).max() < 1e-5
+    found = calls[-1]["packed_seq_params"]
+    assert type(found) is PackedSeqParams and torch.equal(found.cu_seqlens_q, params.cu_seqlens_q)
+    assert found.max_seqlen_q == found.max_seqlen_kv == layout.max_seqlen
+
+
+def test_a_layout_for_another_model_is_refused(sent_layout, like_a_gpu):
+    model, given = model_of(max_sequence_length=400), arguments(tiny.samples(3, img_size=SIZE))
+    rows = sent_layout(given, model).num_expanded
+    cases = [
+        ({"total_multiple": 64}, {}, f"has {rows} rows, expected a multiple of 64"),
+        ({"seq_multiple": 4}, {"seq_multiple": 2}, "pads sequences to multiples of 2, expected 4"),
+        ({"num_padded_rows": 400}, {}, f"has {rows} rows, expected 400: pipelines"),
+        ({"max_expanded": 50}, {}, f"has {rows} rows, more than the 50 that"),
+        ({"num_image_rows": 30}, {}, "has 35 image rows, but the images have 30"),
+    ]
+    options = mp.layout_options(model)
+    for needs, has, message in cases:
+        with pytest.raises(mp.PackingError, match=message):
+            packed_seq_room.check_options(sent_layout(given, model, **has), **options | needs)
+    with install(model):
+        params = mp.packed_seq_params(sent_layout(given, model))
+        for name, value in (
+            ("images", given["images"][:-1]),
+            ("input_ids", torch.ones(1, 9).long()),
+        ):
+            with pytest.raises(mp.PackingError, match="the layout that came with this row"):
+                model(**given | {"packed_seq_params": params, name: value})
+    boundaries = mp.PackedLayout.from_tensor(params.layout.to_tensor(boundaries_only=True))
+    with install(model), pytest.raises(mp.PackingError, match="but this stage has tokens"):
+        model(**given | {"packed_seq_params": mp.packed_seq_params(boundaries)})
+    with install(model, fused=False), pytest.raises(mp.PackingError, match="which only fused=True"):
+        padded = mp.packed_seq_params(sent_layout(given, model, seq_multiple=8))
+        model(**given | {"packed_seq_params": padded})
+
+
+def test_check_finds_a_layout_of_other_tokens(sent_layout, like_a_gpu):
+    # On a GPU nobody compares tokens on the way: check() does, when it is asked.
+    model, given = model_of(), arguments(tiny.samples(3, img_size=SIZE))
+    with install(model) as handle, torch.no_grad():
+        params = mp.packed_seq_params(sent_layout(given, model))
+        other = given["input_ids"].clone()
+        other[0, -1] += 1
+        model(**given | {"packed_seq_params": params, "input_ids": other})
+        with pytest.raises(mp.PackingError, match="was made of other input_ids"):
+            handle.check()
 
 
 @pytest.mark.parametrize(
@@ -649,7 +900,7 @@ def test_no_value_is_read_before_the_language_model(like_a_gpu, positions):
     ],
 )
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_bad_row_raises_at_the_end_of_its_forward(like_a_gpu, positions, change, message, seen):
+def test_a_bad_row_raises_before_any_layer(like_a_gpu, positions, change, message, no_layers):
     model, samples = model_of(positions), tiny.samples(3, img_size=SIZE)
     given = arguments(samples)
     if "cu_seqlens" in change:
@@ -658,17 +909,58 @@ def test_a_bad_row_raises_at_the_end_of_its_forward(like_a_gpu, positions, chang
         given["packed_seq_params"].cu_seqlens_kv = cu_seqlens
     else:
         given["num_image_tiles"] = torch.tensor(change["num_image_tiles"], dtype=torch.int)
-    calls = seen(model)
-    with mp.install(model, space="collapsed") as handle:
+    no_layers(model, like_a_gpu)
+    with install(model) as handle:
         with pytest.raises(mp.PackingError, match=message):
             model(**given)
-        # The language model had run by then, on boundaries that stay in the row, and on NaN.
-        (call,) = calls
-        edges = call["packed_seq_params"].cu_seqlens_q
-        assert (edges.diff() >= 0).all() and edges[-1] == call["decoder_input"].shape[0]
-        assert call["decoder_input"].isnan().all()
+        assert like_a_gpu == ["queued", "read"]
         with pytest.raises(mp.PackingError, match=message):
             handle.check()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_text_needs_no_read_before_the_language_model(like_a_gpu, positions, no_layers, seen):
+    samples = [{"input_ids": torch.randint(1, 500, (n,))} for n in (9, 30, 1)]
+    model = model_of(positions)
+    alone = parity.run_alone(model, samples)
+    no_layers(model, like_a_gpu)
+    calls = seen(model)
+    with install(model):
+        result = parity.compare(model, samples, alone)
+        assert result.max_difference < 1e-5
+        assert like_a_gpu[:3] == ["queued", "layer", "read"]
+        assert calls[-1]["packed_seq_params"].max_seqlen_q == 30
+        # A caller that says too little is found out; one whose rows could have a longer tail waits.
+        given = arguments(samples)
+        given["packed_seq_params"].max_seqlen_q = 22
+        with pytest.raises(mp.PackingError, match=r"max_seqlen_q is 22, but the longest .* 30"):
+            model(**given)
+        for longest in (10, 40, 41):
+            like_a_gpu.clear()
+            given["packed_seq_params"].max_seqlen_q = longest
+            model(**given)
+            assert like_a_gpu == ["queued", "read", "layer"]
+
+
+def test_a_compiled_language_model_that_misses_the_hook(like_a_gpu, monkeypatch):
+    # torch.compile may not see hooks that are registered later: then the end of forward reads.
+    model, given = model_of("rope"), arguments(tiny.samples(3, img_size=SIZE))
+    expected = model_of("rope")
+    with install(expected), torch.no_grad():
+        loss = expected(**given)[0]
+    like_a_gpu.clear()
+    with install(model), torch.no_grad():
+        model.language_model._forward_pre_hooks.clear()
+        if RELEASE.reads_boundaries:
+            with pytest.raises((mp.PackingError, AttributeError, TypeError)):
+                model(**given)
+            return
+        torch.testing.assert_close(model(**given)[0], loss)
+        assert like_a_gpu == ["queued", "read"]
+        given["packed_seq_params"].cu_seqlens_q = given["packed_seq_params"].cu_seqlens_kv.flip(0)
+        given["packed_seq_params"].cu_seqlens_kv = given["packed_seq_params"].cu_seqlens_q
+        with pytest.raises(mp.PackingError, match="cu_seqlens starts at"):
+            model(**given)
 
 
 def test_a_last_stage_without_looking(like_a_gpu):
@@ -677,7 +969,7 @@ def test_a_last_stage_without_looking(like_a_gpu):
     last = model_of("rope", max_sequence_length=400, pre_process=False, add_encoder=False)
     whole._language_is_pipeline_parallel = last._language_is_pipeline_parallel = True
     last.set_input_tensor(torch.randn(400, 1, 64))
-    with mp.install(whole), mp.install(last), torch.no_grad():
+    with install(whole), install(last), torch.no_grad():
         expected, expected_mask = whole(**arguments(samples))
         loss, mask = last(**{**arguments(samples), "images": None})
     assert loss.shape == expected.shape == (1, 400)
@@ -688,12 +980,12 @@ def test_a_last_stage_without_looking(like_a_gpu):
 def test_fp8_is_read_off_the_config(recipe, multiple):
     model = model_of(max_sequence_length=1000)
     model.config.fp8, model.config.fp8_recipe = "hybrid", recipe
-    with mp.install(model) as handle:
+    with install(model) as handle:
         options = handle.layout_options
     assert options["total_multiple"] == multiple
     assert options["max_expanded"] == 1000 // multiple * multiple
     model._language_is_pipeline_parallel = True
-    with mp.install(model) as handle, pytest.raises(mp.PackingError, match=f"of {multiple}:"):
+    with install(model) as handle, pytest.raises(mp.PackingError, match=f"of {multiple}:"):
         handle.layout_options  # noqa: B018
 
 
@@ -710,7 +1002,7 @@ def test_boundaries_end_where_megatrons_own_rows_do(fp8, fixed, fused, context):
     given = arguments(samples)
     if context:
         given[context] = types.SimpleNamespace(key_value_memory_dict={})
-    with mp.install(model, fused=fused), pytest.raises(Reached) as reached:
+    with install(model, fused=fused), pytest.raises(Reached) as reached:
         model(**given)
     kwargs = reached.value.args[0]
     assert kwargs["packed_seq_params"].cu_seqlens_q[-1] == kwargs["decoder_input"].shape[0]
@@ -719,8 +1011,12 @@ def test_boundaries_end_where_megatrons_own_rows_do(fp8, fixed, fused, context):
 def test_a_failing_forward_keeps_its_error(like_a_gpu):
     model, given = model_of(), arguments(tiny.samples(3, img_size=SIZE))
     given["packed_seq_params"].cu_seqlens_q = given["packed_seq_params"].cu_seqlens_kv.flip(0)
-    stop_at_language_model(model)
-    with mp.install(model, space="collapsed"), pytest.raises(Reached):
+
+    def fail(module, args):
+        raise Reached
+
+    model.vision_projection.register_forward_pre_hook(fail)
+    with install(model), pytest.raises(Reached):
         model(**given)
 
 
@@ -730,10 +1026,11 @@ def test_layout_options_lay_out_as_the_model_does():
     rows = row["num_image_tiles"] * model.img_seq_len
     given = row["input_ids"], row["cu_seqlens"], rows, tiny.IMAGE_TOKEN_ID
     for options in ({"space": "collapsed"}, {"space": "collapsed", "fused": False}):
-        with mp.install(model, **options) as handle, torch.no_grad():
+        with install(model, **options) as handle, torch.no_grad():
             model(**arguments(samples))
             layout = mp.PackedLayout.build(*given, **handle.layout_options)
-            assert layout.num_expanded == handle._hooks[0].last_layout.num_expanded
+            assert layout.num_expanded == model._packing_hook.last_layout.num_expanded
+            assert mp.layout_options(model) == handle.layout_options
             assert handle.layout_options["space"] == "collapsed"
     for use in (handle.check, lambda: handle.layout_options):
         with pytest.raises(mp.PackingError, match="removed before"):
@@ -742,49 +1039,86 @@ def test_layout_options_lay_out_as_the_model_does():
 
 def test_a_packed_call_compiles_around_the_hook():
     model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
-    with mp.install(model), torch.no_grad():
+    with install(model), torch.no_grad():
         expected, _ = model(**arguments(samples))
         torch._dynamo.reset()
         found, _ = torch.compile(model, backend="eager")(**arguments(samples))
     torch.testing.assert_close(found, expected)
 
 
-def test_a_stage_without_tokens_needs_boundaries_that_cover_its_rows():
-    model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
-    with mp.install(model) as handle:
-        collapsed = arguments(samples)["packed_seq_params"]
-        hidden = torch.randn(210, 1, 64)
-        stage = model_of("rope", pre_process=False, post_process=False, add_encoder=False)
-        stage.set_input_tensor(hidden)
+@pytest.fixture
+def middle_stage():
+    """A stage without tokens, and how to call it."""
+    stage = model_of("rope", pre_process=False, post_process=False, add_encoder=False)
+
+    def run(params, num_rows, **options):
+        stage.set_input_tensor(torch.randn(num_rows, 1, 64))
         nothing = dict.fromkeys(("images", "input_ids", "position_ids", "attention_mask"))
-        with mp.install(stage), pytest.raises(mp.PackingError, match="but this stage has 210 rows"):
-            stage(**nothing, packed_seq_params=collapsed)
-        row = parity.pack(samples)
-        rows = row["num_image_tiles"] * model.img_seq_len
-        layout = mp.PackedLayout.build(
-            row["input_ids"], row["cu_seqlens"], rows, tiny.IMAGE_TOKEN_ID,
-            **{**handle.layout_options, "num_padded_rows": 210 + 300},
-        )  # fmt: skip
-        stage.set_input_tensor(torch.randn(510, 1, 64))
-        with mp.install(stage), torch.no_grad():
-            out, _ = stage(**nothing, packed_seq_params=mp.packed_seq_params(layout))
+        with mp.install(stage, **options), torch.no_grad():
+            return stage(**nothing, packed_seq_params=params)[0]
+
+    run.stage = stage
+    return run
+
+
+def test_a_stage_without_tokens_takes_what_carries_its_layout(middle_stage, sent_layout, seen):
+    model, given = model_of("rope"), arguments(tiny.samples(3, img_size=SIZE))
+    calls = seen(middle_stage.stage)
+    layout = sent_layout(given, model, num_padded_rows=510)
+    received = mp.PackedLayout.from_tensor(layout.to_tensor(boundaries_only=True))
+    for sent in (layout, received):
+        out = middle_stage(mp.packed_seq_params(sent), 510)
         assert out.shape == (510, 1, 64)
+        params = calls[-1]["packed_seq_params"]
+        assert type(params) is PackedSeqParams and params.max_seqlen_q == layout.max_seqlen
+        assert torch.equal(params.cu_seqlens_q, layout.cu_seqlens_padded)
+    with pytest.raises(mp.PackingError, match="has 510 rows, but this stage has 400 rows"):
+        middle_stage(mp.packed_seq_params(received), 400)
+
+
+def test_a_stage_without_tokens_guesses_nothing(middle_stage, seen):
+    # Collapsed boundaries of a row that a bucket padded can end where the stage's rows do.
+    calls = seen(middle_stage.stage)
+    params = arguments(tiny.samples(3, img_size=SIZE))["packed_seq_params"]
+    num_rows = int(params.cu_seqlens_q[-1])
+    for space in ("auto", "collapsed"):
+        with pytest.raises(mp.PackingError, match="cannot tell what its boundaries count"):
+            middle_stage(params, num_rows, space=space)
+    declared = middle_stage(params, num_rows + 30, space="expanded")
+    assert declared.shape[0] == num_rows + 30
+    assert calls[-1]["packed_seq_params"].cu_seqlens_q[-1] == num_rows + 30
+    with pytest.raises(mp.PackingError, match="but this stage has 210 rows"):
+        middle_stage(params, 210, space="expanded")
+    params.cu_seqlens_q = params.cu_seqlens_kv = params.cu_seqlens_q.flip(0)
+    with pytest.raises(mp.PackingError, match="cu_seqlens starts at"):
+        middle_stage(params, num_rows, space="expanded")
+
+
+def test_a_stage_without_tokens_on_a_gpu(middle_stage, like_a_gpu, no_layers, seen):
+    no_layers(middle_stage.stage, like_a_gpu)
+    calls = seen(middle_stage.stage)
+    params = arguments(tiny.samples(3, img_size=SIZE))["packed_seq_params"]
+    middle_stage(params, 300, space="expanded")
+    assert like_a_gpu == ["queued", "read", "layer"]
+    found = calls[-1]["packed_seq_params"]
+    assert found.max_seqlen_q == int(found.cu_seqlens_q.diff().max())
+    params.cu_seqlens_q[1] = 999
+    like_a_gpu.clear()
+    with pytest.raises(mp.PackingError, match="sequence 1: cu_seqlens decreases"):
+        middle_stage(params, 300, space="expanded")
+    assert like_a_gpu == ["queued", "read"]
 
 
 @pytest.mark.skipif(
     "seq_idx" not in PackedSeqParams.__dataclass_fields__, reason="this megatron-core has none"
 )
-def test_a_stage_without_tokens_gets_its_seq_idx(seen):
+def test_a_stage_without_tokens_gets_its_seq_idx(middle_stage, seen, monkeypatch):
     # Mamba layers read nothing else, and treat None as one sequence.
-    stage = model_of("rope", pre_process=False, post_process=False, add_encoder=False)
     edges = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-    params = mp.packed_seq_params(torch.cat([edges[-1:], edges]))
+    params = mp.packed_seq_params(mp.PackedLayout.from_boundaries(edges, 8))
     assert params.seq_idx is None
-    calls = seen(stage)
-    stage.set_input_tensor(torch.randn(8, 1, 64))
-    nothing = dict.fromkeys(("images", "input_ids", "position_ids", "attention_mask"))
-    with mp.install(stage) as handle, torch.no_grad():
-        handle._hooks[0].fields["seq_idx"] = True  # as for a hybrid model
-        stage(**nothing, packed_seq_params=params)
+    calls = seen(middle_stage.stage)
+    monkeypatch.setattr(versions, "is_hybrid", lambda language_model: True)
+    middle_stage(params, 8)
     assert calls[-1]["packed_seq_params"].seq_idx.tolist() == [[0, 0, 0, 2, 2, 2, 2, 2]]
     assert params.seq_idx is None

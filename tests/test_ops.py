@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import (
 
 import mcore_packing as mp
 from mcore_packing import PackedLayout, ops
-from mcore_packing.cpu import HostReads
+from mcore_packing.expand import expand_tokens, source_positions
+from mcore_packing.testing.host_reads import HostReads
 
 from . import oracle
 from .packs import IMAGE, NAMED, make_row
@@ -23,20 +24,23 @@ def arguments(structure, grad=False):
     row = make_row(structure)
     ids, cu_seqlens, rows = row.input_ids, row.cu_seqlens, row.tokens_per_image
     layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, "collapsed", seq_multiple=4)
-    maps = (layout.image_begin, layout.image_start, layout.row_starts, layout.cu_seqlens_padded)
-    source = layout.tokens()[0]
+    maps = (
+        layout.expanded_start, layout.image_start, layout.cu_image_rows, layout.seq_start_expanded,
+        layout.cu_seqlens_padded,
+    )  # fmt: skip
+    source = expand_tokens(layout).source
     text, images = row.text.requires_grad_(grad), row.images.requires_grad_(grad)
-    positions = layout.source_positions()
+    positions = source_positions(layout, row.num_image_rows)
     num_rows = layout.num_expanded
     return {
-        ops.layout: (ids, cu_seqlens, None, rows, IMAGE, 0, -1, num_rows, 4, False),
-        ops.expand_tokens: (ids, row.labels, row.loss_mask, *maps, IMAGE, num_rows, 2, 1),
-        ops.source_positions: (
-            ids, layout.expanded_start, *maps, row.num_image_rows, IMAGE, 2, 0,
+        ops.layout: (
+            ids, cu_seqlens, None, rows, IMAGE, False, False, -1, -1, num_rows, 4, False,
         ),
-        ops.expand_rows: (text, images, source, layout.status, *positions),
+        ops.expand_tokens: (ids, row.labels, row.loss_mask, *maps, IMAGE, num_rows, 2, 1),
+        ops.source_positions: (*maps, row.num_image_rows, 2, 0),
+        ops.expand_rows: (text, images, source, *positions),
         ops.collect_rows: (
-            torch.randn(num_rows, 4), positions[1], row.images.shape[0], row.images.shape[1],
+            torch.randn(num_rows, 4), positions.images, row.images.shape[0], row.images.shape[1],
         ),
     }  # fmt: skip
 
@@ -60,11 +64,12 @@ def whole_path(input_ids, cu_seqlens, rows, num_rows, text, images, labels, loss
     embeddings = mp.expand_embeddings(layout, text, images)
     labels, loss_mask = mp.expand_labels(layout, labels, loss_mask)
     # Backward, spelled out: without a GPU, autograd itself cannot run on tensors that claim one.
-    text_position, image_position = layout.source_positions()
-    grad_text = ops.collect_rows(embeddings, text_position, text.shape[0], 1)
-    grad_images = ops.collect_rows(embeddings, image_position, *images.shape[:2])
+    positions = source_positions(layout, num_rows)
+    grad_text = ops.collect_rows(embeddings, positions.text, text.shape[0], 1)
+    grad_images = ops.collect_rows(embeddings, positions.images, *images.shape[:2])
     boundaries = layout.cu_seqlens_padded, layout.position_ids, layout.position_ids_collapsed
-    return embeddings, labels, loss_mask, grad_text, grad_images, *boundaries, layout.padding_mask
+    masks = layout.padding_mask, layout.is_cut
+    return embeddings, labels, loss_mask, grad_text, grad_images, *boundaries, *masks
 
 
 def inputs_of(row):
@@ -74,8 +79,8 @@ def inputs_of(row):
     )  # fmt: skip
 
 
-def expand_only(text, images, source, status, text_position, image_position):
-    return ops.expand_rows(text, images, source, status, text_position, image_position) * 2
+def expand_only(text, images, source, text_position, image_position):
+    return ops.expand_rows(text, images, source, text_position, image_position) * 2
 
 
 def test_compiles_whole_and_dynamic():

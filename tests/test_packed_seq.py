@@ -1,11 +1,16 @@
 """PackedSeqParams: expanded, carried over, left alone."""
 
+import copy as copy_module
 import dataclasses
+import functools
+import pickle
 
 import hypothesis
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch.distributed.fsdp._fully_shard._fsdp_common import _cast_fp_tensor
+from torch.distributed.utils import _apply_to_tensors, _recursive_to
 
 import mcore_packing as mp
 
@@ -14,7 +19,7 @@ from .packs import IMAGE, NAMED, make_row, structures
 FIELDS = {item.name for item in dataclasses.fields(PackedSeqParams)}
 BOUNDARIES = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
 OWNED = {*BOUNDARIES, "qkv_format", "max_seqlen_q", "max_seqlen_kv", "pad_between_seqs"}
-OWNED |= {"total_tokens", "seq_idx", "cp_scatter_cache"}
+OWNED |= {"total_tokens", "seq_idx", "cp_scatter_cache", "tokens_per_sample"}
 
 
 def params_of(cu_seqlens, **kwargs):
@@ -71,12 +76,20 @@ def test_a_tensor_max_seqlen_becomes_an_int():
     assert found.max_seqlen_q == expanded.max_seqlen_q
 
 
-def test_key_boundaries_of_their_own_are_mapped_too():
+def test_queries_decide():
     row = make_row(NAMED["T63-N5-B3"])
-    params = params_of(row.cu_seqlens, cu_seqlens_kv=row.cu_seqlens.clone())
-    found = remap(row, params)
-    assert found.cu_seqlens_q is not found.cu_seqlens_kv
-    assert torch.equal(found.cu_seqlens_q, found.cu_seqlens_kv)
+    found = remap(row, params_of(row.cu_seqlens, cu_seqlens_kv=row.cu_seqlens.clone()))
+    assert found.cu_seqlens_q is found.cu_seqlens_kv
+    found = remap(row, params_of(row.cu_seqlens, cu_seqlens_kv=None))
+    assert found.cu_seqlens_q is found.cu_seqlens_kv
+    other = row.cu_seqlens.clone()
+    other[1] += 1
+    for keys in (
+        {"cu_seqlens_kv": other},
+        {"cu_seqlens_q_padded": row.cu_seqlens, "cu_seqlens_kv_padded": other},
+    ):
+        with pytest.raises(mp.PackingError, match="LLaVA attends to itself"):
+            remap(row, params_of(row.cu_seqlens, **keys))
 
 
 def test_real_and_padded_boundaries_stay_apart():
@@ -105,6 +118,88 @@ def test_from_a_layout():
     params = mp.packed_seq_params(layout, pad_between_seqs=True)
     assert params.cu_seqlens_q.tolist() == [0, 6, 9, 9]  # the tail holds nothing real
     assert params.cu_seqlens_q_padded.tolist() == [0, 8, 12, 16]
+    for other in (None, layout.to_tensor(), layout.cu_seqlens_padded):
+        with pytest.raises(mp.PackingError, match="takes a PackedLayout, not a"):
+            mp.packed_seq_params(other)
+
+
+def test_tokens_behind_the_last_boundary_are_real():
+    # Padding kept apart, as it is not: the tail is a sequence, whoever trains it.
+    ids = torch.tensor([1, IMAGE, 2, 3, 4])
+    layout = mp.PackedLayout.build(
+        ids, torch.tensor([0, 3], dtype=torch.int32), [3], IMAGE, "collapsed", seq_multiple=4,
+        total_multiple=16,
+    )  # fmt: skip
+    params = mp.packed_seq_params(layout, pad_between_seqs=True)
+    assert params.cu_seqlens_q.tolist() == [0, 5, 7]
+    assert params.cu_seqlens_q_padded.tolist() == [0, 8, 16]
+
+
+def test_the_layout_survives_what_rebuilds_dataclasses():
+    row = make_row(NAMED["T63-N5-B3"])
+    layout = mp.PackedLayout.build(
+        row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed"
+    )
+    params = mp.packed_seq_params(layout, seq_idx=True)
+    cast = functools.partial(_cast_fp_tensor, torch.bfloat16)  # as FSDP2 casts inputs
+    for copy in (
+        dataclasses.replace(params),
+        _apply_to_tensors(cast, {"packed_seq_params": params})["packed_seq_params"],
+        _recursive_to([params], torch.device("cpu"), False)[0][0],
+        pickle.loads(pickle.dumps(params)),
+        copy_module.deepcopy(params),
+    ):
+        assert isinstance(copy, PackedSeqParams)
+        assert torch.equal(copy.layout.cu_seqlens_padded, layout.cu_seqlens_padded)
+        assert copy.layout.max_seqlen == layout.max_seqlen
+        if "seq_idx" in FIELDS:
+            assert torch.equal(copy.seq_idx, params.seq_idx)
+    assert remap(row, params) is params
+
+
+def test_the_layout_of_another_row_is_refused():
+    row = make_row(NAMED["T63-N5-B3"])
+    params = mp.packed_seq_params(
+        mp.PackedLayout.build(
+            row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed"
+        )
+    )
+    other = row.input_ids.clone()
+    other[0] += 1
+
+    def given(input_ids=row.input_ids, rows=row.tokens_per_image, image_token_id=IMAGE):
+        return mp.remap_packed_seq_params(params, input_ids, rows, image_token_id)
+
+    for changes, message in (
+        ({"input_ids": row.input_ids[:-1]}, "of another one: tokens 63, but the row has 62"),
+        ({"rows": row.tokens_per_image[:-1]}, "of another one: images 5, but the row has 4"),
+        ({"image_token_id": -201}, "image_token_id -200, but the row has -201"),
+        ({"input_ids": other}, "was made of other input_ids"),
+        ({"rows": row.tokens_per_image.flip(0)}, "was made of other tokens_per_image"),
+    ):
+        with pytest.raises(mp.PackingError, match=message):
+            given(**changes)
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_a_stale_max_seqlen_is_put_right(stale):
+    row = make_row(NAMED["T63-N5-B3"])
+    expanded = remap(row, params_of(row.cu_seqlens))
+    longest = int(row.cu_seqlens.diff().max()) if stale else expanded.max_seqlen_q
+    given = params_of(expanded.cu_seqlens_q, max_seqlen_q=longest)
+    given.max_seqlen_kv = longest
+    found = remap(row, given, space="expanded")
+    assert found.max_seqlen_q == found.max_seqlen_kv == expanded.max_seqlen_q
+    assert (found is given) == (not stale)
+
+
+def test_parameters_without_boundaries_are_refused():
+    row = make_row(NAMED["T63-N5-B3"])
+    with pytest.raises(mp.PackingError, match="have no cu_seqlens_q"):
+        remap(row, PackedSeqParams(qkv_format="thd"))
+    for wrong in (row.cu_seqlens[:0], row.cu_seqlens[None]):
+        with pytest.raises(mp.PackingError, match="cu_seqlens"):
+            remap(row, PackedSeqParams(qkv_format="thd", cu_seqlens_q=wrong, cu_seqlens_kv=wrong))
 
 
 @pytest.mark.skipif("seq_idx" not in FIELDS, reason="this megatron-core has no seq_idx")

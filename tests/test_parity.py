@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import parity, tiny
+from mcore_packing import parity
+from mcore_packing.testing import tiny
 
 SIZE = 28
 

@@ -11,7 +11,7 @@ from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from . import cpu
+from .. import cpu
 
 IMAGE_TOKEN_ID = -200
 VOCAB_SIZE = 512

@@ -1,0 +1,201 @@
+"""Embeddings and labels through a layout."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import PackingError, PlaceholderMismatch
+from .layout import PackedLayout, as_row
+from .reference import ExpandedTokens, SourcePositions
+
+
+def expand_embeddings(
+    layout: PackedLayout, text: Tensor, images: Tensor | None, *, cp_size: int = 1, cp_rank: int = 0
+) -> Tensor:
+    """Fill the expanded row: every row is written once, padding with zeros. Differentiable.
+
+    Args:
+        layout: of this row.
+        text: ``[T, H]``, embeddings of the collapsed tokens; those of placeholders are not used.
+        images: ``[L, tiles, H]`` as Megatron's vision projection gives them, or ``[rows, H]``; of
+            the same dtype as ``text``; None where the row has no images.
+        cp_size: context-parallel size.
+        cp_rank: the rank whose rows to write.
+
+    Returns:
+        ``[S / cp_size, H]``.
+
+    Raises:
+        PackingError: a shape or dtype does not fit the layout.
+        PlaceholderMismatch: ``images`` has another number of rows than the placeholders ask for.
+
+    Source:
+        ``LLaVAModel._preprocess_data`` of Megatron-Core 0.16.1, followed by
+        ``_process_embedding_token_parallel`` under context parallelism.
+
+    Example:
+        >>> ids, cu_seqlens = torch.tensor([5, -200, 6]), torch.tensor([0, 3], dtype=torch.int32)
+        >>> layout = PackedLayout.build(ids, cu_seqlens, [2], space="collapsed")
+        >>> text, images = torch.tensor([[1.0], [0.0], [2.0]]), torch.tensor([[7.0], [8.0]])
+        >>> expand_embeddings(layout, text, images).flatten().tolist()
+        [1.0, 7.0, 8.0, 2.0]
+    """
+    source = expand_tokens(layout, cp_size=cp_size, cp_rank=cp_rank).source
+    return fill_rows(layout, text, images, source, cp_size, cp_rank)
+
+
+def expand_labels(
+    layout: PackedLayout,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Move labels and loss mask to the expanded row, sequence by sequence.
+
+    Within a sequence, as Megatron does: labels come shifted left by one, nothing predicts an image
+    row, an image's last row carries its placeholder's label, masked. Across a boundary nothing
+    moves: a sequence that begins with an image costs the one before it nothing. A last label that
+    is itself the placeholder's id was shifted over a boundary, and is dropped; labels that are
+    shifted inside each sample never are.
+
+    Args:
+        layout: of this row.
+        labels: integer ``[T]`` or ``[1, T]``, already shifted, or None.
+        loss_mask: ``[T]`` or ``[1, T]``, or None.
+        cp_size: context-parallel size.
+        cp_rank: the rank whose positions to write.
+
+    Returns:
+        ``labels [S / cp_size]``, -100 where nothing is predicted, and ``loss_mask [S / cp_size]``;
+        None for what was None.
+
+    Raises:
+        PackingError: a length is not that of the collapsed row.
+
+    Source:
+        ``LLaVAModel._preprocess_data`` of Megatron-Core 0.16.1.
+
+    Example:
+        >>> ids = torch.tensor([11, 12, -200, 21])
+        >>> cu_seqlens = torch.tensor([0, 2, 4], dtype=torch.int32)
+        >>> layout = PackedLayout.build(ids, cu_seqlens, [3], space="collapsed")
+        >>> labels, loss_mask = expand_labels(layout, torch.tensor([12, 13, 21, 22]), torch.ones(4))
+        >>> labels.tolist(), loss_mask.tolist()
+        ([12, 13, -100, -100, 21, 22], [1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
+    """
+    tokens = expand_tokens(layout, labels, loss_mask, cp_size, cp_rank)
+    return (
+        None if labels is None else tokens.labels,
+        None if loss_mask is None else tokens.loss_mask,
+    )
+
+
+def expand_tokens(
+    layout: PackedLayout,
+    labels: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> ExpandedTokens:
+    """What stands at each position of a rank: one launch for all that is not an embedding."""
+    _check_rank(layout, cp_size, cp_rank)
+    if labels is not None:
+        labels = as_row(labels, "labels", layout.num_collapsed)
+    if loss_mask is not None:
+        loss_mask = as_row(loss_mask, "loss_mask", layout.num_collapsed, floating=True)
+    expanded = ops.expand_tokens(
+        layout.input_ids, labels, loss_mask, layout.expanded_start, layout.image_start,
+        layout.cu_image_rows, layout.seq_start_expanded, layout.cu_seqlens_padded,
+        layout.image_token_id, layout.num_expanded, cp_size, cp_rank,
+    )  # fmt: skip
+    return ExpandedTokens(*expanded)
+
+
+def fill_rows(
+    layout: PackedLayout,
+    text: Tensor,
+    images: Tensor | None,
+    source: Tensor,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> Tensor:
+    """``expand_embeddings`` where ``source`` is known already."""
+    if not isinstance(text, Tensor) or text.dim() != 2 or text.shape[0] != layout.num_collapsed:
+        found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+        raise PackingError(f"text is {found}, expected [{layout.num_collapsed}, H]")
+    num_image_rows = 0
+    if images is not None:
+        images = _as_images(images, text)
+        num_image_rows = images.shape[0] * images.shape[1]
+    if layout.num_image_rows not in (None, num_image_rows):
+        raise PlaceholderMismatch(
+            actual=num_image_rows,
+            expected=layout.num_image_rows,
+            message=f"images have {num_image_rows} rows, but the placeholders become "
+            f"{layout.num_image_rows} rows",
+        )
+    positions = ()
+    if torch.is_grad_enabled() and (
+        text.requires_grad or (images is not None and images.requires_grad)
+    ):
+        positions = source_positions(layout, num_image_rows, cp_size, cp_rank)
+    return ops.expand_rows(text, images, source, *positions)
+
+
+def source_positions(
+    layout: PackedLayout, num_image_rows: int, cp_size: int = 1, cp_rank: int = 0
+) -> SourcePositions:
+    """Where each text row and each image row went on a rank: what the gradient needs."""
+    _check_rank(layout, cp_size, cp_rank)
+    positions = ops.source_positions(
+        layout.expanded_start, layout.image_start, layout.cu_image_rows, layout.seq_start_expanded,
+        layout.cu_seqlens_padded, num_image_rows, cp_size, cp_rank,
+    )  # fmt: skip
+    return SourcePositions(*positions)
+
+
+def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
+    """How many trained tokens fell off the end of the expanded row: 0-d, on the row's device.
+
+    Args:
+        layout: of this row.
+        loss_mask: ``[T]`` or ``[1, T]``; what it has above 0 is trained, placeholders and what
+            stands before an image of the same sequence excepted, as ``expand_labels`` has it.
+    """
+    loss_mask = as_row(loss_mask, "loss_mask", layout.num_collapsed, floating=True)
+    is_image = layout.input_ids == layout.image_token_id
+    continues = layout.position_ids_collapsed > 0
+    before_image = torch.nn.functional.pad(is_image & continues, (0, 1)).narrow(
+        0, 1, layout.num_collapsed
+    )
+    return (layout.is_cut & (loss_mask > 0) & ~is_image & ~before_image).sum()
+
+
+def _as_images(images: Tensor, text: Tensor) -> Tensor:
+    """``[L, tiles, H]``, like ``text``."""
+    width = text.shape[1]
+    expected = f"expected [L, tiles, {width}] or [rows, {width}] {text.dtype} like text"
+    if not isinstance(images, Tensor):
+        raise PackingError(f"images are a {type(images).__name__}, {expected}")
+    found, images = list(images.shape), images.unsqueeze(1) if images.dim() == 2 else images
+    if images.dim() != 3 or images.shape[2] != width or images.dtype != text.dtype:
+        raise PackingError(f"images are {found} {images.dtype}, {expected}")
+    return images
+
+
+def _check_rank(layout: PackedLayout, cp_size: int, cp_rank: int) -> None:
+    if not layout.has_tokens:
+        raise PackingError(
+            "this layout holds boundaries only, for a stage without tokens; send the whole layout "
+            "(to_tensor without boundaries_only) to stages that have tokens"
+        )
+    if not 0 <= cp_rank < cp_size:
+        raise PackingError(f"cp_rank is {cp_rank}, expected 0 <= cp_rank < cp_size = {cp_size}")
+    multiple = 2 * cp_size if cp_size > 1 else 1
+    if layout.seq_multiple % multiple or layout.num_expanded % multiple:
+        raise PackingError(
+            f"cp_size {cp_size} needs every sequence to be a multiple of {multiple} rows, but the "
+            f"layout was built with seq_multiple={layout.seq_multiple}; see mp.alignment"
+        )

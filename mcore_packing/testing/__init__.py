@@ -1,0 +1,1 @@
+"""What demos, benchmarks and tests share; nothing that a training run needs."""
