@@ -1,6 +1,7 @@
 """Lets real Megatron-Core build, run and train on a machine without a GPU."""
 
 import contextlib
+import importlib
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -98,11 +99,20 @@ def _patches():
     if not hasattr(moe_utils, "te_general_gemm"):
         yield moe_utils, "te_general_gemm", None
     if not llava_model.HAVE_TE:
+        for stack in _hybrid_stacks():
+            yield stack, "TENorm", WrappedTorchNorm
         yield llava_model, "HAVE_TE", True
         yield llava_model, "HAVE_TEX", True
         yield llava_model, "TEDotProductAttention", PackedAttention
         yield llava_model, "is_te_min_version", lambda *args, **kwargs: True
         yield llava_model, "tex", SimpleNamespace(thd_get_partitioned_indices=_partitioned_indices)
+
+
+def _hybrid_stacks():
+    """The modules that build hybrid language models, and name TE's norm."""
+    for name in "ssm.mamba_block", "models.hybrid.hybrid_block":
+        with contextlib.suppress(ImportError):
+            yield importlib.import_module(f"megatron.core.{name}")
 
 
 @contextlib.contextmanager

@@ -38,6 +38,10 @@ if os.environ.get("MCORE_PACKING_TEST_KERNELS") == "1":
 def pytest_terminal_summary(terminalreporter):
     if LAUNCHED:
         terminalreporter.write_line(f"launched {json.dumps(LAUNCHED)}")
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = str(report.longrepr[-1] if report.longrepr else "")
+        if "no sources of Megatron-Core" in reason:  # loud: these tests matter
+            terminalreporter.write_line(f"NOT TESTED {report.nodeid}: {reason}", red=True)
 
 
 # Subprocesses find this checkout too.

@@ -1,8 +1,8 @@
 """A pytest plugin: Megatron's own LLaVA tests on a CPU, with the hook in every ``LLaVAModel``.
 
-In a folder that ``sources.unpacked`` gave::
+With a folder that ``sources.unpacked`` gave, and its ``megatron`` or another one on the path::
 
-    pytest -c /dev/null --rootdir . -p mcore_packing.testing.megatron_tests tests/unit_tests/models
+    pytest -c /dev/null --rootdir $folder -p mcore_packing.testing.megatron_tests $folder/tests/...
 
 ``--without-hook`` runs them as they are. Tests for several processes are left out of a single one.
 """
@@ -12,16 +12,20 @@ import importlib
 import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import mcore_packing as mp
 
 from .. import cpu
+from . import tiny
 
 INSTALLED = []  # the handle of every model that was built
 
@@ -33,7 +37,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "internal: Megatron's own mark")
     tests = types.ModuleType("tests")  # theirs, not those of a checkout of ours on the path
-    tests.__path__ = [str(Path.cwd() / "tests")]
+    tests.__path__ = [str(config.rootpath / "tests")]
     sys.modules["tests"] = tests
     _stand_in_for_megatron_training()
     context = cpu.megatron_on_cpu()
@@ -43,6 +47,7 @@ def pytest_configure(config):
                  "get_gpt_layer_with_transformer_engine_submodules"):  # fmt: skip
         if hasattr(gpt_layer_specs, name):
             setattr(gpt_layer_specs, name, _local(name))
+    transformer_engine.TENorm = WrappedTorchNorm
     _initialize_on_cpu()
     if not config.getoption("--without-hook"):
         _install_in_every_model()
@@ -84,9 +89,24 @@ def _local(name):
 
     def spec(*args, **kwargs):
         layer = cpu.layer_spec(*args, **kwargs)
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        parts.self_attention.submodules.linear_qkv = _NormAndLinear
+        tiny.submodules(parts.mlp).linear_fc1 = _NormAndLinear
         return layer.submodules if name.endswith("submodules") else layer
 
     return spec
+
+
+class _NormAndLinear(ColumnParallelLinear):
+    """Normalises its input first, as TE's layer does: the tests count its parameters too."""
+
+    def __init__(self, input_size, output_size, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.norm = WrappedTorchNorm(config, input_size, config.layernorm_epsilon)
+
+    def forward(self, input_, *args, **kwargs):
+        return super().forward(self.norm(input_), *args, **kwargs)
 
 
 def _initialize_on_cpu() -> None:

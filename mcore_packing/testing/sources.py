@@ -16,6 +16,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 VARIABLE = "MCORE_PACKING_MEGATRON_SOURCES"
 PREFIX, SUFFIX = "megatron_core-", ".tar.xz"
+HOW = f"Put {PREFIX}<version>{SUFFIX} into ../shared/megatron, or name a folder in {VARIABLE}."
 
 
 class SourcesMissing(FileNotFoundError):
@@ -44,10 +45,7 @@ def unpacked(version: str) -> Path:
     """
     path = archives().get(version)
     if path is None:
-        raise SourcesMissing(
-            f"no sources of Megatron-Core {version} in {folder()}; put {PREFIX}{version}{SUFFIX} "
-            f"there, or name the folder in {VARIABLE}"
-        )
+        raise SourcesMissing(f"no sources of Megatron-Core {version} in {folder()}. {HOW}")
     target = CHECKOUT / ".versions" / path.name.removesuffix(SUFFIX)
     if not (target / "complete").is_file():
         with tarfile.open(path) as archive:

@@ -1,6 +1,9 @@
 """A small real LLaVAModel and samples for it: what the demo shows, tests test, the CLI checks."""
 
 import contextlib
+import copy
+import importlib
+import inspect
 import itertools
 from functools import partial
 from importlib.util import find_spec
@@ -8,7 +11,10 @@ from importlib.util import find_spec
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .. import cpu
@@ -53,6 +59,8 @@ def llava_model(
     vision_model_type: str = "clip",
     seed: int = 0,
     language: dict | None = None,
+    hybrid_pattern: str | None = None,
+    mamba_layer=IdentityOp,
     **kwargs,
 ) -> LLaVAModel:
     """Build a ``LLaVAModel``: a vision tower (577 rows a tile), an MLP projector, a GPT.
@@ -68,6 +76,9 @@ def llava_model(
         vision_model_type: "clip", "siglip" or "internvit".
         seed: of the weights.
         language: further ``TransformerConfig`` arguments of the GPT.
+        hybrid_pattern: makes the language model a hybrid, of the layers that Megatron writes so:
+            "*" attention, "-" MLP, "M" Mamba.
+        mamba_layer: what a hybrid has where the pattern says "M".
         **kwargs: for ``LLaVAModel``.
     """
     torch.manual_seed(seed)
@@ -85,7 +96,7 @@ def llava_model(
     vision_config = TransformerConfig(num_layers=2, hidden_size=64, **heads)
     projector = {"num_layers": 2, "hidden_size": hidden_size, "ffn_hidden_size": 64}
     projector_config = TransformerConfig(**projector, **common, num_attention_heads=1)
-    language_config.language_model_type = "tiny"
+    language_config.language_model_type = "nemotron5-hybrid" if hybrid_pattern else "tiny"
     vision_config.vision_model_type = vision_model_type
     for config in (vision_config, projector_config):
         config.tensor_model_parallel_size = language_config.tensor_model_parallel_size
@@ -100,6 +111,9 @@ def llava_model(
         "patch_dim": 14,
         "image_token_index": IMAGE_TOKEN_ID,
     }
+    if hybrid_pattern is not None:
+        spec = _hybrid_spec(spec, mamba_layer)
+        settings |= _settings_of_pattern(hybrid_pattern)
     model = LLaVAModel(
         language_transformer_config=language_config,
         language_transformer_layer_spec=spec,
@@ -108,13 +122,46 @@ def llava_model(
         vision_transformer_config=vision_config,
         vision_transformer_layer_spec=vision_spec,
         vision_projection_config=projector_config,
-        vision_projection_layer_spec=_submodules(make_spec().submodules.mlp),
+        vision_projection_layer_spec=submodules(make_spec().submodules.mlp),
         **{**settings, **kwargs},
     )
     return model.to(DEVICE, DTYPE) if HAVE_GPU else model
 
 
-def _submodules(spec):
+def _hybrid_stack():
+    """The stack of hybrid language models and its submodules: renamed in 0.18."""
+    for module, name in ("models.hybrid.hybrid_block", "Hybrid"), ("ssm.mamba_block", "Mamba"):
+        with contextlib.suppress(ImportError):
+            room = importlib.import_module(f"megatron.core.{module}")
+            return getattr(room, f"{name}Stack"), getattr(room, f"{name}StackSubmodules")
+    raise ImportError("this megatron-core has no hybrid language models")
+
+
+def _settings_of_pattern(pattern: str) -> dict:
+    """Arguments of ``LLaVAModel``. Before 0.17 the ratios beside it must add up to at most 1."""
+    takes = inspect.signature(LLaVAModel).parameters
+    if "hybrid_layer_pattern" in takes:
+        return {"hybrid_layer_pattern": pattern}
+    ratios = {"hybrid_attention_ratio": 0.0, "hybrid_mlp_ratio": 0.0}
+    return {"hybrid_override_pattern": pattern, **ratios}
+
+
+def _hybrid_spec(layer: ModuleSpec, mamba_layer) -> ModuleSpec:
+    """A stack whose attention and MLP layers are the halves of a GPT layer."""
+    stack, stack_submodules = _hybrid_stack()
+    attention, mlp = copy.deepcopy(layer), copy.deepcopy(layer)
+    for name in "pre_mlp_layernorm", "mlp":
+        setattr(attention.submodules, name, IdentityOp)
+    attention.submodules.mlp_bda = IdentityFuncOp
+    mlp.module = MLPLayer
+    for name in "input_layernorm", "self_attention":
+        setattr(mlp.submodules, name, IdentityOp)
+    mlp.submodules.self_attn_bda = IdentityFuncOp
+    layers = {"mamba_layer": mamba_layer, "attention_layer": attention, "mlp_layer": mlp}
+    return ModuleSpec(module=stack, submodules=stack_submodules(**layers))
+
+
+def submodules(spec):
     """Of a ``ModuleSpec``, or of the ``functools.partial`` that main has in its place."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 

@@ -1,0 +1,32 @@
+"""``space="auto"`` on rows that the functions of Megatron's own example make."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mcore_packing.testing import sources
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "main"])
+def test_no_row_of_megatrons_example_is_misread(version):
+    if version not in sources.archives():
+        pytest.skip(f"no sources of Megatron-Core {version}. {sources.HOW}")
+    command = [sys.executable, "-W", "ignore", "scripts/space_rule.py"]
+    result = subprocess.run(
+        [*command, "--versions", version, "--rows", "5"],
+        cwd=sources.CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = re.findall(r"(\w+) +(\w+) +(\d+) +(\d+) +(\d+) +(\d+)$", result.stdout, re.M)
+    rows = {line[:2]: list(map(int, line[2:])) for line in lines}
+    assert rows.keys() == {("collapsed", "uncut")} | {
+        ("expanded", cut) for cut in ("uncut", "unclipped", "clamped")
+    }
+    for (space, cut), (right, both, refused, wrong) in rows.items():
+        assert right + both + refused + wrong == 200
+        assert wrong == 0
+        assert cut == "unclipped" or right > 150, (space, cut)
