@@ -58,8 +58,11 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every combination that a data path can have. Only expanded rows come cut: collapsed boundaries
-    past the end of their row are a fault, which ``space="collapsed"`` reports."""
+    """Every combination that a data path can have.
+
+    Only expanded rows come cut: collapsed boundaries past the end of their row are a fault, which
+    ``space="collapsed"`` reports.
+    """
     combinations = itertools.product(
         ("collapsed", "expanded"), PARALLELISM, (0, 11), (False, True), CUTS
     )
