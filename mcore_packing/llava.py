@@ -518,6 +518,9 @@ class _Hook:
     def _tokens_per_image(self, model, given) -> tuple[Tensor, int | None]:
         """How many rows each placeholder becomes, and their sum where the host knows it."""
         images, input_ids = given.get("images"), given["input_ids"]
+        if _rides_along(given["packed_seq_params"]) and not model.add_encoder:
+            layout = given["packed_seq_params"].layout  # which may count what this stage cannot
+            return layout.cu_image_rows.diff().long(), layout.num_image_rows
         num_image_tiles = given.get("num_image_tiles")
         if num_image_tiles is None and isinstance(images, Tensor):
             num_image_tiles = torch.ones(images.shape[0], dtype=torch.int, device=input_ids.device)

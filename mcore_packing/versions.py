@@ -14,6 +14,8 @@ from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from .errors import PackingError
+
 # What every ``LLaVAModel._preprocess_data`` takes.
 _COMMON = frozenset({
     "image_embeddings", "language_embeddings", "input_ids", "loss_mask", "labels",
@@ -67,10 +69,15 @@ def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
         frames = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames)
         tubelets = sum(-(-count // model.temporal_patch_dim) for count in frames)
         return torch.full((tubelets,), model.img_seq_len, device=device)
-    if given.get("vision_packed_seq_params") is None and model.add_encoder:
+    if not model.add_encoder:
+        raise PackingError(
+            "this stage has no vision model, so it cannot tell how many rows images of their own "
+            "size become; send it the layout of the row (mp.packed_seq_params)"
+        )
+    if given.get("vision_packed_seq_params") is None:
         return None
     sizes = torch.as_tensor(sizes, device=device)
-    patches = (sizes // model.patch_dim).prod(-1)
+    patches = (sizes // model.vision_model.patch_dim).prod(-1)
     return patches // 4 if model._pixel_shuffle else patches
 
 
@@ -150,7 +157,7 @@ def _hybrid_classes() -> tuple[type, ...]:
 def wants_padding_mask(language_model) -> bool:
     """Whether it has experts whose routers count tokens, and take a mask of padding.
 
-    They take one from 0.16 on. From there to 0.17.1 ``_apply_expert_bias`` cannot use it, and
+    They take one from 0.16 on. From there to 0.19 ``_apply_expert_bias`` cannot broadcast it, and
     quantile balancing refuses one.
     """
     config = getattr(language_model, "config", None)
@@ -163,7 +170,7 @@ def wants_padding_mask(language_model) -> bool:
     if "quantile_balancing" in balancing:
         return False
     version = tuple(map(int, MCORE_VERSION.split(".")[:2]))
-    return not (version < (0, 18) and config.moe_router_enable_expert_bias)
+    return not (version < (0, 20) and config.moe_router_enable_expert_bias)
 
 
 def asks_for_layer_graphs(config) -> bool:

@@ -79,3 +79,27 @@ def poisoned_memory():
         stack.callback(torch.use_deterministic_algorithms, False)
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Nobody looks at a value, but through ``read_later``, as on a GPU. Gives the reads: "queued"
+    or "read", one for each."""
+    from mcore_packing import layout, llava, packed_seq
+
+    events = []
+
+    def read_later(values):
+        events.append("queued")
+
+        def wait():
+            events.append("read")
+            return values.tolist()
+
+        return wait
+
+    for room in (layout, packed_seq):
+        monkeypatch.setattr(room, "may_look", lambda tensor: False)
+    for room in (layout, llava):
+        monkeypatch.setattr(room, "read_later", read_later)
+    return events

@@ -15,7 +15,6 @@ import weakref
 
 import pytest
 import torch
-from megatron.core import __version__ as mcore_version
 from megatron.core.models.mamba import MambaModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -24,42 +23,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mcore_packing as mp
 from mcore_packing import layout as layout_room
-from mcore_packing import llava as llava_room
 from mcore_packing import ops, parity, versions
 from mcore_packing import packed_seq as packed_seq_room
 from mcore_packing.testing import tiny
 from mcore_packing.testing.host_reads import HostReads
-from mcore_packing.versions import release_of, takes_boundaries
+from mcore_packing.versions import takes_boundaries
+
+from .models import (
+    OLD,
+    POSITIONS,
+    RELEASE,
+    SIZE,
+    Reached,
+    arguments,
+    install,
+    model_of,
+    stop_at_language_model,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("megatron")
-SIZE = 28  # pixels: 5 rows a tile
-POSITIONS = ("learned_absolute", "rope")
-OLD = tuple(map(int, mcore_version.split(".")[:2])) < (0, 16)
-RELEASE = release_of()
-
-
-def install(model, **options):
-    """``mp.install`` on models whose rows have collapsed boundaries, unless a test says more."""
-    return mp.install(model, **{"space": "collapsed", **options})
-
-
-def model_of(positions="learned_absolute", **kwargs):
-    return tiny.llava_model(positions, **{"img_size": SIZE, **kwargs})
-
-
-def arguments(samples, cu_seqlens=None):
-    """Keyword arguments of ``forward`` for one packed row."""
-    row = parity.pack(samples)
-    cu_seqlens = row["cu_seqlens"] if cu_seqlens is None else cu_seqlens
-    params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=row["max_seqlen"], max_seqlen_kv=row["max_seqlen"],
-    )  # fmt: skip
-    names = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
-    return {name: row[name] for name in names} | {
-        "attention_mask": None,
-        "packed_seq_params": params,
-    }
 
 
 @pytest.fixture
@@ -125,54 +107,6 @@ def test_vision_towers(options, fused):
     with install(model, fused=fused):
         result = parity.compare(model, samples, alone)
     assert result.max_difference < 1e-5
-
-
-@pytest.mark.skipif(RELEASE.name != "main", reason="only main resizes freely")
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"pixel_shuffle": True}, {"drop_vision_class_token": False}, {"max_num_tiles": 4}],
-    ids=["plain", "pixel-shuffle", "class-tokens", "tiles"],
-)
-def test_dynamic_resolution(options, fused):
-    options = {"drop_vision_class_token": True, **options}
-    model = model_of("rope", vision_model_type="radio", dynamic_resolution=True, **options)
-    model.eval()  # in training, RADIO moves its positions at random
-    tiles = [[2], [1, 1], [1]] if "max_num_tiles" in options else [[1], [1, 1], [1]]
-    sizes = [[(56, 84), (28, 28)], [(28, 28), (56, 28)], [(84, 28)]]
-    places = ([2], [0, 3], [11])
-    samples = []
-    for sample, (at, count) in enumerate(zip(places, tiles, strict=True)):
-        ids = torch.randint(1, 500, (12,), generator=torch.Generator().manual_seed(sample))
-        ids[at] = tiny.IMAGE_TOKEN_ID
-        mine = sizes[sample][: sum(count)]
-        patches = sum(height * width for height, width in mine) // 14**2
-        samples.append((ids, torch.randn(patches, 3 * 14**2), mine, count))
-
-    def run(samples, cu_seqlens=None):
-        ids, patches = (torch.cat([sample[i] for sample in samples]) for i in (0, 1))
-        labels = torch.cat(
-            [torch.cat([sample[0][1:], sample[0].new_ones(1)]) for sample in samples]
-        )
-        params = None
-        if cu_seqlens is not None:
-            params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, None, None, 12, 12)
-        with torch.no_grad():
-            return model(
-                patches[None], ids[None], torch.arange(ids.numel())[None], None,
-                labels=labels[None], loss_mask=torch.ones(1, ids.numel()),
-                num_image_tiles=torch.tensor([n for s in samples for n in s[3]], dtype=torch.int),
-                imgs_sizes=torch.tensor([size for s in samples for size in s[2]]),
-                packed_seq_params=params,
-            )  # fmt: skip
-
-    alone = [run([sample]) for sample in samples]
-    expected, expected_mask = (torch.cat(x, dim=1) for x in zip(*alone, strict=True))
-    with install(model, fused=fused):
-        loss, mask = run(samples, torch.tensor([0, 12, 24, 36], dtype=torch.int32))
-    assert loss.shape == expected.shape
-    assert ((loss - expected) * mask * expected_mask).abs().max() < 1e-5
-    assert (mask != expected_mask).sum() == (0 if fused else 1)
 
 
 @pytest.mark.parametrize(
@@ -698,30 +632,6 @@ def test_one_tile_an_image_is_the_default():
         assert torch.equal(model(**given)[0], expected)
 
 
-def test_routers_of_experts_do_not_count_padding():
-    language = {"num_moe_experts": 2, "add_bias_linear": False}
-    try:
-        model = model_of("rope", language=language, max_sequence_length=400)
-    except Exception as error:
-        pytest.skip(f"this megatron-core builds no experts on a CPU: {error}")
-    masks = []
-    for layer in model.language_model.decoder.layers:
-        layer.mlp.router.register_forward_pre_hook(lambda module, args: masks.append(args[1:]))
-    model._language_is_pipeline_parallel = True  # a fixed length: the surplus is the tail
-    with install(model), torch.no_grad():
-        _, loss_mask = model(**arguments(tiny.samples(3, img_size=SIZE)))
-    assert len(masks) == 3
-    if OLD:
-        assert masks == [()] * 3
-        return
-    for (mask,) in masks:
-        assert mask.shape == (400, 1) and not (loss_mask[0] * mask[:, 0]).any()
-        assert 0 < mask.sum() < 400
-    handle = install(model)
-    handle.remove()
-    assert not model.language_model._forward_pre_hooks
-
-
 def test_real_and_padded_boundaries_by_choice(seen):
     model, samples = model_of("rope", max_sequence_length=400), tiny.samples(3, img_size=SIZE)
     alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
@@ -732,39 +642,6 @@ def test_real_and_padded_boundaries_by_choice(seen):
     params = calls[-1]["packed_seq_params"]
     assert params.cu_seqlens_q[-1] == alone.numel() and params.cu_seqlens_q_padded[-1] == 400
     assert ((loss[0, : alone.numel()] + alone) * mask[0, : alone.numel()]).abs().max() < 1e-5
-
-
-class Reached(Exception):
-    """The language model was called with these arguments."""
-
-
-def stop_at_language_model(model):
-    def stop(module, args, kwargs):
-        raise Reached(kwargs)
-
-    model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
-
-
-@pytest.fixture
-def like_a_gpu(monkeypatch):
-    """Nobody looks at a value, but through ``read_later``, as on a GPU. Gives the reads: "queued"
-    or "read", one for each."""
-    events = []
-
-    def read_later(values):
-        events.append("queued")
-
-        def wait():
-            events.append("read")
-            return values.tolist()
-
-        return wait
-
-    for room in (layout_room, packed_seq_room):
-        monkeypatch.setattr(room, "may_look", lambda tensor: False)
-    for room in (layout_room, llava_room):
-        monkeypatch.setattr(room, "read_later", read_later)
-    return events
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""Small LLaVAModels, how to call them, and how far."""
+
+import torch
+from megatron.core import __version__ as mcore_version
+from megatron.core.packed_seq_params import PackedSeqParams
+
+import mcore_packing as mp
+from mcore_packing import parity
+from mcore_packing.testing import tiny
+from mcore_packing.versions import release_of
+
+SIZE = 28  # pixels: 5 rows a tile
+POSITIONS = ("learned_absolute", "rope")
+OLD = tuple(map(int, mcore_version.split(".")[:2])) < (0, 16)
+RELEASE = release_of()
+
+
+def install(model, **options):
+    """``mp.install`` on models whose rows have collapsed boundaries, unless a test says more."""
+    return mp.install(model, **{"space": "collapsed", **options})
+
+
+def model_of(positions="learned_absolute", **kwargs):
+    return tiny.llava_model(positions, **{"img_size": SIZE, **kwargs})
+
+
+def arguments(samples, cu_seqlens=None):
+    """Keyword arguments of ``forward`` for one packed row."""
+    row = parity.pack(samples)
+    cu_seqlens = row["cu_seqlens"] if cu_seqlens is None else cu_seqlens
+    params = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=row["max_seqlen"], max_seqlen_kv=row["max_seqlen"],
+    )  # fmt: skip
+    names = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
+    return {name: row[name] for name in names} | {
+        "attention_mask": None,
+        "packed_seq_params": params,
+    }
+
+
+class Reached(Exception):
+    """The language model was called with these arguments."""
+
+
+def stop_at_language_model(model):
+    """Raise ``Reached`` there; gives what to ``remove()`` again."""
+
+    def stop(module, args, kwargs):
+        raise Reached(kwargs)
+
+    return model.language_model.register_forward_pre_hook(stop, with_kwargs=True)
+
+
+def reached(model, given) -> dict:
+    """What the language model is called with."""
+    stop = stop_at_language_model(model)
+    try:
+        with torch.no_grad():
+            model(**given)
+    except Reached as error:
+        return error.args[0]
+    finally:
+        stop.remove()
+    raise AssertionError("the language model was not reached")

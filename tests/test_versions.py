@@ -1,0 +1,376 @@
+"""What differs between Megatron-Core releases: resolutions, sounds, experts, graphs, precision."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch.distributed.fsdp import fully_shard
+
+import mcore_packing as mp
+from mcore_packing import parity, versions
+from mcore_packing.packed_seq import LaidOutParams, megatron_params
+from mcore_packing.testing import tiny
+
+from .models import OLD, RELEASE, SIZE, arguments, install, model_of, reached
+
+pytestmark = pytest.mark.usefixtures("megatron")
+PACKS_VISION = HAS_SOUND = RELEASE.name == "0.18 and 0.19"  # main refuses sounds as yet
+
+
+def test_this_release_is_known():
+    assert versions.describe().startswith("understood, fused")
+
+
+# Images in their own resolution
+
+SIZES = [[(56, 84), (28, 28)], [(28, 28), (56, 28)], [(84, 28)]]
+PLACES = ([2], [0, 3], [11])
+
+
+def radio(**options):
+    options = {"drop_vision_class_token": True, **options}
+    model = model_of("rope", vision_model_type="radio", dynamic_resolution=True, **options)
+    return model.eval()  # in training, RADIO moves its positions at random
+
+
+def resolution_samples(tiles):
+    """``(input_ids, patches, sizes, tiles)`` of three samples."""
+    samples = []
+    for sample, (at, count) in enumerate(zip(PLACES, tiles, strict=True)):
+        ids = torch.randint(1, 500, (12,), generator=torch.Generator().manual_seed(sample))
+        ids[at] = tiny.IMAGE_TOKEN_ID
+        sizes = SIZES[sample][: sum(count)]
+        patches = sum(height * width for height, width in sizes) // 14**2
+        samples.append((ids, torch.randn(patches, 3 * 14**2), sizes, count))
+    return samples
+
+
+def resolution_row(samples, cu_seqlens=None):
+    """Keyword arguments of ``forward``."""
+    ids, patches = (torch.cat([sample[i] for sample in samples]) for i in (0, 1))
+    labels = torch.cat([torch.cat([sample[0][1:], sample[0].new_ones(1)]) for sample in samples])
+    sizes = torch.tensor([size for sample in samples for size in sample[2]])
+    given = {
+        "images": patches[None],
+        "input_ids": ids[None],
+        "position_ids": torch.arange(ids.numel())[None],
+        "attention_mask": None,
+        "labels": labels[None],
+        "loss_mask": torch.ones(1, ids.numel()),
+        "num_image_tiles": torch.tensor([n for s in samples for n in s[3]], dtype=torch.int),
+        "imgs_sizes": sizes,
+    }
+    if PACKS_VISION:
+        lengths = (sizes // 14).prod(-1)
+        edges = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        longest = int(lengths.max())
+        given["vision_packed_seq_params"] = PackedSeqParams(
+            "thd", edges, edges, None, None, longest, longest
+        )
+    if cu_seqlens is not None:
+        edges = torch.tensor(cu_seqlens, dtype=torch.int32)
+        given["packed_seq_params"] = PackedSeqParams("thd", edges, edges, None, None, 12, 12)
+    return given
+
+
+RESOLUTIONS = [
+    pytest.param({}, [[1], [1, 1], [1]], id="plain"),
+    pytest.param({"pixel_shuffle": True}, [[1], [1, 1], [1]], id="pixel-shuffle"),
+    pytest.param(
+        {"drop_vision_class_token": False},
+        [[1], [1, 1], [1]],
+        id="class-tokens",
+        marks=pytest.mark.skipif(PACKS_VISION, reason="its own expansion counts none"),
+    ),
+    pytest.param(
+        {"max_num_tiles": 4},
+        [[2], [1, 1], [1]],
+        id="tiles",
+        marks=pytest.mark.skipif(PACKS_VISION, reason="it has one size an image"),
+    ),
+]
+
+
+@pytest.mark.skipif(RELEASE.name == "0.12 to 0.17", reason="it resizes images")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
+@pytest.mark.parametrize("options, tiles", RESOLUTIONS)
+def test_dynamic_resolution(options, tiles, fused):
+    model, samples = radio(**options), resolution_samples(tiles)
+    with torch.no_grad():
+        alone = [model(**resolution_row([sample])) for sample in samples]
+        expected, expected_mask = (torch.cat(x, dim=1) for x in zip(*alone, strict=True))
+        with install(model, fused=fused):
+            loss, mask = model(**resolution_row(samples, [0, 12, 24, 36]))
+    assert loss.shape == expected.shape
+    assert ((loss - expected) * mask * expected_mask).abs().max() < 1e-5
+    assert (mask != expected_mask).sum() == (0 if fused else 1)
+
+
+@pytest.mark.skipif(RELEASE.name == "0.12 to 0.17", reason="it resizes images")
+def test_dynamic_resolution_of_a_fixed_length_without_looking(like_a_gpu):
+    # The rows of images are known on the GPU alone, and the length of the row from the pipeline.
+    model, samples = radio(max_sequence_length=128), resolution_samples([[1], [1, 1], [1]])
+    given = resolution_row(samples, [0, 12, 24, 36])
+    with torch.no_grad():
+        with install(model):
+            expected, _ = model(**given)
+        given = resolution_row(samples, [0, 12, 24, 36])
+        model._language_is_pipeline_parallel = True
+        with install(model):
+            loss, mask = model(**given)
+    size = expected.shape[1]
+    assert loss.shape == (1, 128) and not mask[:, size:].any()
+    assert ((loss[:, :size] - expected) * mask[:, :size]).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(RELEASE.name == "0.12 to 0.17", reason="it resizes images")
+@pytest.mark.parametrize(
+    "fused",
+    [True, pytest.param(False, marks=pytest.mark.skipif(PACKS_VISION, reason="Megatron raises"))],
+    ids=["fused", "boundaries-only"],
+)
+def test_a_dummy_image_with_a_size_in_a_row_without_images(fused):
+    model = radio()
+    model.vision_model._is_fsdp_managed_module = True
+    ids = torch.randint(1, 500, (29,))
+    sample = ids, torch.randn(16, 3 * 14**2), [(56, 56)], []
+    given = resolution_row([sample], [0, 9, 29])
+    given["num_image_tiles"] = torch.tensor([], dtype=torch.int)
+    labels = given["labels"][0].split([9, 20])
+    alone = [model(**text(*part)) for part in zip(ids.split([9, 20]), labels, strict=True)]
+    with install(model, fused=fused):
+        loss, mask = model(**given)
+    assert loss.shape == (1, 29)
+    expected = torch.cat([pair[0] for pair in alone], dim=1)
+    assert ((loss - expected) * mask).abs().max() < 1e-5
+
+
+def text(ids, labels):
+    given = arguments([{"input_ids": ids, "labels": labels}])
+    return {**given, "packed_seq_params": None}
+
+
+@pytest.mark.skipif(not PACKS_VISION, reason="other stages know the size of a patch")
+def test_the_last_stage_needs_the_layout_of_images_of_their_own_size():
+    whole, samples = radio(max_sequence_length=128), resolution_samples([[1], [1, 1], [1]])
+    last = model_of("rope", max_sequence_length=128, pre_process=False, add_encoder=False)
+    whole._language_is_pipeline_parallel = last._language_is_pipeline_parallel = True
+    given = resolution_row(samples, [0, 12, 24, 36])
+    rows = (given["imgs_sizes"] // 14).prod(-1)
+    layout = mp.PackedLayout.build(
+        given["input_ids"],
+        given["packed_seq_params"].cu_seqlens_q,
+        rows,
+        tiny.IMAGE_TOKEN_ID,
+        **{**mp.layout_options(whole), "space": "collapsed"},
+    )
+    last.set_input_tensor(torch.randn(128, 1, 64))
+    with install(whole), install(last), torch.no_grad():
+        _, expected = whole(**resolution_row(samples, [0, 12, 24, 36]))
+        with pytest.raises(mp.PackingError, match="send it the layout"):
+            last(**{**given, "images": None})
+        given["packed_seq_params"] = mp.packed_seq_params(layout)
+        _, mask = last(**{**given, "images": None})
+    assert torch.equal(mask, expected)
+
+
+# Sounds
+
+
+@pytest.mark.skipif(not HAS_SOUND, reason="this megatron-core has no sounds")
+def test_a_placeholder_for_no_sound_stays_fused():
+    model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
+    alone = parity.run_alone(model, samples)
+    expected = -torch.cat([pair[0] for pair in alone])
+    trained = torch.cat([pair[1] for pair in alone])
+    with install(model), torch.no_grad():
+        loss, mask = model(**arguments(samples), sound_clips=torch.zeros(1, 1))
+    assert torch.equal(mask[0], trained)  # no label lost: the expansion was ours
+    assert ((loss[0] - expected) * mask[0]).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not HAS_SOUND, reason="this megatron-core has no sounds")
+def test_sounds_are_expanded_by_megatron():
+    model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
+    sounds = []
+    model.sound_model = lambda clips, length: (torch.randn(1, 4, 64), torch.tensor([0]))
+    model.sound_projection = lambda rows: sounds.append(rows) or rows
+    with install(model) as handle, torch.no_grad():
+        model(**arguments(samples), sound_clips=torch.ones(1, 16), sound_length=torch.tensor([16]))
+        assert sounds and handle.space == "collapsed"
+        assert model._packing_hook.last_layout.seq_multiple == 1
+
+
+# Experts
+
+
+def experts(**language):
+    language = {"num_moe_experts": 4, "add_bias_linear": False, **language}
+    try:
+        model = model_of("rope", language=language, max_sequence_length=400)
+    except Exception as error:
+        pytest.skip(f"this megatron-core builds no such experts on a CPU: {error}")
+    model._language_is_pipeline_parallel = True  # a fixed length: the surplus is the tail
+    return model
+
+
+def masks_of_routers(model):
+    masks = []
+    for layer in model.language_model.decoder.layers:
+        layer.mlp.router.register_forward_pre_hook(lambda module, args: masks.append(args[1:]))
+    return masks
+
+
+def test_routers_of_experts_do_not_count_padding():
+    model = experts()
+    masks = masks_of_routers(model)
+    with install(model), torch.no_grad():
+        _, loss_mask = model(**arguments(tiny.samples(3, img_size=SIZE)))
+    assert len(masks) == 3
+    if OLD:
+        assert masks == [()] * 3
+        return
+    for (mask,) in masks:
+        assert mask.shape == (400, 1) and not (loss_mask[0] * mask[:, 0]).any()
+        assert 0 < mask.sum() < 400
+    handle = install(model)
+    handle.remove()
+    assert not model.language_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "language",
+    [
+        {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"},
+        {"moe_router_load_balancing_type": "quantile_balancing"},
+    ],
+    ids=["expert-bias", "quantile-balancing"],
+)
+def test_routers_that_take_no_mask_get_none(language):
+    model = experts(**language)
+    takes_mask = "moe_router_enable_expert_bias" in language and RELEASE.name == "main"
+    assert versions.wants_padding_mask(model.language_model) == takes_mask
+    given = arguments(tiny.samples(3, img_size=SIZE))
+    with install(model):
+        found = reached(model, given)
+        assert (found.get("padding_mask") is not None) == takes_mask
+        loss, mask = model.train()(**given)  # does not crash
+    assert torch.isfinite(loss[mask > 0]).all()
+
+
+# What boundaries leave behind
+
+
+@pytest.mark.parametrize("name", ["total_tokens", "seq_idx", "tokens_per_sample"])
+def test_what_was_derived_from_collapsed_boundaries_goes(name):
+    if name not in versions.PACKED_SEQ_FIELDS:
+        pytest.skip(f"this megatron-core has no {name}")
+    model, given = model_of(), arguments(tiny.samples(3, img_size=SIZE))
+    stale = torch.tensor([1, 2, 3])
+    setattr(given["packed_seq_params"], name, stale)
+    with install(model):
+        params = reached(model, given)["packed_seq_params"]
+    if name == "tokens_per_sample":
+        assert params.tokens_per_sample is None
+        return
+    # Hybrids read them, so they are made anew.
+    rows = int(params.cu_seqlens_q[-1])
+    assert params.total_tokens == rows and params.seq_idx.shape == (1, rows)
+
+
+@pytest.mark.skipif(not RELEASE.pads_rows, reason="this megatron-core pads no row")
+def test_boundaries_reach_the_end_of_a_row_that_megatron_pads():
+    # From 0.18 on it pads what sequence parallelism could not divide.
+    model, samples = model_of(), tiny.samples(3, img_size=SIZE)
+    given = arguments(samples)
+    with install(model, fused=False):
+        free = int(reached(model, given)["packed_seq_params"].cu_seqlens_q[-1])
+        model.sequence_parallel_lm, model.tensor_model_parallel_size_lm = True, 16
+        options = model._packing_hook.layout_options(model)
+        model.sequence_parallel_lm = False
+    assert free % 16 and options["total_multiple"] == 16
+
+
+# Captured layers
+
+
+def test_captured_layers_see_the_same_shapes_and_numbers():
+    model = model_of("rope", max_sequence_length=1024)
+    model.config.enable_cuda_graph, model.config.cuda_graph_impl = True, "local"
+    seen = []
+    with install(model):
+        for seed, count in enumerate((1, 4, 7)):
+            params = reached(model, arguments(tiny.samples(count, img_size=SIZE, seed=seed)))
+            seen.append(params["packed_seq_params"])
+    first = seen[0]
+    for params in seen:
+        assert params.cu_seqlens_q.shape == (65,) and params.cu_seqlens_q[-1] == 1024
+        assert params.max_seqlen_q == first.max_seqlen_q == 2048
+    with install(model, capacity=4), pytest.raises(mp.PackingError, match="room for 4"):
+        reached(model, arguments(tiny.samples(7, img_size=SIZE)))
+
+
+def test_a_graph_of_the_whole_iteration_is_no_graph_of_layers():
+    config = types.SimpleNamespace(cuda_graph_impl="local", cuda_graph_scope=["full_iteration"])
+    assert not versions.asks_for_layer_graphs(config)
+    config.cuda_graph_scope = []
+    assert versions.asks_for_layer_graphs(config)
+    assert versions.asks_for_layer_graphs(types.SimpleNamespace(external_cuda_graph=True))
+
+
+# Precision
+
+
+def test_fp4_is_read_off_the_config():
+    fp4_utils = pytest.importorskip("megatron.core.fp4_utils")
+    config = types.SimpleNamespace(fp4="e2m1", fp4_recipe="nvfp4", fp8=None)
+    assert versions.gemm_alignment(config) == fp4_utils.get_fp4_align_size("nvfp4") >= 32
+
+
+# FSDP2
+
+
+@pytest.mark.parametrize("first", ["hook", "fsdp"])
+def test_fully_sharded_models(first):
+    model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
+    given = arguments(samples)
+    layout = mp.PackedLayout.build(
+        given["input_ids"][0],
+        given["packed_seq_params"].cu_seqlens_q,
+        given["num_image_tiles"] * model.img_seq_len,
+        tiny.IMAGE_TOKEN_ID,
+        **{**mp.layout_options(model), "space": "collapsed"},
+    )
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    expected, _ = install_and_run(model, given)
+    handle = mp.install(model) if first == "hook" else None
+    fully_shard(model, mesh=mesh)
+    handle = handle or mp.install(model)
+    given["packed_seq_params"] = mp.packed_seq_params(layout)
+    with torch.no_grad():
+        loss, _ = model(**given)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    assert model._packing_hook.last_layout.space == "collapsed"
+    if first == "hook":
+        with pytest.raises(mp.PackingError, match="remove that first"):
+            handle.remove()
+    else:
+        handle.remove()
+        assert type(model).__name__ == "FSDPLLaVAModel"
+
+
+def install_and_run(model, given):
+    with install(model), torch.no_grad():
+        return model(**given)
+
+
+def test_rebuilt_parameters_keep_their_layout():
+    layout = mp.PackedLayout.build(
+        torch.tensor([1, -200, 2]), torch.tensor([0, 3], dtype=torch.int32), [4], space="collapsed"
+    )
+    params = mp.packed_seq_params(layout)
+    rebuilt = dataclasses.replace(params)
+    assert type(rebuilt) is LaidOutParams and rebuilt.layout is layout
+    assert type(megatron_params(layout, params)) is PackedSeqParams
