@@ -1,6 +1,7 @@
 """What parallelism asks of a packed row: lengths that divide, and the positions each rank owns."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ def alignment(
     Returns:
         ``(seq_multiple, total_multiple)`` in expanded rows, for ``PackedLayout.build``.
 
+    Raises:
+        PackingError: a size that is no positive int.
+
     Source:
         ``_process_embedding_token_parallel`` and ``context_parallel.get_padding`` of Megatron-Core
         0.16.1.
@@ -37,6 +41,10 @@ def alignment(
         >>> alignment(cp_size=2, fp8_align=16)
         (4, 32)
     """
+    sizes = {"cp_size": cp_size, "tp_size": tp_size, "fp8_align": fp8_align}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+            raise PackingError(f"{name} is {size!r}, expected a positive int")
     seq_multiple = 2 * cp_size if cp_size > 1 else 1
     split = tp_size if sequence_parallel else 1
     return seq_multiple, math.lcm(seq_multiple * split, fp8_align * cp_size * split)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import PackingError
 from .layout import PackedLayout
 
 
@@ -45,7 +46,8 @@ class Comparison:
         token_mult_prob_error: 1.0 is perfect.
         max_difference: the largest absolute difference of a log-probability.
         sequence, token: where that is: the sample, and the row within it in expanded space.
-        lost_labels: positions that train alone but not packed.
+        lost_labels, gained_labels: positions that train alone but not packed, and packed but not
+            alone.
         differences: fp32 ``[S]``, |packed - alone| where both train, else 0.
         compared: bool ``[S]``, where both train.
         layout: of the packed row, without padding.
@@ -60,6 +62,7 @@ class Comparison:
     sequence: int
     token: int
     lost_labels: int
+    gained_labels: int
     differences: Tensor
     compared: Tensor
     layout: PackedLayout
@@ -70,6 +73,7 @@ class Comparison:
             f"{self.num_expanded} rows: token_mult_prob_error {self.token_mult_prob_error:.6f}, "
             f"largest difference {self.max_difference:.2e} at sequence {self.sequence}, row "
             f"{self.token}; {self.lost_labels} labels lost"
+            + (f", {self.gained_labels} gained" if self.gained_labels else "")
         )
 
 
@@ -89,6 +93,9 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
 
     Returns:
         A ``Comparison``.
+
+    Raises:
+        PackingError: no token is trained in both runs, so there is nothing to compare.
     """
     from .llava import find_llava
 
@@ -114,6 +121,11 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
     mask_alone = torch.cat([pair[1] for pair in alone])
     logprobs, mask = logprobs[:size], mask[:size]
     both = mask * mask_alone
+    if not both.any():
+        raise PackingError(
+            f"no token is trained both packed ({int((mask > 0).sum())} are) and alone "
+            f"({int((mask_alone > 0).sum())}), so there is nothing to compare; see loss_mask"
+        )
     differences = (logprobs - logprobs_alone).abs().masked_fill(both == 0, 0.0)
     worst = int(differences.argmax())
     starts = layout.cu_seqlens_expanded
@@ -128,6 +140,7 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
         sequence=sequence,
         token=worst - int(starts[sequence]),
         lost_labels=int(((mask_alone > 0) & (mask == 0)).sum()),
+        gained_labels=int(((mask > 0) & (mask_alone == 0)).sum()),
         differences=differences.cpu(),
         compared=(both > 0).cpu(),
         layout=layout.to("cpu"),

@@ -79,3 +79,9 @@ def test_megatrons_padding_misses_fp8(cp, tp, sp, recipe):
     assert (99 + padding) // cp // (tp if sp else 1) % align  # the share of a rank
     total = -(-99 // mp.alignment(cp, tp, sp, align)[1]) * mp.alignment(cp, tp, sp, align)[1]
     assert total // cp // (tp if sp else 1) % align == 0
+
+
+@pytest.mark.parametrize("sizes", [(2.0,), (0,), (True,), (1, "2"), (1, 1, False, None)], ids=str)
+def test_sizes_that_are_no_positive_ints(sizes):
+    with pytest.raises(mp.PackingError, match="expected a positive int"):
+        mp.alignment(*sizes)

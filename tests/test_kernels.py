@@ -5,6 +5,7 @@ The first and the last are the same tests: a subprocess with ``TRITON_INTERPRET=
 """
 
 import importlib
+import json
 import os
 import random
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcore_packing import reference, runs
+from mcore_packing import ops, reference, runs
 from mcore_packing.errors import INT32_MAX
 from mcore_packing.faults import Fault
 from mcore_packing.reference import LayoutMaps
@@ -38,6 +39,7 @@ def run_interpreted(*arguments, **environment):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
+    return done.stdout
 
 
 def test_under_the_interpreter():
@@ -48,9 +50,11 @@ def test_the_hook_on_the_kernels():
     # The real model, the hook and the gradients, with every op running its kernel.
     folder = Path(__file__).parent
     chosen = "many_packs or gradients or adjoint or named or fixed_length or truncation_at or ranks"
-    chosen += " or looking or bad_row"
+    chosen += " or looking or before_any_layer"
     files = [folder / "test_llava.py", folder / "test_expand.py"]
-    run_interpreted(*map(str, files), "-k", chosen, MCORE_PACKING_TEST_KERNELS="1")
+    output = run_interpreted(*map(str, files), "-k", chosen, MCORE_PACKING_TEST_KERNELS="1")
+    launched = json.loads(re.search(r"^launched (.*)$", output, re.M).group(1))
+    assert launched.keys() == ops.KERNELS.keys() and min(launched.values()) > 20, launched
 
 
 @pytest.fixture

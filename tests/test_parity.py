@@ -49,3 +49,24 @@ def test_compare_leaves_the_model_in_its_mode():
         model.train(mode)
         parity.compare(model, samples)
         assert model.training is mode
+
+
+@pytest.mark.usefixtures("megatron")
+def test_compare_counts_labels_lost_and_gained():
+    model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(3, img_size=SIZE)
+    alone = parity.run_alone(model, samples)
+    trained = alone[0][1].nonzero().squeeze(1)
+    alone[0][1][trained[:3]] = 0
+    with mp.install(model):
+        result = parity.compare(model, samples, alone)
+    assert (result.lost_labels, result.gained_labels) == (0, 3)
+    assert str(result).endswith("0 labels lost, 3 gained")
+
+
+@pytest.mark.usefixtures("megatron")
+def test_nothing_trained_is_nothing_compared():
+    model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(2, img_size=SIZE)
+    for sample in samples:
+        sample["loss_mask"] = torch.zeros(sample["input_ids"].shape)
+    with mp.install(model), pytest.raises(mp.PackingError, match="nothing to compare"):
+        parity.compare(model, samples)
