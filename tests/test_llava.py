@@ -1010,3 +1010,92 @@ def test_a_stage_without_tokens_gets_its_seq_idx(middle_stage, seen, monkeypatch
     middle_stage(params, 8)
     assert calls[-1]["packed_seq_params"].seq_idx.tolist() == [[0, 0, 0, 2, 2, 2, 2, 2]]
     assert params.seq_idx is None
+
+
+def test_on_missing_lets_what_needs_no_boundaries_pass():
+    encoder = model_of(add_decoder=False, post_process=False)
+    model, given = model_of(), arguments(tiny.samples(1, img_size=SIZE))
+    given["packed_seq_params"] = None
+    context = types.SimpleNamespace(key_value_memory_dict={})
+    with install([encoder, model], on_missing="raise"), torch.no_grad():
+        encoder(**given)
+        stop = stop_at_language_model(model)
+        for name in ("inference_context", "inference_params"):
+            if name in inspect.signature(LLaVAModel.forward).parameters:
+                with pytest.raises(Reached):
+                    model(**given, **{name: context})
+        stop.remove()
+        with pytest.raises(mp.PackingError, match="got no packed_seq_params"):
+            model(**given)
+
+
+def test_the_space_found_first_is_kept_for_training_and_evaluation_apart():
+    model, samples = model_of("rope"), tiny.samples(5, img_size=SIZE)
+    plain = [{"input_ids": torch.randint(1, 500, (n,))} for n in (9, 1, 20)]
+    collapsed, text = arguments(samples), arguments(plain)
+    edges = collapsed["packed_seq_params"].cu_seqlens_q
+    layout = mp.PackedLayout.build(
+        collapsed["input_ids"], edges, collapsed["num_image_tiles"] * 5, -200, space="collapsed"
+    )
+    expanded = arguments(samples, layout.cu_seqlens_expanded)
+    with install(model, space="auto") as handle, torch.no_grad():
+        model.train()(**text)
+        assert handle.space == "auto"  # text tells nothing
+        model(**collapsed)
+        assert handle.space == "collapsed"
+        with pytest.raises(mp.PackingError):
+            model(**expanded)
+        model.eval()(**expanded)
+        assert handle.space == "expanded"
+        assert model.train() and handle.space == "collapsed"
+
+
+def test_many_processes_are_told_to_say_their_space(monkeypatch):
+    model, given = model_of("rope"), arguments(tiny.samples(5, img_size=SIZE))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    with install(model, space="auto"), pytest.warns(UserWarning, match="install.space='collapsed'"):
+        model(**given)
+
+
+def test_layout_options_follow_the_models_maximum():
+    model = model_of(max_sequence_length=1000)
+    with install(model) as handle:
+        assert handle.layout_options["max_expanded"] == 1000
+        model._language_max_sequence_length = 512
+        assert handle.layout_options["max_expanded"] == 512
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "masked"])
+@pytest.mark.parametrize("on_overflow", ["raise", "truncate"])
+def test_tokens_behind_the_last_boundary_that_do_not_fit(trained, on_overflow, caplog):
+    samples = tiny.samples(3, img_size=SIZE)
+    given = arguments(samples)
+    edges = given["packed_seq_params"].cu_seqlens_q[:-1]
+    given = arguments(samples, edges)
+    given["loss_mask"][:, int(edges[-1]) :] = float(trained)
+    behind = int(given["num_image_tiles"][:-2].sum()) * 5
+    rows = int(edges[-1]) - len(given["num_image_tiles"][:-2]) + behind
+    model = model_of("rope", max_sequence_length=rows + 4)
+    with install(model, on_overflow=on_overflow), torch.no_grad():
+        if trained and on_overflow == "raise":
+            with pytest.raises(mp.PackingError, match="trained tokens do not fit the row"):
+                model(**given)
+            return
+        caplog.set_level(logging.WARNING, logger="mcore_packing")
+        loss, _ = model(**given)
+    assert loss.shape[1] == rows + 4
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("mcore_packing")]
+    assert len(said) == trained
+
+
+def test_real_boundaries_with_trained_tokens_behind_the_last(seen):
+    # What is behind the last boundary counts as real rows: those that are trained attend.
+    model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
+    alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
+    given = arguments(samples)
+    given = arguments(samples, given["packed_seq_params"].cu_seqlens_q[:-1])
+    calls = seen(model)
+    with install(model, pad_between_seqs=True), torch.no_grad():
+        loss, mask = model(**given)
+    assert calls[-1]["packed_seq_params"].cu_seqlens_q[-1] == alone.numel()
+    assert ((loss[0] + alone) * mask[0]).abs().max() < 1e-5
