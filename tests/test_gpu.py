@@ -1,12 +1,13 @@
-"""What only a GPU can show: Transformer Engine, no host synchronisation, graphs, memory, poison."""
+"""What only a GPU can show: Transformer Engine, host synchronisations, graphs, memory, bounds."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, llava, parity, reference
+from mcore_packing import PackedLayout, parity, reference
 from mcore_packing.testing import tiny
 
 from .packs import IMAGE, NAMED, make_row
@@ -46,7 +47,7 @@ def no_synchronisation():
 def test_forward_packed_vs_batched(count, positions):
     model, samples = tiny.llava_model(positions), tiny.samples(count)
     alone = parity.run_alone(model, samples)
-    with mp.install(model):
+    with mp.install(model, space="collapsed"):
         result = parity.compare(model, samples, alone)
     assert result.token_mult_prob_error < 1.02 and result.lost_labels == 0, tiny.attention_name()
     if positions == "learned_absolute":
@@ -91,46 +92,76 @@ def test_no_synchronisation_forward_and_backward():
     layout.check()
 
 
+@pytest.fixture
+def waits(monkeypatch):
+    """Names every wait for a status, where the language model has not run yet."""
+    found = []
+    wait = torch.cuda.Event.synchronize
+
+    def counted(event):
+        found.append("wait")
+        return wait(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", counted)
+    return found
+
+
 @pytest.mark.usefixtures("megatron")
-def test_no_synchronisation_before_the_language_model():
+@pytest.mark.parametrize("rides_along", [False, True], ids=["built-in-the-model", "rides-along"])
+def test_one_wait_before_the_language_model_or_none(rides_along, waits):
     model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
     row = parity.pack(samples)
+    events, lengths = [], []
+    if rides_along:
+        rows = row["num_image_tiles"].cpu() * model.img_seq_len
+        ids, edges = row["input_ids"].cpu(), row["cu_seqlens"].cpu()
+        options = {**mp.layout_options(model), "space": "collapsed"}
+        layout = PackedLayout.build(ids, edges, rows, tiny.IMAGE_TOKEN_ID, **options)
+        row["packed_seq_params"] = mp.packed_seq_params(layout.to("cuda"))
 
-    def relax(*_):
+    def before(module, args, kwargs):
         torch.cuda.set_sync_debug_mode("default")
+        events.append(list(waits))
+        params = kwargs["packed_seq_params"]
+        lengths.append((params.max_seqlen_q, int(params.cu_seqlens_q.diff().max())))
 
-    with mp.install(model):
+    with mp.install(model, space="collapsed"):
         parity.forward(model, row)  # compile, allocate
-        model.language_model.register_forward_pre_hook(relax)
-        with no_synchronisation():
+        model.language_model.register_forward_pre_hook(before, with_kwargs=True)
+        waits.clear()
+        with no_synchronisation():  # the copy to pinned memory and its event are none of these
             parity.forward(model, row)
+    assert events == [[] if rides_along else ["wait"]]
+    (found, longest), *_ = lengths
+    assert found == longest  # exact
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_bad_row_raises_at_the_end_of_its_forward():
+def test_a_bad_row_raises_before_any_layer():
     model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
     row = parity.pack(samples)
-    outputs = []
-    model.language_model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    layers = []
+    model.language_model.decoder.layers[0].register_forward_pre_hook(lambda *_: layers.append(1))
     with mp.install(model, space="collapsed") as handle:
         parity.forward(model, row)
         handle.check()
+        layers.clear()
         row["cu_seqlens"] = row["cu_seqlens"].flip(0)
         with pytest.raises(mp.PackingError, match="cu_seqlens"):
             parity.forward(model, row)
-        assert outputs[-1].isnan().any()  # the language model had run, on poison
+        assert layers == []
         with pytest.raises(mp.PackingError, match="cu_seqlens"):
             handle.check()
 
 
-def test_a_bad_layout_poisons():
+def test_a_bad_layout_stays_in_bounds():
+    # Guards around every tensor: no kernel writes outside, whatever it is given.
     row = make_row(NAMED["T63-N5-B3"], device="cuda")
     row.tokens_per_image[2] = -7
     layout = build(row, num_padded_rows=400)
-    assert mp.expand_embeddings(
-        PackedLayout(**{**vars(layout), "num_image_rows": row.images.shape[:2].numel()}),
-        row.text, row.images,
-    ).isnan().all()  # fmt: skip
+    layout = dataclasses.replace(layout, num_image_rows=row.images.shape[:2].numel())
+    mp.expand_embeddings(layout, row.text, row.images)
+    torch.cuda.synchronize()
     with pytest.raises(mp.PackingError, match="image 2: tokens_per_image is -7"):
         layout.check()
 
@@ -138,7 +169,6 @@ def test_a_bad_layout_poisons():
 def test_memory_is_the_output_and_the_index():
     row = long_row(hidden_size=2048)
     layout = build(row)
-    layout.tokens()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -191,13 +221,34 @@ def test_a_captured_graph_replays_with_other_boundaries():
         assert int(replayed[-1][0]) == 0
 
 
-def test_the_alarm_can_be_captured():
-    status = torch.zeros(5, dtype=torch.int64, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        assert llava._watch(status, 0, pytest.fail) is None  # an assertion on the GPU instead
-    graph.replay()
-    torch.cuda.synchronize()
+@pytest.mark.usefixtures("megatron")
+def test_a_captured_hook_asserts_instead():
+    # Nothing is read while a stream captures: the bound serves, and an assertion on the GPU.
+    model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
+    row = parity.pack(samples)
+    given, lengths = [], []
+
+    def reach(module, args, kwargs):
+        params = kwargs["packed_seq_params"]
+        given.append(params.cu_seqlens_q)
+        lengths.append(params.max_seqlen_q)
+        raise Reached
+
+    with mp.install(model, space="collapsed"), torch.no_grad():
+        expected, _ = parity.forward(model, row)
+        model.language_model.register_forward_pre_hook(reach, with_kwargs=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), contextlib.suppress(Reached):
+            parity.forward(model, row)
+        graph.replay()
+        torch.cuda.synchronize()
+    assert int(given[0][-1]) == expected.shape[1]
+    assert lengths[0] % 1024 == 0 and lengths[0] > expected.shape[1]
+
+
+class Reached(Exception):
+    """The language model was called."""
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4, 8])
@@ -268,8 +319,8 @@ def test_varlen_attention_equals_sdpa():
 
 def test_the_reference_runs_on_a_gpu_too():
     row = make_row(NAMED["T63-N5-B3"], device="cuda")
-    given = (row.input_ids, row.cu_seqlens, None, row.tokens_per_image, IMAGE, 1, -1, 400, 4, False)
     layout = build(row, seq_multiple=4, num_padded_rows=400)
-    expected = reference.layout(*given)
-    assert torch.equal(layout.cu_seqlens_padded, expected[7])
-    assert torch.equal(layout.expanded_start, expected[0])
+    given = (row.input_ids, row.cu_seqlens, None, row.tokens_per_image, IMAGE, False, False, -1, -1)
+    expected = reference.layout(*given, 400, 4, False)
+    assert torch.equal(layout.cu_seqlens_padded, expected.cu_seqlens_padded)
+    assert torch.equal(layout.expanded_start, expected.expanded_start)
