@@ -1,8 +1,8 @@
 """Building a layout, against the plain torch composition of the same boundaries.
 
 On a GPU the layout is timed as a CUDA graph, which leaves the host's share out; that is the column
-``host``. The composition reads values, so it cannot be captured. Measured and said, not asserted: one
-CTA walks the row, so 32 k tokens take some 16 us at the least by the instructions alone.
+``host``. The composition reads values, so it cannot be captured. Speed is measured and said, not
+asserted.
 """
 
 import argparse
