@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Losses and gradients of parallel runs, in real gloo processes, against one process. Prints a table.
+# The first micro-batch brings its layout, the second does not: what the hook read from tensors and
+# launched for either, the worst of all ranks.
 # Arguments: the cases to run ("cp2 cp4 tp2sp ..."), or nothing for all of them.
 set -eo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -24,12 +26,15 @@ for positions in rope learned_absolute; do
 done
 "$PYTHON" - "$results" <<'END'
 import json, sys
-print(f"{'case':32} {'positions':17} {'against':19} {'loss':>9} {'gradients':>10}")
+print(f"{'case':32} {'positions':17} {'against':19} {'loss':>9} {'gradients':>10}"
+      f" {'parameters':>10} {'reads':>7} {'launches':>8}  exact max_seqlen")
 for line in open(sys.argv[1]):
     if line.startswith("{"):
         r = json.loads(line)
+        counts = ("/".join(map(str, r[name])) for name in ("reads", "launches"))
         print(f"{r['case']:32} {r['positions']:17} {r['against']:19} {r['loss']:9.1e} "
-              f"{r['gradient']:10.1e}  of {r['parameters']} parameters")
+              f"{r['gradient']:10.1e} {r['parameters']:10} {next(counts):>7} {next(counts):>8}  "
+              f"{'yes' if r['exact_max_seqlen'] else 'NO'}")
 END
 if [ -n "$failed" ]; then
     echo "FAILED: a case failed or differs by more than 1e-5" >&2

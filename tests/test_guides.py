@@ -1,0 +1,116 @@
+"""The lines of the guides, applied to Megatron's real files and run."""
+
+import random
+import re
+
+import pytest
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+import mcore_packing as mp
+from mcore_packing import parity
+from mcore_packing.testing import sources
+from mcore_packing.testing.megatron_example import Case, Example
+
+from .models import SIZE, model_of
+
+pytestmark = pytest.mark.usefixtures("megatron")
+GUIDE = (sources.CHECKOUT / "docs/megatron-lm.md").read_text()
+VERSIONS = "0.17.1", "0.18.2", "0.19.0", "main"
+
+
+def applied(version: str, name: str) -> str:
+    """A file of Megatron's example with the guide's lines in it."""
+    if version not in sources.archives():
+        pytest.skip(f"no sources of Megatron-Core {version}. {sources.HOW}")
+    text = (sources.unpacked(version) / "examples/multimodal" / name).read_text()
+    changes = re.findall(rf"```diff {re.escape(name)}\n(.*?)```", GUIDE, re.S)
+    assert changes
+    for change in changes:
+        lines = change.splitlines()
+        before = "".join(f"{line[1:]}\n" for line in lines if line.startswith("-"))
+        after = "".join(f"{line[1:]}\n" for line in lines if line.startswith("+"))
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_model_provider_installs_the_hook(version):
+    text = applied(version, "model.py")
+    assert compile(text, "model.py", "exec")
+    body = re.search(r"    import mcore_packing as mp\n.*?    return model\n", text, re.S).group(0)
+    namespace = {}
+    exec(f"def provide(model):\n{body}", namespace)
+    model = namespace["provide"](model_of())
+    assert isinstance(model, LLaVAModel) and model._packing_hook.settings.raises_if_missing
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("cp, sp", [(1, False), (2, False), (2, True)], ids=["", "cp", "cp-sp"])
+def test_packed_rows_keep_their_boundaries_and_equal_one_by_one(version, cp, sp, tmp_path):
+    train = tmp_path / "train.py"
+    train.write_text(applied(version, "train.py"))
+    example = Example(version, train)
+    case = Case("expanded", 2, cp, sp, None, 0, False, "uncut")
+    model = model_of("rope").eval()
+    for seed in range(3):
+        samples, data = example.data(case, random.Random(seed))
+        row = example.batch(data)
+        tokens, labels, loss_mask, _, position_ids, images, num_tiles, params = row
+        assert torch.equal(params.cu_seqlens_q, data["cu_lengths"][0])
+        alone = [
+            {"input_ids": s.tokens, "images": torch.stack(s.imgs) if s.imgs else None,
+             "num_image_tiles": s.num_tiles}
+            for s in samples
+        ]  # fmt: skip
+        expected = parity.run_alone(model, alone)
+        num_tiles = num_tiles[0] if num_tiles.dim() == 2 else num_tiles
+        with mp.install(model, space="expanded"), torch.no_grad():
+            loss, mask = model(images, tokens, position_ids, None, labels, loss_mask,
+                               num_image_tiles=num_tiles, packed_seq_params=params)  # fmt: skip
+        start = 0
+        for (logprobs, trained), sample in zip(expected, samples, strict=True):
+            end = start + sample.total_len
+            both = mask[0, start:end] * trained
+            both[-1] = 0  # the example's shift goes on into the next sample
+            assert both.any() or len(sample.tokens) < 3
+            assert ((loss[0, start:end] + logprobs) * both).abs().max() < 1e-5
+            start = end
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_stage_reads_the_data(version):
+    text = applied(version, "dataloader_provider.py")
+    source = re.search(r"def is_first_or_last_stage.*?return is_valid_rank\n", text, re.S).group(0)
+    for stage in range(4):
+        namespace = {"get_pipeline_model_parallel_rank": lambda stage=stage: stage}
+        exec(source, namespace)
+        assert namespace["is_first_or_last_stage"](4)
+
+
+def test_a_middle_stage_with_tokens_moves_its_boundaries():
+    model = model_of("rope", max_sequence_length=512)
+    stage = model_of(
+        "rope", pre_process=False, post_process=False, add_encoder=False, max_sequence_length=512
+    )
+    seen = {}
+
+    def see(name):
+        def hook(module, args, kwargs):
+            seen[name] = kwargs["packed_seq_params"]
+
+        return hook
+
+    from mcore_packing.testing import tiny
+
+    for name, chunk in (("first", model), ("middle", stage)):
+        chunk._language_is_pipeline_parallel = True
+        chunk.language_model.register_forward_pre_hook(see(name), with_kwargs=True)
+    row = parity.pack(tiny.samples(4, img_size=SIZE))
+    stage.set_input_tensor(torch.randn(512, 1, 64))
+    with mp.install([model, stage], space="collapsed", on_missing="raise"), torch.no_grad():
+        parity.forward(model, row)
+        parity.forward(stage, row)
+    assert torch.equal(seen["middle"].cu_seqlens_q, seen["first"].cu_seqlens_q)
+    assert seen["middle"].max_seqlen_q == seen["first"].max_seqlen_q
