@@ -15,7 +15,9 @@ from mcore_packing.testing import sources
 
 PACKAGES = "0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1"
 ARCHIVES = "0.17.1", "0.18.2", "0.19.0", "main"
-OUR_TESTS = [f"tests/test_{room}.py" for room in ("llava", "packed_seq", "cpu", "attention")]
+OUR_TESTS = [
+    f"tests/test_{room}.py" for room in ("llava", "versions", "packed_seq", "cpu", "attention")
+]
 MEGATRONS_TESTS = "tests/unit_tests/models/test_llava_model.py"
 PLUGIN = "mcore_packing.testing.megatron_tests"
 DESCRIBE = "from mcore_packing.versions import describe; print(describe())"
