@@ -46,7 +46,7 @@ class PackedAttention(torch.nn.Module):
             offsets), or a call does (attention bias, an explicit attention mask).
 
     Source:
-        ``TEDotProductAttention`` of Megatron-Core 0.12.3 to 0.16.1, whose place in a layer spec it
+        ``TEDotProductAttention`` of Megatron-Core 0.12.3 to main, whose place in a layer spec it
         takes.
     """
 

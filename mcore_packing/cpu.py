@@ -29,7 +29,8 @@ def megatron_on_cpu(**parallel_sizes):
     generator, makes torch norms carry the sequence-parallel mark, and supplies what ``llava_model``
     lacks without Transformer Engine. Configs need ``use_cpu_initialization=True`` and layers the
     spec of ``layer_spec``. Where no process group exists, it makes one of this single process, and
-    model parallel groups of the given sizes; what it made it destroys, what it patched it restores.
+    model parallel groups of the given sizes. On leaving, groups that were made are destroyed, and
+    patches are undone.
 
     Not covered: gradient clipping and the mixed-precision optimizer of Megatron-Core, which insist
     on CUDA tensors.
@@ -38,7 +39,7 @@ def megatron_on_cpu(**parallel_sizes):
         **parallel_sizes: for ``parallel_state.initialize_model_parallel``.
 
     Source:
-        Checked with Megatron-Core 0.12.3 to 0.16.1.
+        Checked with Megatron-Core 0.12.3 to main.
 
     Example:
         >>> with megatron_on_cpu():
