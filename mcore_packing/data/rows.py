@@ -239,10 +239,11 @@ class Packer:
         """
         sizes = [self._size(sample) for sample in samples]
         row = concatenate(samples, self.image_token_id)
+        device = row["input_ids"].device
         lengths = torch.tensor([0, *(sample["input_ids"].numel() for sample in samples)])
         layout = PackedLayout.build(
             row["input_ids"],
-            lengths.cumsum(0).int().to(row["input_ids"].device),
+            lengths.cumsum(0).int().to(device),
             [size.tokens_per_image for size in sizes],
             self.image_token_id,
             space="collapsed",
@@ -254,11 +255,6 @@ class Packer:
         bulky = [isinstance(sample.get("images"), Tensor) for sample in samples]
         return Row(
             **row,
-            num_image_tiles=torch.tensor(
-                [tiles for size in sizes for tiles in size.num_image_tiles],
-                dtype=torch.int32,
-                device=row["input_ids"].device,
-            ),
             layout=layout,
             indices=tuple(range(len(samples)) if indices is None else indices),
             extras=tuple(
@@ -278,7 +274,7 @@ class Packer:
     def _size(self, sample: dict) -> _Size:
         ids = _check_ids(sample)
         num_placeholders = _count(ids, self.image_token_id)
-        rows, tiles = _as_ints(sample, "tokens_per_image"), _as_ints(sample, "num_image_tiles")
+        rows, tiles = _as_ints(sample, "tokens_per_image"), _tiles_of(sample)
         images = sample.get("images")
         num_given = 0
         if images is not None:
@@ -287,9 +283,8 @@ class Packer:
                     f"images: found {_kind(images)}, expected a tensor [tiles, 3, h, w] or None"
                 )
             num_given = images.shape[0]
-        if tiles is None:
-            tiles = [1] * (num_given if rows is None else len(rows))
-        elif sum(tiles) != num_given:
+        counts_tiles = rows is None or sample.get("num_image_tiles") is not None
+        if counts_tiles and sum(tiles) != num_given:
             raise PackingError(
                 f"num_image_tiles {tiles} are {sum(tiles)} tiles, but images hold {num_given}"
             )
@@ -423,14 +418,16 @@ def get_packer(name: str, capacity: int | None, **options) -> Packer:
 
 
 def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str, Tensor]:
-    """``input_ids``, ``labels`` (shifted inside each sample), ``loss_mask`` and ``images``."""
+    """The tensors of a row, as ``Row`` has them, of samples that are known to be right."""
     labels = torch.cat([_shifted_labels(sample, image_token_id) for sample in samples])
     images = [image for sample in samples if (image := sample.get("images")) is not None]
+    tiles = [count for sample in samples for count in _tiles_of(sample)]
     return {
         "input_ids": torch.cat([sample["input_ids"] for sample in samples])[None],
         "labels": labels[None],
         "loss_mask": (labels != IGNORED).float()[None],
         "images": torch.cat(images) if images else torch.empty(0, device=labels.device),
+        "num_image_tiles": torch.tensor(tiles, dtype=torch.int32, device=labels.device),
     }
 
 
@@ -473,6 +470,16 @@ def _check_form(sample: dict, form: tuple | None) -> tuple | None:
             f"{list(form[1])}: rows hold images of one size"
         )
     return found
+
+
+def _tiles_of(sample: dict) -> list[int]:
+    """How many tiles each image has: by default one."""
+    tiles = _as_ints(sample, "num_image_tiles")
+    if tiles is not None:
+        return tiles
+    images, rows = sample.get("images"), sample.get("tokens_per_image")
+    images = images if rows is None else rows
+    return [1] * (0 if images is None else len(images))
 
 
 def _as_ints(sample: dict, name: str) -> list[int] | None:
