@@ -213,13 +213,15 @@ def test_samples_may_come_from_a_dataset_or_an_iterator():
 def test_a_stream_is_packed_buffer_by_buffer():
     samples = make_samples([[0] * (1 + i % 5) for i in range(11)] + [[]])
     packer = mp.data.get_packer("best_fit_decreasing", 6)
-    seen, total = [], mp.data.Report()
+    seen, total, counts = [], mp.data.Report(), []
     for rows, report in packer.stream(iter(samples), 5):
         seen += [int(ids[0]) // 1000 - 1 for row in rows for ids in row.input_ids[0].split(
             row.layout.cu_seqlens_collapsed.diff().tolist())]  # fmt: skip
         total += report
+        counts.append(report.num_samples)
     assert sorted(seen) == list(range(11))
-    assert total.num_samples == 12 and [entry.index for entry in total.refused] == [11]
+    assert counts == [5, 5, 2] and total.num_samples == 12
+    assert [entry.index for entry in total.refused] == [11]
     assert total.num_real == sum(1 + i % 5 for i in range(11)) and total.capacity == 6
 
 

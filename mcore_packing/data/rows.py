@@ -1,7 +1,7 @@
 """Samples into packed rows that a model can run, and rows back into their samples."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class SampleTooLong(PackingError):
     """A sample that does not fit a row by itself."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Row:
     """One packed row: what ``LLaVAModel.forward`` takes, and the layout that says where it stands.
 
@@ -190,25 +190,41 @@ class Packer:
         """
         return self._size(sample).num_rows
 
-    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
-        """As the function ``pack`` does."""
-        if not hasattr(samples, "__getitem__"):
-            samples = list(samples)
-        lengths, kept, refused, form = [], [], [], None
+    def measure(
+        self, samples: Sequence[dict], refuse: Callable[[int, PackingError], None]
+    ) -> tuple[list[int], list[int]]:
+        """The lengths of the samples that can be packed, not aligned, and which ones these are.
+
+        ``refuse`` is told the index of every other one, and what is wrong with it.
+        """
+        lengths, kept, form = [], [], None
         for index in range(len(samples)):
             sample = samples[index]
             try:
                 length = self.num_rows(sample)
                 form = _check_form(sample, form)
             except PackingError as error:
-                key = sample.get("__key__") if isinstance(sample, dict) else None
-                if self.on_refused == "raise":
-                    error.args = (f"{name_of(index, key)}: {error}",)
-                    raise
-                refused.append(Refused(index, key, type(error).__name__, str(error)))
+                refuse(index, error)
             else:
                 lengths.append(length)
                 kept.append(index)
+        return lengths, kept
+
+    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
+        """As the function ``pack`` does."""
+        if not hasattr(samples, "__getitem__"):
+            samples = list(samples)
+        refused = []
+
+        def refuse(index: int, error: PackingError) -> None:
+            sample = samples[index]
+            key = sample.get("__key__") if isinstance(sample, dict) else None
+            if self.on_refused == "raise":
+                error.args = (f"{name_of(index, key)}: {error}",)
+                raise error
+            refused.append(Refused(index, key, type(error).__name__, str(error)))
+
+        lengths, kept = self.measure(samples, refuse)
         bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
         report = Report(
             num_samples=len(samples),
