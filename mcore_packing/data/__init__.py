@@ -1,0 +1,27 @@
+"""Samples into packed rows, their layouts, and back."""
+
+from importlib import import_module
+
+from .algorithms import ALGORITHMS
+from .report import Refused, Report
+from .rows import EmptySample, Packer, Row, Rows, SampleTooLong, get_packer, pack, split
+
+__all__ = [
+    "ALGORITHMS",
+    "EmptySample",
+    "Packer",
+    "Refused",
+    "Report",
+    "Row",
+    "Rows",
+    "SampleTooLong",
+    "get_packer",
+    "pack",
+    "split",
+]
+
+
+def __getattr__(name):
+    if name == "energon":  # needs megatron-energon
+        return import_module(f"{__name__}.energon")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
