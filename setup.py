@@ -19,12 +19,18 @@ setup(
     python_requires=">=3.10",
     packages=[
         "mcore_packing",
+        "mcore_packing.data",
         "mcore_packing.kernels",
         "mcore_packing.media",
         "mcore_packing.testing",
     ],
     package_dir={"mcore_packing.kernels": "kernels"},
-    install_requires=["torch", "megatron-core>=0.12", 'triton; platform_system == "Linux"'],
+    install_requires=[
+        "torch",
+        "numpy",
+        "megatron-core>=0.12",
+        'triton; platform_system == "Linux"',
+    ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "energon": ["megatron-energon"],

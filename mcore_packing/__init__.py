@@ -21,6 +21,7 @@ _LAZY = {
     "token_mult_prob_error": "parity",
     "attention": None,
     "cpu": None,
+    "data": None,
     "media": None,
     "parity": None,
 }

@@ -1,0 +1,108 @@
+"""What packing did: how full the rows are, where the rest went, which samples were refused."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+SHOWN = 10  # refused samples that a printed report names
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A sample that is in no row.
+
+    Attributes:
+        index: of the sample, in what was packed.
+        key: its ``__key__``, where it has one.
+        cause: the class of the error, in a word.
+        reason: what is wrong with it, and what to do.
+    """
+
+    index: int
+    key: str | None
+    cause: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{name_of(self.index, self.key)}: {self.reason}"
+
+
+def name_of(index: int, key: str | None) -> str:
+    """A sample, as messages name it."""
+    return f"sample {index}" if key is None else f"sample {index} ({key})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of rows that were packed; those of several buffers add up.
+
+    Attributes:
+        num_samples: how many were given, refused ones included.
+        num_rows: how many rows they became.
+        capacity: of a row, in expanded rows.
+        num_real: expanded rows of all packed samples.
+        num_aligned: the same, every sample rounded up to ``seq_multiple``.
+        refused: the samples that are in no row.
+    """
+
+    num_samples: int = 0
+    num_rows: int = 0
+    capacity: int = 0
+    num_real: int = 0
+    num_aligned: int = 0
+    refused: tuple[Refused, ...] = ()
+
+    @property
+    def fill(self) -> float:
+        """The share of all rows' capacity that real tokens and image rows take."""
+        return self._share(self.num_real)
+
+    @property
+    def fill_aligned(self) -> float:
+        """The same, with the padding of each sample counted as full."""
+        return self._share(self.num_aligned)
+
+    @property
+    def waste(self) -> dict[str, float]:
+        """The rest of the capacity by its cause: padding of samples, and the ends of rows."""
+        return {
+            "alignment": self.fill_aligned - self.fill,
+            "row tails": 1 - self.fill_aligned if self.num_rows else 0.0,
+        }
+
+    @property
+    def causes(self) -> Counter:
+        """How many samples were refused, by cause."""
+        return Counter(refused.cause for refused in self.refused)
+
+    def _share(self, rows: int) -> float:
+        return rows / (self.num_rows * self.capacity) if self.num_rows else 0.0
+
+    def __add__(self, other: "Report") -> "Report":
+        """Both together; the samples of ``other`` come after those of this one."""
+        moved = (
+            replace(refused, index=self.num_samples + refused.index) for refused in other.refused
+        )
+        return Report(
+            self.num_samples + other.num_samples,
+            self.num_rows + other.num_rows,
+            max(self.capacity, other.capacity),
+            self.num_real + other.num_real,
+            self.num_aligned + other.num_aligned,
+            (*self.refused, *moved),
+        )
+
+    def __str__(self) -> str:
+        packed = self.num_samples - len(self.refused)
+        wasted = ", ".join(f"{share:.1%} {cause}" for cause, share in self.waste.items())
+        lines = [
+            f"{packed:,} of {self.num_samples:,} samples in {self.num_rows:,} rows of "
+            f"{self.capacity:,}: {self.fill:.1%} filled, {self.fill_aligned:.1%} with alignment; "
+            f"wasted: {wasted}"
+        ]
+        if self.refused:
+            causes = ", ".join(f"{count:,} {cause}" for cause, count in self.causes.most_common())
+            lines.append(f"refused {len(self.refused):,}: {causes}")
+            lines += [f"  {refused}" for refused in self.refused[:SHOWN]]
+            if len(self.refused) > SHOWN:
+                lines.append(f"  and {len(self.refused) - SHOWN:,} more: see report.refused")
+        return "\n".join(lines)

@@ -1,0 +1,500 @@
+"""Samples into packed rows that a model can run, and rows back into their samples."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import PackingError, PlaceholderMismatch
+from ..layout import PackedLayout, as_multiples, check_on_overflow, round_up
+from ..space import check_space
+from .algorithms import check_algorithm, place
+from .report import Refused, Report, name_of
+
+IGNORED = -100  # the label of a token that is not trained
+
+
+class EmptySample(PackingError):
+    """A sample without tokens."""
+
+
+class SampleTooLong(PackingError):
+    """A sample that does not fit a row by itself."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Row:
+    """One packed row: what ``LLaVAModel.forward`` takes, and the layout that says where it stands.
+
+    Attributes:
+        input_ids: int64 ``[1, T]``, one placeholder per image.
+        labels: int64 ``[1, T]``, shifted inside each sample: the next token of the same sample, and
+            -100 at each sample's last token, before a placeholder, and where nothing is trained.
+        loss_mask: fp32 ``[1, T]``, 1 where there is a label.
+        images: ``[tiles, 3, h, w]`` of all samples, ``[0]`` where there are none.
+        num_image_tiles: int32 ``[N]``, possibly empty.
+        layout: of the row; it rides along in ``packed_seq_params``.
+        indices: which samples these are, of those that were packed.
+        extras: of each sample everything that is not in the tensors above.
+        tiles_per_sample: how many entries of ``images`` each sample has, None where it has none.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    images: Tensor
+    num_image_tiles: Tensor
+    layout: PackedLayout
+    indices: tuple[int, ...]
+    extras: tuple[dict, ...]
+    tiles_per_sample: tuple[int | None, ...]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 ``[1, T]``, restarting in every sample."""
+        return self.layout.position_ids_collapsed[None]
+
+    @property
+    def packed_seq_params(self):
+        """Megatron's ``PackedSeqParams``, which remember the layout."""
+        from ..packed_seq import packed_seq_params
+
+        return packed_seq_params(self.layout)
+
+    def inputs(self) -> dict:
+        """Keyword arguments of ``LLaVAModel.forward``: ``model(**row.inputs())``."""
+        names = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
+        return {name: getattr(self, name) for name in (*names, "packed_seq_params")} | {
+            "attention_mask": None
+        }
+
+    def to(self, device=None, dtype=None, non_blocking: bool = False) -> "Row":
+        """The same row elsewhere; ``dtype`` is that of the images."""
+
+        def move(tensor):
+            return tensor.to(device, non_blocking=non_blocking)
+
+        row = self._map_tensors(move) if device is not None else self
+        return row if dtype is None else dataclasses.replace(row, images=row.images.to(dtype))
+
+    def pin_memory(self) -> "Row":
+        """The same row in pinned memory; a ``DataLoader`` calls this."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, function) -> "Row":
+        names = ("input_ids", "labels", "loss_mask", "images", "num_image_tiles", "layout")
+        moved = {name: function(getattr(self, name)) for name in names}
+        return dataclasses.replace(self, **moved)
+
+    def __repr__(self) -> str:
+        return f"Row({len(self.indices)} samples, {self.layout})"
+
+
+def split(row: Row) -> list[dict]:
+    """The samples of a row, as they were given: the inverse of packing.
+
+    Args:
+        row: as ``pack`` made it, on any device.
+
+    Returns:
+        A dict per sample, in the order of ``row.indices``. ``input_ids`` and ``images`` are views
+        of the row's tensors; what else a sample had is what was given.
+    """
+    ids = row.input_ids[0].split(row.layout.cu_seqlens_collapsed.diff().tolist())
+    images = iter(row.images.split([n for n in row.tiles_per_sample if n is not None]))
+    return [
+        {**extra, "input_ids": tokens, **({} if tiles is None else {"images": next(images)})}
+        for extra, tokens, tiles in zip(row.extras, ids, row.tiles_per_sample, strict=True)
+    ]
+
+
+class _Size(NamedTuple):
+    """How long a sample is: all that packing asks of it."""
+
+    num_rows: int  # expanded, not aligned
+    tokens_per_image: list[int]
+    num_image_tiles: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """The settings of ``pack``, which explains them, to pack with again and again."""
+
+    algorithm: str
+    capacity: int | None
+    image_token_id: int = -200
+    img_seq_len: int | None = None
+    seq_multiple: int = 1
+    total_multiple: int = 1
+    num_padded_rows: int | None = None
+    max_expanded: int | None = None
+    space: str = "auto"
+    on_overflow: str = "raise"
+    on_refused: str = "report"
+    keep_order: bool = False
+    balance: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        check_algorithm(self.algorithm)
+        check_space(self.space)
+        check_on_overflow(self.on_overflow)
+        if self.on_refused not in ("report", "raise"):
+            raise PackingError(f"on_refused is {self.on_refused!r}, expected 'report' or 'raise'")
+        _, total_multiple = as_multiples(self.seq_multiple, self.total_multiple)
+        limits = [size for size in (self.num_padded_rows, self.max_expanded) if size is not None]
+        if self.capacity is None:
+            if not limits:
+                raise PackingError(
+                    "capacity is None, and there is no max_expanded to take its place: say how "
+                    "many expanded rows a row may have, or pass **mp.layout_options(model)"
+                )
+            object.__setattr__(self, "capacity", min(limits))
+        if limits and self.capacity > min(limits):
+            raise PackingError(
+                f"capacity is {self.capacity}, but the model takes rows of at most {min(limits)}"
+            )
+        if self.capacity < total_multiple:
+            raise PackingError(
+                f"capacity is {self.capacity}, expected at least {total_multiple}: rows are padded "
+                f"to multiples of that"
+            )
+
+    @cached_property
+    def usable(self) -> int:
+        """What the aligned lengths of a row may add up to, so that the row fits when padded."""
+        _, total_multiple = as_multiples(self.seq_multiple, self.total_multiple)
+        return self.capacity // total_multiple * total_multiple
+
+    def place(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Bins of expanded lengths: indices into ``lengths``, which are aligned here."""
+        return place(
+            [round_up(length, self.seq_multiple) for length in lengths],
+            self.usable,
+            self.algorithm,
+            keep_order=self.keep_order,
+            balance=self.balance,
+            seed=self.seed,
+        )
+
+    def num_rows(self, sample: dict) -> int:
+        """How many expanded rows a sample becomes, without alignment.
+
+        Raises:
+            PackingError: what is wrong with the sample, as ``pack`` would report it.
+        """
+        return self._size(sample).num_rows
+
+    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
+        """As the function ``pack`` does."""
+        if not hasattr(samples, "__getitem__"):
+            samples = list(samples)
+        lengths, kept, refused, form = [], [], [], None
+        for index in range(len(samples)):
+            sample = samples[index]
+            try:
+                length = self.num_rows(sample)
+                form = _check_form(sample, form)
+            except PackingError as error:
+                key = sample.get("__key__") if isinstance(sample, dict) else None
+                if self.on_refused == "raise":
+                    error.args = (f"{name_of(index, key)}: {error}",)
+                    raise
+                refused.append(Refused(index, key, type(error).__name__, str(error)))
+            else:
+                lengths.append(length)
+                kept.append(index)
+        bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
+        report = Report(
+            num_samples=len(samples),
+            num_rows=len(bins),
+            capacity=self.capacity,
+            num_real=sum(lengths),
+            num_aligned=sum(round_up(length, self.seq_multiple) for length in lengths),
+            refused=tuple(refused),
+        )
+        return Rows(self, samples, bins), report
+
+    def stream(self, samples: Iterable[dict], buffer_size: int) -> Iterator[tuple["Rows", Report]]:
+        """Rows and the report of every ``buffer_size`` samples, and of what is left at the end."""
+        buffer = []
+        for sample in samples:
+            buffer.append(sample)
+            if len(buffer) == buffer_size:
+                yield self.pack(buffer)
+                buffer = []
+        if buffer:
+            yield self.pack(buffer)
+
+    def join(self, samples: Sequence[dict], indices: Sequence[int] | None = None) -> Row:
+        """One row of these samples, in this order.
+
+        Raises:
+            PackingError: they do not fit, or what is wrong with one.
+        """
+        sizes = [self._size(sample) for sample in samples]
+        row = concatenate(samples, self.image_token_id)
+        lengths = torch.tensor([0, *(sample["input_ids"].numel() for sample in samples)])
+        layout = PackedLayout.build(
+            row["input_ids"],
+            lengths.cumsum(0).int().to(row["input_ids"].device),
+            [size.tokens_per_image for size in sizes],
+            self.image_token_id,
+            space="collapsed",
+            seq_multiple=self.seq_multiple,
+            total_multiple=self.total_multiple,
+            num_padded_rows=self.num_padded_rows,
+            max_expanded=self.usable if self.num_padded_rows is None else self.num_padded_rows,
+        )
+        bulky = [isinstance(sample.get("images"), Tensor) for sample in samples]
+        return Row(
+            **row,
+            num_image_tiles=torch.tensor(
+                [tiles for size in sizes for tiles in size.num_image_tiles],
+                dtype=torch.int32,
+                device=row["input_ids"].device,
+            ),
+            layout=layout,
+            indices=tuple(range(len(samples)) if indices is None else indices),
+            extras=tuple(
+                {
+                    name: value
+                    for name, value in sample.items()
+                    if name != "input_ids" and not (name == "images" and is_bulky)
+                }
+                for sample, is_bulky in zip(samples, bulky, strict=True)
+            ),
+            tiles_per_sample=tuple(
+                len(sample["images"]) if is_bulky else None
+                for sample, is_bulky in zip(samples, bulky, strict=True)
+            ),
+        )
+
+    def _size(self, sample: dict) -> _Size:
+        ids = _check_ids(sample)
+        num_placeholders = _count(ids, self.image_token_id)
+        rows, tiles = _as_ints(sample, "tokens_per_image"), _as_ints(sample, "num_image_tiles")
+        images = sample.get("images")
+        num_given = 0
+        if images is not None:
+            if not isinstance(images, Tensor) or images.dim() == 0:
+                raise PackingError(
+                    f"images: found {_kind(images)}, expected a tensor [tiles, 3, h, w] or None"
+                )
+            num_given = images.shape[0]
+        if tiles is None:
+            tiles = [1] * (num_given if rows is None else len(rows))
+        elif sum(tiles) != num_given:
+            raise PackingError(
+                f"num_image_tiles {tiles} are {sum(tiles)} tiles, but images hold {num_given}"
+            )
+        if rows is None:
+            if tiles and self.img_seq_len is None:
+                raise TypeError(
+                    "samples with images need img_seq_len, how many rows a tile becomes "
+                    "(model.img_seq_len), or tokens_per_image in each sample"
+                )
+            rows = [count * self.img_seq_len for count in tiles]
+        elif rows and not num_given:
+            raise PackingError(f"tokens_per_image names {len(rows)} images, but there are none")
+        if num_placeholders != len(rows):
+            raise PlaceholderMismatch(
+                f"{num_placeholders} placeholders (id {self.image_token_id}) but {len(rows)} "
+                f"images; give every image one placeholder",
+                actual=len(rows),
+                expected=num_placeholders,
+            )
+        if len(tiles) != len(rows):
+            raise PackingError(
+                f"num_image_tiles has {len(tiles)} entries, but tokens_per_image {len(rows)}"
+            )
+        num_rows = ids.numel() - num_placeholders + sum(rows)
+        aligned = round_up(num_rows, self.seq_multiple)
+        if aligned > self.usable:
+            padded = "" if aligned == num_rows else f", {aligned} when aligned"
+            raise SampleTooLong(
+                f"{num_rows} expanded rows{padded}, but a row has room for {self.usable}; cut it "
+                f"(mp.media.truncate) or raise the capacity"
+            )
+        return _Size(num_rows, rows, tiles)
+
+
+class Rows(Sequence):
+    """Packed rows, each made when it is asked for: of a list of samples, or of a map-style dataset.
+
+    It is a map-style dataset itself: ``DataLoader(rows, batch_size=None)`` makes rows in workers.
+
+    Attributes:
+        bins: the samples of each row, as indices into what was packed.
+    """
+
+    def __init__(self, packer: Packer, samples: Sequence[dict], bins: list[list[int]]):
+        self.packer, self.samples, self.bins = packer, samples, bins
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Rows(self.packer, self.samples, self.bins[index])
+        members = self.bins[index]
+        return self.packer.join([self.samples[i] for i in members], members)
+
+
+def pack(
+    samples: Sequence[dict] | Iterable[dict],
+    capacity: int | None,
+    algorithm: str = "modified_first_fit_decreasing",
+    **options,
+) -> tuple[Rows, Report]:
+    """Pack samples into rows that fit the model, each with its layout.
+
+    A sample is a dict of
+
+    - ``input_ids``: int64 ``[t]``, one placeholder per image.
+    - ``images``: ``[tiles, 3, h, w]``, or None.
+    - ``num_image_tiles``: ``[n]``, by default one tile per image; or ``tokens_per_image``: ``[n]``,
+      the expanded rows of each image where they are not ``img_seq_len`` per tile.
+    - ``labels``: int64 ``[t]``, optional: what each token itself is trained as, not shifted, -100
+      where it is not trained, as Hugging Face has it. By default every token that is no image.
+    - whatever else; ``split`` gives it back, and reports name a sample by its ``__key__``.
+
+    Labels are shifted here, inside each sample, so that no sample predicts the next one's start.
+
+    Args:
+        samples: a list, a map-style dataset, or anything that can be iterated over.
+        capacity: expanded rows that a row may have, every sample padded to ``seq_multiple`` and the
+            row to ``total_multiple``. None takes the longest row of the model.
+        algorithm: "concatenative", "first_fit", "first_fit_shuffle", "first_fit_decreasing",
+            "modified_first_fit_decreasing", "best_fit" or "best_fit_decreasing".
+        **options: everything that ``mp.layout_options(model)`` gives (``space`` and ``on_overflow``
+            make no difference here: rows know their space, and fit), and
+            ``image_token_id``: the placeholder, -200;
+            ``img_seq_len``: expanded rows of a tile, ``model.img_seq_len``;
+            ``keep_order``, ``balance``, ``seed``: as ``algorithms.place`` has them;
+            ``on_refused``: "report" leaves out a sample that cannot be packed and reports it,
+            "raise" raises its error.
+
+    Returns:
+        The rows, and a report. Every sample is in exactly one of both.
+
+    Raises:
+        PackingError: options that contradict each other; with ``on_refused="raise"`` also a sample
+            that is empty (``EmptySample``), too long (``SampleTooLong``), whose placeholders and
+            images differ in number (``PlaceholderMismatch``), or that is malformed.
+        TypeError: an unknown option; no ``img_seq_len`` where it is needed.
+
+    Example:
+        >>> ids = [torch.tensor(x) for x in ([1, -200, 2, 3], [4, 5, 6], [7, 8], [])]
+        >>> samples = [{"input_ids": x} for x in ids]
+        >>> samples[0]["images"] = torch.zeros(1, 3, 28, 28)
+        >>> rows, report = pack(samples, 8, img_seq_len=4, seq_multiple=2)
+        >>> print(report)
+        3 of 4 samples in 2 rows of 8: 75.0% filled, 87.5% with alignment; wasted: 12.5% alignment, 12.5% row tails
+        refused 1: 1 EmptySample
+          sample 3: input_ids are empty
+        >>> rows[0].input_ids.tolist(), rows[0].layout.cu_seqlens_padded.tolist()
+        ([[1, -200, 2, 3]], [0, 8, 8])
+        >>> rows[1].labels.tolist()
+        [[5, 6, -100, 8, -100]]
+    """  # noqa: E501
+    return get_packer(algorithm, capacity, **options).pack(samples)
+
+
+def get_packer(name: str, capacity: int | None, **options) -> Packer:
+    """A packer with the options of ``pack``, for streams and for lengths alone.
+
+    Example:
+        >>> packer = get_packer("best_fit_decreasing", 8, seq_multiple=2)
+        >>> packer.place([5, 1, 2, 3])
+        [[0, 1], [3, 2]]
+        >>> samples = ({"input_ids": torch.arange(n)} for n in (5, 1, 2, 3))
+        >>> for rows, report in packer.stream(samples, buffer_size=3):
+        ...     print([row.indices for row in rows], report.num_samples)
+        [(0, 1), (2,)] 3
+        [(0,)] 1
+    """
+    return Packer(algorithm=name, capacity=capacity, **options)
+
+
+def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str, Tensor]:
+    """``input_ids``, ``labels`` (shifted inside each sample), ``loss_mask`` and ``images``."""
+    labels = torch.cat([_shifted_labels(sample, image_token_id) for sample in samples])
+    images = [image for sample in samples if (image := sample.get("images")) is not None]
+    return {
+        "input_ids": torch.cat([sample["input_ids"] for sample in samples])[None],
+        "labels": labels[None],
+        "loss_mask": (labels != IGNORED).float()[None],
+        "images": torch.cat(images) if images else torch.empty(0, device=labels.device),
+    }
+
+
+def _shifted_labels(sample: dict, image_token_id: int) -> Tensor:
+    ids = sample["input_ids"]
+    labels = sample.get("labels")
+    labels = ids if labels is None else labels
+    labels = labels.masked_fill(ids == image_token_id, IGNORED)
+    return torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORED)
+
+
+def _check_ids(sample: dict) -> Tensor:
+    if not isinstance(sample, dict):
+        raise PackingError(f"a sample is a {type(sample).__name__}, expected a dict")
+    ids, labels = sample.get("input_ids"), sample.get("labels")
+    if isinstance(ids, Tensor) and ids.numel() == 0:
+        raise EmptySample("input_ids are empty")
+    _check_tokens("input_ids", ids)
+    if labels is not None:
+        _check_tokens("labels", labels)
+        if labels.numel() != ids.numel():
+            raise PackingError(f"labels have {labels.numel()} entries, but input_ids {ids.numel()}")
+    return ids
+
+
+def _check_tokens(name: str, tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
+        raise PackingError(f"{name}: found {_kind(tensor)}, expected torch.int64 [t]")
+
+
+def _check_form(sample: dict, form: tuple | None) -> tuple | None:
+    """Images of one row are one tensor: all of them have the form of the first."""
+    images = sample.get("images")
+    if images is None:
+        return form
+    found = images.dtype, images.shape[1:]
+    if form is not None and form != found:
+        raise PackingError(
+            f"images are {found[0]} {list(found[1])} each, but those before are {form[0]} "
+            f"{list(form[1])}: rows hold images of one size"
+        )
+    return found
+
+
+def _as_ints(sample: dict, name: str) -> list[int] | None:
+    """A sample's positive counts, from a list or a tensor ``[n]``."""
+    values = sample.get(name)
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    is_right = isinstance(values, list | tuple) and all(type(x) is int for x in values)
+    if not is_right or (values and min(values) < 1):
+        raise PackingError(f"{name} is {sample[name]!r}, expected positive ints [n]")
+    return list(values)
+
+
+def _kind(value) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
+
+
+def _count(ids: Tensor, token: int) -> int:
+    if not ids.is_cuda:
+        return int(np.count_nonzero(ids.numpy() == token))  # a third of torch's time
+    return int((ids == token).sum())
