@@ -1,14 +1,16 @@
 """Packed against one by one: the same samples must give the same log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .data.rows import concatenate
 from .errors import PackingError
 from .layout import PackedLayout
+from .reference import local_positions
 
 
 def token_mult_prob_error(logprobs_a: Tensor, logprobs_b: Tensor, mask: Tensor) -> Tensor:
@@ -207,3 +209,240 @@ def _run(model, row: dict) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the labels and the expanded loss mask, fp32 ``[S]`` each."""
     loss, mask = forward(model, row)
     return -loss[0].float(), mask[0].float()
+
+
+def run_stage(model, inputs: dict) -> tuple[Tensor, Tensor | None]:
+    """``forward`` of one pipeline stage, with what that stage reads of a micro-batch.
+
+    The first stage has the images; those in the middle have no tokens either, only boundaries.
+
+    Args:
+        model: as ``find_llava`` takes it.
+        inputs: keyword arguments for a model of one stage, as ``mp.data.Row.inputs`` gives them.
+
+    Returns:
+        What ``LLaVAModel.forward`` returns: the loss, logits or hidden states of the stage, and the
+        expanded loss mask where it has labels.
+    """
+    from .llava import find_llava
+
+    llava = find_llava(model)
+    missing = ()
+    if not llava.pre_process:
+        missing = ("images",)
+    if not (llava.pre_process or llava.post_process):
+        missing = [name for name in inputs if name != "packed_seq_params"]
+    return model(**{**inputs, **dict.fromkeys(missing)})
+
+
+# On the running job
+
+
+@dataclass(frozen=True)
+class SequenceError:
+    """How far a sequence of a packed row is from its sample alone, on one rank.
+
+    Attributes:
+        rank: the process that computed it.
+        sequence: its place in the row.
+        token_mult_prob_error: over its trained tokens on this rank; 1.0 is perfect.
+        max_difference: the largest absolute difference of a log-probability.
+        row: where that is, in expanded space, counted from the sequence's start.
+        lost_labels: positions that train either packed or alone, but not both.
+        num_compared: positions that train in both.
+    """
+
+    rank: int
+    sequence: int
+    token_mult_prob_error: float
+    max_difference: float
+    row: int
+    lost_labels: int
+    num_compared: int
+
+    def __str__(self) -> str:
+        return (
+            f"sequence {self.sequence} ({self.token_mult_prob_error:.6f}, largest difference "
+            f"{self.max_difference:.2e} at its row {self.row}, {self.lost_labels} labels lost)"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found, the same on every rank.
+
+    Attributes:
+        sequences: one entry for each sequence that a rank has trained tokens of.
+        tolerance: how much more than 1.0 the error of a sequence may be.
+    """
+
+    sequences: tuple[SequenceError, ...]
+    tolerance: float
+
+    @property
+    def wrong(self) -> tuple[SequenceError, ...]:
+        """The sequences that are not, packed, what their samples are alone."""
+        return tuple(
+            found
+            for found in self.sequences
+            if found.lost_labels or not found.token_mult_prob_error <= 1 + self.tolerance  # NaN too
+        )
+
+    @property
+    def is_right(self) -> bool:
+        return not self.wrong
+
+    @property
+    def by_rank(self) -> dict[int, float]:
+        """``token_mult_prob_error`` of every rank that has log-probabilities: those of the last
+        pipeline stage."""
+        ranks = dict.fromkeys(found.rank for found in self.sequences)
+        return {
+            rank: _mean(found for found in self.sequences if found.rank == rank) for rank in ranks
+        }
+
+    @property
+    def token_mult_prob_error(self) -> float:
+        """Over all ranks; 1.0 is perfect."""
+        return _mean(self.sequences)
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"{error:.6f} on rank {rank}" for rank, error in self.by_rank.items())
+        lines = [f"packed against one by one: token_mult_prob_error {ranks}"]
+        lines += [f"  WRONG on rank {found.rank}: {found}" for found in self.wrong]
+        return "\n".join(lines)
+
+
+def _mean(found: Iterable[SequenceError]) -> float:
+    found = list(found)
+    count = sum(sequence.num_compared for sequence in found)
+    total = sum(sequence.token_mult_prob_error * sequence.num_compared for sequence in found)
+    return total / count if count else 1.0
+
+
+def verify(model, row, tolerance: float | None = None) -> Verification:
+    """Check a row of the running job: packed, every sample must be what it is alone.
+
+    Splits the row into its samples, runs it and each sample in a row of its own through Megatron's
+    schedule, and compares the log-probabilities of their labels. The model stays as it is: wrapped,
+    with its own attention, on its tensor, sequence, context and pipeline parallel ranks. It costs
+    one forward pass a sample, and leaves no gradients.
+
+    Every rank must call it, and gets the same answer. Data-parallel replicas bring a row each; the
+    ranks of a replica all bring the same one.
+
+    Args:
+        model: as ``install`` takes it, installed or not, of one chunk.
+        row: of ``mp.data``, packed with ``**mp.layout_options(model)``.
+        tolerance: how much more than 1.0 the ``token_mult_prob_error`` of a sequence may be; by
+            default 1e-4 in fp32 and 0.05 in lower precision.
+
+    Returns:
+        A ``Verification``: the error on every rank, and which sequences are wrong.
+
+    Raises:
+        PackingError: the row does not split into samples, so its boundaries are not those it was
+            packed with; or the pipeline is an interleaved one.
+    """
+    from .llava import _chunks, find_llava
+
+    if len(_chunks(model)) > 1:
+        raise PackingError("verify knows no interleaved pipelines: pass the one chunk of a stage")
+    (model,) = _chunks(model)
+    weight = next(model.parameters())
+    if tolerance is None:
+        tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
+    row = row.to(weight.device, weight.dtype)
+    runs = _run_rows(model, [row, *_alone(model, row)])
+    mine = _compare_sequences(find_llava(model), row.layout, *runs) if runs else []
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    return Verification(tuple(found for theirs in everyones for found in theirs), tolerance)
+
+
+def _alone(model, row) -> list:
+    """Every sample of a row in a row of its own."""
+    from .data import get_packer, split
+    from .llava import find_llava, layout_options
+
+    llava = find_llava(model)
+    options = {**layout_options(model), "seq_multiple": row.layout.seq_multiple}
+    packer = get_packer(
+        "concatenative",
+        None,
+        image_token_id=llava.image_token_index,
+        img_seq_len=llava.img_seq_len,
+        **options,
+    )
+    rows = []
+    for sequence, sample in enumerate(split(row)):
+        try:
+            rows.append(packer.join([sample]))
+        except PackingError as error:
+            raise PackingError(
+                f"sequence {sequence} of the row is not its sample: {error}"
+            ) from error
+    return rows
+
+
+@torch.no_grad()
+def _run_rows(model, rows: list) -> list[tuple[Tensor, Tensor]]:
+    """This rank's log-probabilities and loss mask of every row, on the last pipeline stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from .llava import find_llava
+
+    def step(iterator, model):
+        output, mask = run_stage(model, next(iterator).inputs())
+        return output, lambda loss, non_loss_data: (-loss[0].float(), mask[0].float())
+
+    was_training = model.training
+    model.eval()
+    try:
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(rows),
+            model=[model],
+            num_microbatches=len(rows),
+            seq_length=find_llava(model)._language_max_sequence_length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    finally:
+        model.train(was_training)
+
+
+def _compare_sequences(llava, layout: PackedLayout, packed, *alone) -> list[SequenceError]:
+    """Context parallelism cuts every sequence by itself: a rank has the same piece of it in either
+    run, and in one piece."""
+    size, rank = llava.context_parallel_lm, 0
+    if size > 1:
+        rank = llava.cp_group.rank()
+    edges = layout.cu_seqlens_padded
+    positions = local_positions(edges, layout.num_expanded, size, rank)
+    edges, found = edges.tolist(), []
+    for sequence, run in enumerate(alone):
+        begin, end = edges[sequence] // size, edges[sequence + 1] // size
+        (logprobs, mask), (logprobs_alone, mask_alone) = (
+            (x[begin:end] for x in packed),
+            (x[: end - begin] for x in run),
+        )
+        both = mask * mask_alone
+        differences = (logprobs - logprobs_alone).abs().masked_fill(both == 0, 0.0)
+        num_compared, lost = int((both > 0).sum()), int(((mask > 0) != (mask_alone > 0)).sum())
+        if not num_compared + lost:
+            continue
+        worst = int(differences.argmax())
+        found.append(
+            SequenceError(
+                rank=dist.get_rank(),
+                sequence=sequence,
+                token_mult_prob_error=token_mult_prob_error(logprobs, logprobs_alone, both).item(),
+                max_difference=differences[worst].item(),
+                row=int(positions[begin + worst]) - edges[sequence],
+                lost_labels=lost,
+                num_compared=num_compared,
+            )
+        )
+    return found

@@ -1,4 +1,4 @@
-"""Pictures: one packed row in both spaces, and where packed differs from one by one."""
+"""Pictures: one packed row in both spaces, where packed differs from one by one, and learning."""
 
 from itertools import pairwise
 
@@ -109,6 +109,33 @@ def draw_parity(before: Comparison, after: Comparison, path) -> None:
         plt.Line2D([], [], marker="o", linestyle="", color="0.4", label="a text token"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_training(logs: dict[str, list[dict]], path) -> None:
+    """Loss and held-out accuracy of runs on the same samples, packed in different ways.
+
+    Args:
+        logs: of each run by its name, the ``step``, ``loss`` and now and then ``accuracy``.
+        path: of the PNG.
+    """
+    figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    for number, (name, log) in enumerate(logs.items()):
+        # Lines that coincide stay visible: the first is the widest and lies below.
+        style = {"label": name, "linewidth": 1.5 + 1.5 * (len(logs) - 1 - number)}
+        losses.plot([entry["step"] for entry in log], [entry["loss"] for entry in log], **style)
+        graded = [entry for entry in log if "accuracy" in entry]
+        accuracies.plot(
+            [entry["step"] for entry in graded], [entry["accuracy"] for entry in graded], **style
+        )
+    losses.set_title("Training loss, per token", loc="left")
+    accuracies.set_title("Held-out questions answered right", loc="left")
+    accuracies.set_ylim(0, 1.03)
+    for axis in (losses, accuracies):
+        axis.set_xlabel("step")
+        axis.grid(color="0.9")
+    accuracies.legend(frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

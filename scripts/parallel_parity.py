@@ -20,7 +20,6 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import mcore_packing as mp
@@ -34,40 +33,22 @@ CAPACITY = 8  # sequences that a stage without tokens has room for
 LAYERS = 4
 
 
-def build(positions: str, cp: int, tp: int, pp: int, sequence_parallel: bool):
+def build(positions: str, sequence_parallel: bool):
     """This rank's part of the model."""
-    first = parallel_state.is_pipeline_first_stage()
-    model = tiny.llava_model(
+    return tiny.llava_stage(
         positions,
         img_size=SIZE,
         max_sequence_length=LONGEST,
         language_layers=LAYERS,
-        language={
-            "context_parallel_size": cp,
-            "tensor_model_parallel_size": tp,
-            "pipeline_model_parallel_size": pp,
-            "pipeline_dtype": torch.float32,
-            "sequence_parallel": sequence_parallel,
-            "calculate_per_token_loss": True,
-        },
-        pre_process=first,
-        post_process=parallel_state.is_pipeline_last_stage(),
-        add_encoder=first,
+        per_token_loss=True,
+        sequence_parallel=sequence_parallel,
     )
-    model.model_type = ModelType.encoder_or_decoder  # as megatron.training does
-    return model
 
 
 def load(model, state: dict) -> dict:
     """Copy this rank's share of the reference weights; return each parameter's name there."""
-    names = {}
-    decoder = model.language_model.decoder
-    offset = decoder.layers[0].layer_number - 1
+    names = {name: tiny.name_in_whole(model, name) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if name.startswith("language_model.decoder.layers."):
-            parts[3] = str(int(parts[3]) + offset)
-        names[name] = ".".join(parts)
         parameter.data.copy_(share(parameter, state[names[name]]))
     return names
 
@@ -225,10 +206,10 @@ def relative(found, expected) -> float:
 def make_reference(path: Path, positions: str) -> dict:
     """One process: weights, losses and gradients of the packed run; and it equals one by one."""
     with cpu.megatron_on_cpu():
-        model = build(positions, 1, 1, 1, False)
+        model = build(positions, False)
         state = {name: p.detach().clone() for name, p in model.named_parameters()}
         losses, gradients, spy = run(model)
-        alone_losses, alone = one_by_one(build(positions, 1, 1, 1, False))
+        alone_losses, alone = one_by_one(build(positions, False))
     torch.save({"state": state, "losses": losses, "gradients": gradients}, path)
     return {
         "case": "one process, packed",
@@ -251,7 +232,7 @@ def compare(path: Path, options) -> dict:
         "pipeline_model_parallel_size": options.pp,
     }
     with cpu.megatron_on_cpu(**sizes):
-        model = build(options.positions, options.cp, options.tp, options.pp, options.sp)
+        model = build(options.positions, options.sp)
         names = load(model, reference["state"])
         losses, gradients, spy = run(model)
         loss = 0.0

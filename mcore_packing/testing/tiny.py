@@ -9,6 +9,8 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -37,13 +39,17 @@ def attention_name() -> str:
 
 
 @contextlib.contextmanager
-def megatron():
-    """Megatron-Core in this single process: on the GPU where there is one, else on the CPU."""
+def megatron(**parallel_sizes):
+    """Megatron-Core on the GPU where there is one, else on the CPU.
+
+    Args:
+        **parallel_sizes: as ``cpu.megatron_on_cpu`` takes them.
+    """
     with contextlib.ExitStack() as stack:
         if not HAVE_GPU:
-            stack.enter_context(cpu.megatron_on_cpu())
+            stack.enter_context(cpu.megatron_on_cpu(**parallel_sizes))
         else:
-            stack.enter_context(cpu.process_groups("nccl"))
+            stack.enter_context(cpu.process_groups("nccl", **parallel_sizes))
         if HAVE_GPU and not HAVE_TE:
             stack.enter_context(cpu.clip_norm())
         yield
@@ -56,16 +62,21 @@ def llava_model(
     language_layers: int = 3,
     hidden_size: int = 64,
     max_sequence_length: int = 65536,
+    vocab_size: int = VOCAB_SIZE,
     vision_model_type: str = "clip",
     seed: int = 0,
+    per_token_loss: bool = False,
+    sequence_parallel: bool = False,
     language: dict | None = None,
+    vision: dict | None = None,
     hybrid_pattern: str | None = None,
     mamba_layer=IdentityOp,
     **kwargs,
 ) -> LLaVAModel:
     """Build a ``LLaVAModel``: a vision tower (577 rows a tile), an MLP projector, a GPT.
 
-    Weights are random, in fp32 on a CPU and in bf16 on a GPU.
+    Weights are random, in fp32 on a CPU and in bf16 on a GPU. Where Megatron's process groups split
+    tensors or rows, this rank gets its part; ``llava_stage`` also splits layers.
 
     Args:
         position_embedding_type: "learned_absolute" or "rope".
@@ -73,9 +84,13 @@ def llava_model(
         language_layers: GPT layers, on all pipeline stages together.
         hidden_size: of the GPT.
         max_sequence_length: positions of the GPT.
+        vocab_size: of the GPT.
         vision_model_type: "clip", "siglip" or "internvit".
         seed: of the weights.
-        language: further ``TransformerConfig`` arguments of the GPT.
+        per_token_loss: weigh every trained token of a step alike (``calculate_per_token_loss``),
+            as packed rows need it: they do not all hold the same number of them.
+        sequence_parallel: split rows over the tensor-parallel ranks.
+        language, vision: further ``TransformerConfig`` arguments of the GPT and the vision tower.
         hybrid_pattern: makes the language model a hybrid, of the layers that Megatron writes so:
             "*" attention, "-" MLP, "M" Mamba.
         mamba_layer: what a hybrid has where the pattern says "M".
@@ -91,9 +106,17 @@ def llava_model(
         "params_dtype": DTYPE,
     }
     heads = {"num_attention_heads": 4, **common}
-    text = {"num_layers": language_layers, "hidden_size": hidden_size, **heads, **(language or {})}
-    language_config = TransformerConfig(**text)
-    vision_config = TransformerConfig(num_layers=2, hidden_size=64, **heads)
+    text = {
+        "num_layers": language_layers,
+        "hidden_size": hidden_size,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "sequence_parallel": sequence_parallel,
+        "calculate_per_token_loss": per_token_loss,
+    }
+    language_config = TransformerConfig(**{**text, **heads, **(language or {})})
+    pictures = {"num_layers": 2, "hidden_size": 64, **heads, **(vision or {})}
+    vision_config = TransformerConfig(**pictures)
     projector = {"num_layers": 2, "hidden_size": hidden_size, "ffn_hidden_size": 64}
     projector_config = TransformerConfig(**projector, **common, num_attention_heads=1)
     language_config.language_model_type = "nemotron5-hybrid" if hybrid_pattern else "tiny"
@@ -117,7 +140,7 @@ def llava_model(
     model = LLaVAModel(
         language_transformer_config=language_config,
         language_transformer_layer_spec=spec,
-        language_vocab_size=VOCAB_SIZE,
+        language_vocab_size=vocab_size,
         language_max_sequence_length=max_sequence_length,
         vision_transformer_config=vision_config,
         vision_transformer_layer_spec=vision_spec,
@@ -125,7 +148,38 @@ def llava_model(
         vision_projection_layer_spec=submodules(make_spec().submodules.mlp),
         **{**settings, **kwargs},
     )
+    model.model_type = ModelType.encoder_or_decoder  # as megatron.training does
     return model.to(DEVICE, DTYPE) if HAVE_GPU else model
+
+
+def llava_stage(*args, language: dict | None = None, **kwargs) -> LLaVAModel:
+    """``llava_model``, or the part of it that this pipeline stage has: of the same weights."""
+    whole = llava_model(*args, language=language, **kwargs)
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    if size == 1:
+        return whole
+    is_first = parallel_state.is_pipeline_first_stage()
+    split = {"pipeline_model_parallel_size": size, "pipeline_dtype": DTYPE}
+    places = {
+        "pre_process": is_first,
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "add_encoder": is_first,
+    }
+    stage = llava_model(*args, language={**(language or {}), **split}, **places, **kwargs)
+    weights = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, parameter in stage.named_parameters():
+            parameter.copy_(weights[name_in_whole(stage, name)])
+    return stage
+
+
+def name_in_whole(stage: LLaVAModel, name: str) -> str:
+    """What a parameter of a pipeline stage is called where there is but one stage."""
+    parts = name.split(".")
+    if name.startswith("language_model.decoder.layers."):
+        first = stage.language_model.decoder.layers[0].layer_number - 1
+        parts[3] = str(int(parts[3]) + first)
+    return ".".join(parts)
 
 
 def _hybrid_stack():

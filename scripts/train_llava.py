@@ -1,0 +1,503 @@
+"""LLaVA fine-tuning on packed rows with Megatron-Core's schedules, DDP, optimizer and checkpoints.
+
+A small model learns to answer questions about coloured shapes, on a CPU in a minute, on a GPU with
+Transformer Engine in bf16 where there is one; in one process, or under torchrun in many. Each step
+trains on the same samples however they are packed, so that runs can be laid over each other.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.nn.utils.rnn import pad_sequence
+
+import mcore_packing as mp
+from mcore_packing.data import Packer, Row
+from mcore_packing.llava import find_llava
+from mcore_packing.testing import shapes, tiny
+
+PACKINGS = ("hook", "dropped", "one-by-one", "padded")
+BUFFER = 1000  # samples that are packed together
+HELD_OUT = 200  # conversations that are graded and never trained on
+LEARNING_RATE, WARM_UP, CLIP = 3e-3, 20, 1.0
+KEPT = 2  # checkpoints
+
+
+class RowLoader:
+    """Packed rows of an endless data set: one global list, the same on every rank.
+
+    Samples are packed a buffer at a time. Its state is how far it came: the buffer is packed again
+    from there, with the same result.
+    """
+
+    def __init__(self, samples, packer: Packer):
+        self.samples, self.packer = samples, packer
+        self.load_state_dict({"first_sample": 0, "rows_taken": 0})
+
+    def take(self, count: int, rank: int, size: int) -> list[Row]:
+        """This rank's share of the next ``count`` rows."""
+        taken = []
+        for index in range(count):
+            if self.state["rows_taken"] == len(self.rows):
+                first = self.state["first_sample"] + BUFFER
+                self.load_state_dict({"first_sample": first, "rows_taken": 0})
+            if index % size == rank:
+                taken.append(self.rows[self.state["rows_taken"]])
+            self.state["rows_taken"] += 1
+        return taken
+
+    def state_dict(self) -> dict:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = dict(state)
+        buffer = range(state["first_sample"], state["first_sample"] + BUFFER)
+        self.rows, report = self.packer.pack([self.samples[index] for index in buffer])
+        if report.refused:
+            say(str(report))
+
+
+def micro_batches(packing: str, row: Row, packer: Packer) -> list[dict]:
+    """The samples of a row as a user without this package would feed them, or with it."""
+    if packing == "hook":
+        return [row.inputs()]
+    if packing == "dropped":
+        return [without_boundaries(row)]
+    alone = [without_boundaries(packer.join([sample])) for sample in mp.data.split(row)]
+    return alone if packing == "one-by-one" else [padded(alone)]
+
+
+def without_boundaries(row: Row) -> dict:
+    """The row as one sequence."""
+    positions = torch.arange(row.input_ids.numel(), device=row.input_ids.device)[None]
+    return {**row.inputs(), "packed_seq_params": None, "position_ids": positions}
+
+
+def padded(samples: list[dict]) -> dict:
+    """One batch ``[B, longest]``."""
+    fill = {"input_ids": 0, "labels": shapes.IGNORED, "loss_mask": 0.0}
+    batch = {
+        name: pad_sequence([sample[name][0] for sample in samples], True, value)
+        for name, value in fill.items()
+    }
+    length = batch["input_ids"].shape[1]
+    positions = torch.arange(length, device=batch["input_ids"].device).expand(len(samples), -1)
+    together = {
+        name: torch.cat([sample[name] for sample in samples])
+        for name in ("images", "num_image_tiles")
+    }
+    return {**samples[0], **batch, **together, "position_ids": positions}
+
+
+def train_step(iterator, model):
+    """Megatron's forward step: what this stage computes, and the summed loss of its tokens."""
+    output, mask = mp.parity.run_stage(model, next(iterator))
+
+    def loss_function(output):
+        loss, num_tokens = (output.float() * mask).sum(), mask.sum()
+        return loss, num_tokens.int(), torch.stack([loss.detach(), num_tokens])
+
+    return output, loss_function
+
+
+def grade_step(iterator, model):
+    """The same for grading: how many of the labels are the likeliest token."""
+    row = next(iterator)
+    logits, _ = mp.parity.run_stage(
+        model, {**row.inputs(), "labels": None, "runtime_gather_output": True}
+    )
+
+    def grade(logits, non_loss_data=True):
+        labels, mask = mp.expand_labels(
+            row.layout,
+            row.labels,
+            row.loss_mask,
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+        )
+        right = (logits[0].argmax(-1) == labels) * mask
+        return torch.stack([right.sum(), mask.sum()])
+
+    return logits, grade
+
+
+class Training:
+    """One run: its model, its rows, and how far it came."""
+
+    def __init__(self, options, packing: str):
+        self.options, self.packing, self.step = options, packing, 0
+        self.folder = options.output / packing
+        self.model = build_model(options)
+        mp.install(self.model)
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.num_rows = options.rows_per_step or self.dp_size
+        if self.num_rows % self.dp_size:
+            raise mp.PackingError(
+                f"--rows-per-step is {self.num_rows}, expected a multiple of the {self.dp_size} "
+                f"data-parallel ranks"
+            )
+        self.packer = make_packer(self.model, options)
+        self.loader = RowLoader(shapes.Conversations(sys.maxsize), self.packer)
+        self.optimizer, self.scheduler = build_optimizer(self.model, options.steps)
+        held_out = shapes.Conversations(HELD_OUT, seed=1, train_on="colours")
+        rows, _ = self.packer.pack(held_out)
+        self.held_out = [
+            rows[i].to(tiny.DEVICE, tiny.DTYPE)
+            for i in range(self.dp_rank, len(rows), self.dp_size)
+        ]
+
+    def run(self) -> list[dict]:
+        """Train to the last step, from the last checkpoint if asked to; the log."""
+        log = self.resume() if self.options.resume else []
+        if self.is_logger:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(entry) + "\n" for entry in log)
+            (self.folder / "log.jsonl").write_text(lines)
+        options, last = self.options, self.options.steps
+        while self.step < last:
+            rows = self.loader.take(self.num_rows, self.dp_rank, self.dp_size)
+            rows = [row.to(tiny.DEVICE, tiny.DTYPE) for row in rows]
+            if options.verify_packing and self.step % options.verify_packing == 0:
+                self.verify(rows[0])
+            begin = time.perf_counter()
+            entry = self.train(rows)
+            self.step += 1
+            seconds = time.perf_counter() - begin
+            entry = {"step": self.step, **entry, "seconds": seconds}
+            if self.step % options.evaluate_every == 0 or self.step == last:
+                entry["accuracy"] = self.evaluate()
+            self.report(entry)
+            log.append(entry)
+            if self.step % options.save_every == 0 or self.step == last:
+                self.save()
+        return log
+
+    def train(self, rows: list[Row]) -> dict:
+        """One optimizer step."""
+        batches = [batch for row in rows for batch in micro_batches(self.packing, row, self.packer)]
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self.schedule(train_step, batches)
+        self.update()
+        self.scheduler.step(1)
+        counts = torch.tensor(
+            [
+                sum(len(row.indices) for row in rows),
+                sum(int(row.layout.cu_seqlens_expanded[-1]) for row in rows),
+            ],
+            device=tiny.DEVICE,
+        )
+        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        num_samples, num_filled = counts.tolist()
+        loss, num_tokens = sums.tolist()
+        return {
+            "loss": loss / max(num_tokens, 1),
+            "samples": num_samples,
+            "filled": num_filled / (self.num_rows * self.packer.capacity),
+        }
+
+    def evaluate(self) -> float:
+        """The share of held-out questions that are answered right."""
+        self.model.eval()
+        right, asked = self.schedule(grade_step, self.held_out, forward_only=True).tolist()
+        self.model.train()
+        return right / max(asked, 1)
+
+    def schedule(self, step, batches: list, forward_only: bool = False) -> torch.Tensor:
+        """Run micro-batches through the pipeline; what the last stage counted, of all ranks."""
+        with torch.set_grad_enabled(not forward_only):
+            counted = get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iter(batches),
+                model=[self.model],
+                num_microbatches=len(batches),
+                seq_length=self.options.row_length,
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+        sums = torch.zeros(2, device=tiny.DEVICE)
+        for counts in counted:
+            sums += counts
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(True))
+        return sums
+
+    def update(self) -> None:
+        """The optimizer's step. On a CPU its clipping is done here: Megatron's insists on CUDA."""
+        if tiny.HAVE_GPU:
+            self.optimizer.step()
+            return
+        self.optimizer.prepare_grads()
+        norm = self.optimizer.get_grad_norm()
+        for parameter in self.optimizer.get_parameters():
+            parameter.grad.mul_(min(1.0, CLIP / (norm + 1e-6)))
+        self.optimizer.step_with_ready_grads()
+
+    def verify(self, row: Row) -> None:
+        found = mp.parity.verify(self.model, row)
+        if self.is_logger:
+            say(f"step {self.step:5}  {found}")
+        if not found.is_right:
+            raise SystemExit(1)
+
+    # What is said
+
+    @property
+    def is_logger(self) -> bool:
+        """The last rank has the loss."""
+        return dist.get_rank() == dist.get_world_size() - 1
+
+    def report(self, entry: dict) -> None:
+        if not self.is_logger:
+            return
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if "accuracy" in entry or entry["step"] == 1:
+            accuracy = f"  accuracy {entry['accuracy']:.3f}" if "accuracy" in entry else ""
+            say(
+                f"{self.packing:10}  step {entry['step']:5}  loss {entry['loss']:.4f}  "
+                f"{entry['samples'] / entry['seconds']:6.1f} samples/s  "
+                f"rows filled {entry['filled']:.1%}{accuracy}"
+            )
+
+    # Checkpoints
+
+    @property
+    def settings(self) -> dict:
+        """What has to be the same for a run to go on as it began."""
+        return {
+            "packing": self.packing,
+            "steps": self.options.steps,
+            "row_length": self.options.row_length,
+            "rows_per_step": self.num_rows,
+            "seq_multiple": self.packer.seq_multiple,
+            "tp": self.options.tp,
+            "pp": self.options.pp,
+        }
+
+    @property
+    def file_name(self) -> str:
+        tp, pp = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        return f"tp{tp}-pp{pp}.pt"
+
+    def save(self) -> None:
+        """A folder that appears when it is complete, with a file per share of the model."""
+        folder = self.folder / "checkpoints" / f"step-{self.step:06}"
+        unfinished = folder.with_name("unfinished")
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            state = {
+                "settings": self.settings,
+                "step": self.step,
+                "loader": self.loader.state_dict(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+            }
+            torch.save(state, unfinished / self.file_name)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+            for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def resume(self) -> list[dict]:
+        """Go on from the last checkpoint; the log until there."""
+        folders = sorted((self.folder / "checkpoints").glob("step-*"))
+        if not folders:
+            return []
+        path = folders[-1] / self.file_name
+        if not path.exists():
+            raise mp.PackingError(
+                f"{folders[-1]} has no {self.file_name}: resume with the --tp and --pp it had"
+            )
+        state = torch.load(path, map_location=tiny.DEVICE, weights_only=True)
+        for name, value in self.settings.items():
+            if state["settings"][name] != value:
+                raise mp.PackingError(
+                    f"the run in {self.folder} has {name} {state['settings'][name]}, not {value}; "
+                    f"resume it with the same settings, or choose another --output"
+                )
+        self.step = state["step"]
+        for name in ("loader", "model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        log = self.folder / "log.jsonl"
+        entries = [json.loads(line) for line in log.read_text().splitlines()[: self.step]]
+        if self.is_logger:
+            say(f"{self.packing}: going on from step {self.step}")
+        return entries
+
+
+def build_model(options) -> DistributedDataParallel:
+    """This rank's part of a LLaVA of 250,000 parameters: 4 rows a tile."""
+    model = tiny.llava_stage(
+        "rope",
+        img_size=2 * shapes.PATCH,
+        language_layers=2,
+        max_sequence_length=options.row_length,
+        vocab_size=shapes.VOCAB_SIZE,
+        per_token_loss=True,
+        sequence_parallel=options.tp > 1,
+        drop_vision_class_token=True,
+        seed=options.seed,
+    )
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallel(model.config, settings, model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return ddp
+
+
+def build_optimizer(model, steps: int):
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=LEARNING_RATE,
+        min_lr=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        clip_grad=CLIP if tiny.HAVE_GPU else 0.0,
+        bf16=tiny.HAVE_GPU,
+        params_dtype=tiny.DTYPE,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=LEARNING_RATE,
+        min_lr=0.0,
+        lr_warmup_steps=min(WARM_UP, steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def make_packer(model, options) -> Packer:
+    layout_options = mp.layout_options(model)
+    multiple = math.lcm(layout_options.pop("seq_multiple"), options.seq_multiple)
+    llava = find_llava(model)
+    return mp.data.get_packer(
+        "first_fit",  # as they arrive: longest first would give the longest samples first
+        options.row_length,
+        image_token_id=llava.image_token_index,
+        img_seq_len=llava.img_seq_len,
+        seq_multiple=multiple,
+        **layout_options,
+    )
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def summary(logs: dict[str, list[dict]]) -> list[str]:
+    lines = [f"\n{'packing':12} {'loss':>8} {'accuracy':>9} {'samples/s':>10}"]
+    for packing, log in logs.items():
+        speed = statistics.median(entry["samples"] / entry["seconds"] for entry in log)
+        last = log[-1]
+        lines.append(f"{packing:12} {last['loss']:8.4f} {last['accuracy']:9.3f} {speed:10.1f}")
+    return lines
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--packing", nargs="+", choices=PACKINGS, default=["hook"], metavar="WAY",
+        help=f"how samples reach the model: {', '.join(PACKINGS)}; several are compared",
+    )  # fmt: skip
+    for size, name in ("cp", "context"), ("tp", "tensor and sequence"), ("pp", "pipeline"):
+        add(f"--{size}", type=int, default=1, help=f"{name}-parallel size, under torchrun")
+    add("--steps", type=int, default=200)
+    add("--row-length", type=int, default=1152, help="expanded rows that a packed row may have")
+    add("--rows-per-step", type=int, help="of all ranks together; by default one a replica")
+    add("--seq-multiple", type=int, default=1, help="pad every sample to a multiple of this")
+    add("--evaluate-every", type=int, default=20, metavar="N")
+    add("--save-every", type=int, default=50, metavar="N")
+    add("--verify-packing", type=int, default=0, metavar="N",
+        help="before the first and every N-th step, compare a row with its samples alone",
+    )  # fmt: skip
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--seed", type=int, default=0, help="of the weights")
+    add("--output", type=Path, default=Path("out/train_llava"), help="folder of logs, checkpoints")
+    add("--plot", type=Path, help="PNG of the curves; by default training.png in --output")
+    options = parser.parse_args()
+    if options.cp * options.tp * options.pp > 1 and options.packing != ["hook"]:
+        parser.error("--cp, --tp and --pp need --packing hook: the others are not padded for them")
+    if options.steps < 2:
+        parser.error("--steps must be at least 2")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    if "RANK" in os.environ:
+        if tiny.HAVE_GPU:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if tiny.HAVE_GPU else "gloo")
+    sizes = {
+        "context_parallel_size": options.cp,
+        "tensor_model_parallel_size": options.tp,
+        "pipeline_model_parallel_size": options.pp,
+    }
+    try:
+        with tiny.megatron(**sizes):
+            logs, is_logger = {}, dist.get_rank() == dist.get_world_size() - 1
+            for packing in options.packing:
+                logs[packing] = Training(options, packing).run()
+    except mp.PackingError as error:
+        print(f"train_llava: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # else gloo's threads can abort the interpreter's exit
+    if is_logger:
+        say("\n".join(summary(logs)))
+        draw(logs, options.plot or options.output / "training.png")
+    return 0
+
+
+def draw(logs: dict[str, list[dict]], path: Path) -> None:
+    try:
+        from mcore_packing import plot
+    except ImportError:
+        say(f"{path.name} needs matplotlib: pip install matplotlib")
+        return
+    plot.draw_training(logs, path)
+    say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
