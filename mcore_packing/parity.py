@@ -81,7 +81,12 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model, samples: Sequence[dict], alone: list | None = None) -> Comparison:
+def compare(
+    model,
+    samples: Sequence[dict],
+    alone: list | None = None,
+    boundaries: Tensor | str | None = "collapsed",
+) -> Comparison:
     """Run samples packed and one by one, and compare the log-probabilities of their labels.
 
     Whether the packed run is right is up to the model: with ``install`` it should be.
@@ -91,6 +96,8 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
             parallelism.
         samples: dicts as ``mp.data.pack`` takes them.
         alone: what ``run_alone`` gave for these samples, to compare several packed runs with.
+        boundaries: what the packed run is told: those of the samples, "collapsed", which the hook
+            moves; int32 ``[B + 1]`` of your own; or None, which drops them.
 
     Returns:
         A ``Comparison``.
@@ -106,7 +113,7 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
     try:
         alone = run_alone(model, samples) if alone is None else alone
         packed = pack(samples)
-        logprobs, mask = _run(model, packed)
+        logprobs, mask = _run(model, packed | _told(packed, boundaries))
     finally:
         model.train(was_training)
 
@@ -146,6 +153,16 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
         compared=(both > 0).cpu(),
         layout=layout.to("cpu"),
     )
+
+
+def _told(packed: dict, boundaries: Tensor | str | None) -> dict:
+    """What ``forward`` is to see of a row's boundaries."""
+    if isinstance(boundaries, str):
+        return {}
+    if boundaries is None:
+        return {"cu_seqlens": None}
+    cu_seqlens = boundaries.to(packed["input_ids"].device)
+    return {"cu_seqlens": cu_seqlens, "max_seqlen": int(cu_seqlens.diff().max()), "space": None}
 
 
 @torch.no_grad()
@@ -342,7 +359,7 @@ def verify(model, row, tolerance: float | None = None) -> Verification:
 
     Raises:
         PackingError: the row does not split into samples, so its boundaries are not those it was
-            packed with; or the pipeline is an interleaved one.
+            packed with; nothing in it is trained; or the pipeline is an interleaved one.
     """
     from .llava import _chunks, find_llava
 
@@ -357,7 +374,10 @@ def verify(model, row, tolerance: float | None = None) -> Verification:
     mine = _compare_sequences(find_llava(model), row.layout, *runs) if runs else []
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
-    return Verification(tuple(found for theirs in everyones for found in theirs), tolerance)
+    found = tuple(found for theirs in everyones for found in theirs)
+    if not any(sequence.num_compared for sequence in found):
+        raise PackingError("no token is trained both packed and alone: there is nothing to verify")
+    return Verification(found, tolerance)
 
 
 def _alone(model, row) -> list:

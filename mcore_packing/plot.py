@@ -61,15 +61,15 @@ def draw_row(layout: PackedLayout, path) -> None:
     plt.close(figure)
 
 
-def draw_parity(before: Comparison, after: Comparison, path) -> None:
-    """Per token, how far packed and one by one disagree, without and with the hook.
+def draw_parity(results: dict[str, Comparison], attention: str, path) -> None:
+    """Per token, how far packed and one by one disagree, in one panel for each way to pack.
 
     Args:
-        before: without the hook.
-        after: with it, on the same samples.
-        path: of the PNG.
+        results: by what was done with the boundaries; all of the same samples.
+        attention: that the model has, in words.
+        path: of the picture.
     """
-    layout = after.layout
+    layout = next(iter(results.values())).layout
     spans = _image_spans(layout)
     width = torch.ones(layout.num_expanded, dtype=torch.float64)
     for begin, end in spans:
@@ -77,20 +77,20 @@ def draw_parity(before: Comparison, after: Comparison, path) -> None:
     x = torch.cat([width.new_zeros(1), width.cumsum(0)])
     edges = layout.cu_seqlens_expanded.long()
     figure, axes = plt.subplots(
-        2, 1, figsize=(12, 6), sharex=True, sharey=True, layout="constrained"
-    )
-    panels = (("Without the hook", before, WRONG), ("With mcore_packing", after, "#1f77b4"))
-    for axis, (name, result, colour) in zip(axes, panels, strict=True):
+        len(results), 1, figsize=(12, 1 + 1.9 * len(results)), sharex=True, sharey=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axis, (name, result) in zip(axes[:, 0], results.items(), strict=True):
         for begin, end in spans:
             axis.axvspan(x[begin], x[end], facecolor="0.93", edgecolor="0.75", hatch="////", lw=0)
         for edge in x[edges]:
             axis.axvline(edge, color="black", linewidth=1.2)
         trained = result.compared.nonzero().squeeze(1)
         height = result.differences[trained].clamp(min=SMALLEST)
+        colour = WRONG if result.max_difference > 1e-3 else "#1f77b4"
         axis.scatter(x[trained] + 0.5, height, s=9, color=colour, zorder=3, clip_on=False)
         axis.set_yscale("log")
         axis.set_ylim(SMALLEST, 10)
-        axis.set_ylabel("|difference of log-prob|")
         axis.set_title(
             f"{name}: token_mult_prob_error {result.token_mult_prob_error:.6f}, largest "
             f"difference {result.max_difference:.1e}",
@@ -98,13 +98,16 @@ def draw_parity(before: Comparison, after: Comparison, path) -> None:
         )
         axis.set_yticks([SMALLEST, 1e-6, 1e-4, 1e-2, 1], ["equal", "1e-6", "1e-4", "1e-2", "1"])
         axis.minorticks_off()
-    axes[1].set_xlim(x[0], x[-1])
-    axes[1].set_xticks(x[edges], [f"row {edge}" for edge in edges.tolist()])
-    axes[1].set_xlabel(
+    last = axes[-1, 0]
+    last.set_xlim(x[0], x[-1])
+    last.set_xticks(x[edges], [f"row {edge}" for edge in edges.tolist()])
+    last.set_xlabel(
         f"one packed row of {layout.num_seqs} samples; images are drawn {IMAGE_WIDTH} tokens wide"
     )
+    figure.supylabel("|difference of log-probability|, packed against one by one")
+    figure.suptitle(f"Attention: {attention}", x=0.99, ha="right", fontsize=10)
     handles = [
-        plt.Line2D([], [], color="black", linewidth=1.2, label="boundary between samples"),
+        plt.Line2D([], [], color="black", linewidth=1.2, label="where samples begin and end"),
         Patch(facecolor="0.93", edgecolor="0.75", hatch="////", label="an image"),
         plt.Line2D([], [], marker="o", linestyle="", color="0.4", label="a text token"),
     ]

@@ -20,6 +20,7 @@ except ImportError:
 
 STEPS = 4
 SAMPLE_COUNTS = (1, 4, 16)
+PICTURED = 4  # samples
 POSITIONS = ("learned_absolute", "rope")
 HEADER = (
     f"{'positions':16} {'samples':>7} {'images':>6} {'collapsed':>9} {'expanded':>8} "
@@ -36,16 +37,17 @@ def main() -> int:
     exact = torch.float32 == tiny.DTYPE
     say(f"mcore_packing {mp.__version__}; attention: {tiny.attention_name()}")
     with tiny.megatron():
-        rows, pictured = show_parity()
+        rows, broken, pictured = show_parity()
         training = show_training()
 
-    report = {"environment": cli.doctor(), "parity": rows, "training": training}
+    report = {"environment": cli.doctor(), "parity": rows, "broken": broken, "training": training}
     (options.output / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"wrote {options.output / 'parity.json'}")
     if plot is None:
         say("parity.png needs matplotlib: pip install matplotlib")
     else:
-        plot.draw_parity(*pictured, options.output / "parity.png")
+        pictured = {f"{name} ({kind})": found for name, (kind, found) in pictured.items()}
+        plot.draw_parity(pictured, tiny.attention_name(), options.output / "parity.png")
         say(f"wrote {options.output / 'parity.png'}")
 
     failures = [
@@ -67,7 +69,7 @@ def show_parity():
     """One table: every position kind, number of samples, without and with the hook."""
     say("\nOne packed row against the same samples, run one by one. 1.000000 is perfect.\n")
     say(HEADER)
-    rows, pictured = [], ()
+    rows, broken, pictured = [], {}, {}
     for positions in POSITIONS:
         model = tiny.llava_model(positions)
         for count in SAMPLE_COUNTS:
@@ -75,23 +77,70 @@ def show_parity():
             samples = tiny.samples(count)
             alone = mp.parity.run_alone(model, samples)
             progress("running them packed ...")
-            before, reason = attempt(model, samples, alone)
-            with mp.install(model):
+            before, reason = attempt(model, samples, alone, "collapsed")
+            with mp.install(model, space="collapsed"):
                 after = mp.parity.compare(model, samples, alone)
             rows.append(record(positions, False, before, reason, after))
             rows.append(record(positions, True, after, "", after))
             progress("")
             say(line_of(rows[-2]))
             say(line_of(rows[-1]))
-            if positions == POSITIONS[0] and count == 4:
-                pictured = before, after
-    return rows, pictured
+            if count == PICTURED:
+                broken[positions] = show_broken(model, samples, alone, after)
+                found = {**broken[positions], "moved by mcore_packing": (after, "")}
+                for name, (result, reason) in found.items():
+                    if not reason:  # rope where it computes: learned positions go on besides
+                        pictured[f"Boundaries {name}"] = positions, result
+    say(f"\n{PICTURED} samples, without the hook, by what becomes of their boundaries.\n")
+    say(f"{'boundaries':46} {'learned_absolute':>17} {'rope':>9}   {'what happens':20}")
+    for name, (_, happens) in BROKEN.items():
+        errors = (in_short(*broken[positions][name]) for positions in POSITIONS)
+        say(f"{name:46} {next(errors):>17} {next(errors):>9}   {happens}")
+    record_of = {
+        positions: {name: in_short(*found) for name, found in broken[positions].items()}
+        for positions in POSITIONS
+    }
+    return rows, record_of, pictured
 
 
-def attempt(model, samples, alone):
+def show_broken(model, samples, alone, right) -> dict:
+    """Every way to get boundaries wrong, without the hook: a comparison, or why there is none."""
+    return {
+        name: attempt(model, samples, alone, boundaries(right.layout))
+        for name, (boundaries, _) in BROKEN.items()
+    }
+
+
+def miscounted(layout):
+    """The boundaries of a data path that takes an image for a row less than it becomes; the last
+    one is the row's end."""
+    images = (layout.input_ids == layout.image_token_id).cumsum(0)
+    before = torch.cat([images.new_zeros(1), images])[layout.cu_seqlens_collapsed.long()]
+    before[-1] = 0
+    return (layout.cu_seqlens_expanded - before).int()
+
+
+def in_short(result, reason) -> str:
+    return "raises" if reason else f"{result.token_mult_prob_error:.6f}"
+
+
+BROKEN = {  # what becomes of the boundaries, and of attention
+    "left collapsed": (
+        lambda layout: "collapsed",
+        "cut inside images; rows past the last boundary attend to nothing",
+    ),
+    "dropped": (lambda layout: None, "one sequence: every sample sees all before it"),
+    "expanded, but a row short for each image": (
+        miscounted,
+        "the last rows of each sample belong to the next one",
+    ),
+}
+
+
+def attempt(model, samples, alone, boundaries):
     """A comparison, or in words why Megatron could not compute it."""
     try:
-        return mp.parity.compare(model, samples, alone), ""
+        return mp.parity.compare(model, samples, alone, boundaries), ""
     except RuntimeError as error:
         return None, f"Megatron raises {type(error).__name__}: {str(error).splitlines()[0]}"
 
