@@ -6,6 +6,7 @@ from numbers import Integral
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,13 @@ def _index(value: Any) -> int:
 def as_token(value: Any, name: str) -> int | None:
     """A token id, or None where there is none."""
     return None if value is None else as_int(value, name)
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """A switch; the string "false" and arrays are none, and would be true or crash."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise PackingError(f"{name} is {value!r}, expected True or False")
 
 
 def as_list(values: Any, name: str) -> list:
@@ -70,19 +78,16 @@ def as_ids(values: Any, name: str) -> list[int]:
 
 def as_row(values: Any, name: str, num_tokens: int) -> list:
     """One entry of any kind for every token, from a list, a tensor or an array."""
-    row = values
-    if getattr(values, "shape", None) is not None:
-        row = values[0] if values.ndim == 2 and values.shape[0] == 1 else values
-        row = row.tolist() if row.ndim == 1 else None
-    elif not isinstance(values, (list, tuple)):
-        row = None
-    if row is None or len(row) != num_tokens:
-        found = list(values.shape) if hasattr(values, "shape") else f"a {type(values).__name__}"
-        found = f"{len(row)} entries" if row is not None else found
-        raise PackingError(
-            f"{name} is {found}, but the row has {num_tokens} tokens, one entry each"
-        )
-    return list(row)
+    shape = getattr(values, "shape", None)
+    found = f"a {type(values).__name__}" if shape is None else list(shape)
+    if shape is not None:
+        row = values[0] if len(shape) == 2 and shape[0] == 1 else values
+        values = row.tolist() if row.ndim == 1 else None
+    if isinstance(values, (list, tuple)):
+        if len(values) == num_tokens:
+            return list(values)
+        found = f"{len(values)} entries"
+    raise PackingError(f"{name} is {found}, but the row has {num_tokens} tokens, one entry each")
 
 
 def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
@@ -92,29 +97,6 @@ def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
         if count < minimum:
             raise PackingError(f"{name}[{i}] is {count}, expected at least {minimum}")
     return counts
-
-
-def holds_ints(values: Any) -> bool:
-    """Whether all entries of a list, tensor or array are ints; bools are none."""
-    dtype = getattr(values, "dtype", None)
-    if dtype is not None:
-        return "int" in str(dtype)
-    return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
-
-
-def check_fits(values: Sequence, dtype: Any) -> None:
-    """Refuse what a small integer dtype of torch or NumPy would wrap around."""
-    if not values or "int" not in str(dtype):
-        return
-    if isinstance(dtype, torch.dtype):
-        limits = torch.iinfo(dtype)
-    else:
-        import numpy as np
-
-        limits = np.iinfo(dtype)
-    for value in (min(values), max(values)):
-        if not limits.min <= value <= limits.max:
-            raise PackingError(f"{value} does not fit {dtype}; pass a wider dtype")
 
 
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
@@ -133,6 +115,24 @@ def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
     return bounds
 
 
+def holds_ints(values: Any) -> bool:
+    """Whether all entries of a list, tensor or array are ints; bools are none."""
+    dtype = getattr(values, "dtype", None)
+    if dtype is not None:
+        return "int" in str(dtype)
+    return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
+
+
+def check_fits(values: Sequence, dtype: Any) -> None:
+    """Refuse what a small integer dtype of torch or NumPy would wrap around."""
+    if not values or "int" not in str(dtype):
+        return
+    limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
+    for value in (min(values), max(values)):
+        if not limits.min <= value <= limits.max:
+            raise PackingError(f"{value} does not fit {dtype}; pass a wider dtype")
+
+
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
     """``values`` as the kind that ``template`` is: a list, a tuple, a tensor or array of its shape.
 
@@ -143,8 +143,6 @@ def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
         check_fits(values, dtype)
         row = torch.tensor(values, dtype=dtype, device=template.device)
     elif hasattr(template, "__array__"):
-        import numpy as np
-
         dtype = np.dtype(np.int64) if dtype else template.dtype
         check_fits(values, dtype)
         row = np.asarray(values, dtype=dtype)
@@ -181,22 +179,25 @@ def take(values: Any, positions: list[int], dim: int = 0) -> Any:
 
 def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
     """The rows in ``[start, stop)`` spans, in the order of the spans; a view where they adjoin."""
-    merged: list[list[int]] = []
-    for start, stop in spans:
-        if merged and merged[-1][1] == start:
-            merged[-1][1] = stop
-        elif start < stop:
-            merged.append([start, stop])
-    parts = [values[start:stop] for start, stop in merged] or [values[:0]]
+    parts = [values[start:stop] for start, stop in merge_spans(spans)] or [values[:0]]
     if len(parts) == 1:
         return parts[0]
     if isinstance(values, Tensor):
         return torch.cat(parts)
     if hasattr(values, "__array__"):
-        import numpy as np
-
         return np.concatenate(parts)
     return type(values)(row for part in parts for row in part)
+
+
+def merge_spans(spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same rows in as few spans as their order allows, none of them empty."""
+    merged: list[list[int]] = []
+    for start, stop in spans:
+        if start < stop and merged and merged[-1][1] == start:
+            merged[-1][1] = stop
+        elif start < stop:
+            merged.append([start, stop])
+    return merged
 
 
 def shorten(values: Sequence, limit: int = 8) -> str:
