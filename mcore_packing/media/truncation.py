@@ -1,26 +1,29 @@
 """Which images survive when a prompt is cut: placeholders vanish, pixel tensors do not."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import AmbiguousTruncation, PackingError, PlaceholderMismatch
+from .families import Family, resolve
 from .kinds import (
     as_boundaries,
     as_counts,
+    as_flag,
     as_ids,
     as_int,
     as_list,
-    as_token,
     check_fits,
     holds_ints,
     length,
     like,
     like_ids,
+    merge_spans,
     nested,
     shorten,
     take,
@@ -28,7 +31,6 @@ from .kinds import (
 )
 from .placement import IGNORE_INDEX
 
-_SIDES = ("left", "right")
 _IMAGE, _VIDEO = 1, 2  # as mm_token_type_ids of transformers has them
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 _CUT, _KEPT, _ORPHAN, _DANGLING = range(4)  # what became of a token
@@ -65,14 +67,14 @@ class Truncation:
     cu_seqlens: Any
     kept_sequences: list[int]
     max_seqlen: int
-    _num_tokens: int
+    _starts: list[int]  # where the sequences, and the tail, began
     _all_sequences: bool  # no boundary is gone: an empty sequence leaves no other trace
     _holes: list[int]  # entries of keep_positions that something inside the cut was removed after
 
     @property
     def noop(self) -> bool:
         """True where the row stays as it was, with all its images, videos and boundaries."""
-        whole = self._all_sequences and len(self.keep_positions) == self._num_tokens
+        whole = self._all_sequences and len(self.keep_positions) == self._starts[-1]
         return whole and not self.dropped_images and not self.dropped_videos
 
     def kept_row_ranges(self, rows_per_image: Sequence[int], per: str = "image") -> list[list[int]]:
@@ -100,13 +102,7 @@ class Truncation:
                 f"rows_per_{per} has {len(rows)} entries, but there were {total} {per}s"
             )
         starts = [0, *accumulate(rows)]
-        ranges: list[list[int]] = []
-        for item in kept:
-            if ranges and ranges[-1][1] == starts[item]:
-                ranges[-1][1] = starts[item + 1]
-            else:
-                ranges.append([starts[item], starts[item + 1]])
-        return ranges
+        return merge_spans([starts[item : item + 2] for item in kept])
 
     def apply(
         self,
@@ -123,8 +119,11 @@ class Truncation:
         Args:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
                 of them.
-            per: what the first dimension counts: "token", "image" or "video". Tokens may also be
-                the second dimension of ``[1, T]``, or ``dim``.
+            per: what the first dimension counts: "token", "image" or "video"; or "position" for
+                position ids, M-RoPE's too, one for each token: they close up behind what was
+                removed, and start at 0 in every sequence. Keys of a dict that end in
+                "position_ids" are known by name. Tokens may also be the second dimension of
+                ``[1, T]``, or ``dim``.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``. Never true
@@ -141,7 +140,8 @@ class Truncation:
 
         Raises:
             PackingError: ``values`` has another length than the row or the images, or holds no
-                signed ints and ``fill`` is left out.
+                signed ints and ``fill`` is left out; or looks like M-RoPE's position ids, which a
+                mere cut would leave with an offset.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
@@ -154,15 +154,22 @@ class Truncation:
             cut = {}
             for key, value in values.items():
                 its_fill = 0 if fill is None and "mask" in str(key) else fill
-                about_next = shifted and key != "attention_mask"
+                about_next = as_flag(shifted, "shifted") and key != "attention_mask"
+                positions = per == "token" and str(key).endswith("position_ids")
                 cut[key] = self.apply(
-                    value, per, rows=rows, shifted=about_next, fill=its_fill, dim=dim
+                    value,
+                    "position" if positions else per,
+                    rows=rows,
+                    shifted=about_next and not positions,
+                    fill=its_fill,
+                    dim=dim,
                 )
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
-        if per == "token":
-            return self._apply_to_tokens(values, shifted, fill, dim)
+        if per in ("token", "position"):
+            shifted = as_flag(shifted, "shifted")
+            return self._apply_to_tokens(values, shifted, fill, dim, per == "position")
         if dim is not None:
             raise PackingError(f"dim is for tokens; {per}s are always the first dimension")
         _, total = self._kept(per)
@@ -173,28 +180,39 @@ class Truncation:
             raise PackingError(
                 f"values have {found} entries, but the {total} {per}s have {expected} rows"
             )
-        if all(start == stop for start, stop in ranges):
-            return None
-        return take_spans(values, ranges)
+        return take_spans(values, ranges) if ranges else None
 
-    def _dim_of_tokens(self, shape) -> int:
-        batch_of_one = len(shape) > 1 and shape[0] == 1
-        if self._num_tokens == 1:  # [1, 1] is what the ids are
-            batch_of_one = batch_of_one and getattr(self.output_ids, "ndim", 1) == 2
-        return int(batch_of_one)
+    def _dim_of_tokens(self, shape, dim: int | None) -> int:
+        """Where the tokens are: where that was said, else where the row has them."""
+        if dim is None:
+            batch_of_one = len(shape) > 1 and shape[0] == 1
+            if self._starts[-1] == 1:  # [1, 1] is what the ids are
+                batch_of_one = batch_of_one and getattr(self.output_ids, "ndim", 1) == 2
+            dim = int(batch_of_one)
+        dim = as_int(dim, "dim")
+        if not -len(shape) <= dim < len(shape):
+            raise PackingError(f"dim is {dim}, but values have {len(shape)} dimensions")
+        dim %= len(shape)
+        if shape[dim] != self._starts[-1]:
+            raise PackingError(
+                f"values have {shape[dim]} entries, but the row has {self._starts[-1]} tokens"
+            )
+        return dim
 
-    def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None):
+    def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None, positions: bool):
         shape = getattr(values, "shape", None)
         dims = (length(values, "values"),) if shape is None or not len(shape) else shape
-        dim = self._dim_of_tokens(dims) if dim is None else as_int(dim, "dim")
-        if not -len(dims) <= dim < len(dims):
-            raise PackingError(f"dim is {dim}, but values have {len(dims)} dimensions")
-        dim, found = dim % len(dims), dims[dim]
-        if found != self._num_tokens:
-            raise PackingError(
-                f"values have {found} entries, but the row has {self._num_tokens} tokens"
-            )
+        dim = self._dim_of_tokens(dims, dim)
         cut = take(values, self.keep_positions, dim)
+        if positions or (dim > 0 and dims[0] == 3 and holds_ints(values)):
+            offsets = self._offsets(values, dim)
+            if positions:
+                return self._move(cut, offsets, dim)
+            if any(offsets) and not shifted:
+                raise PackingError(
+                    "values look like position ids of M-RoPE, which would keep an offset where "
+                    'tokens were removed; pass per="position", or move the tokens to dimension 0'
+                )
         if not shifted or not self._holes:
             return cut
         if fill is None:
@@ -211,29 +229,53 @@ class Truncation:
         cut[(slice(None),) * dim + (self._holes,)] = fill
         return cut
 
+    def _offsets(self, values, dim: int) -> list[int]:
+        """By how much each position that stays moves forward, from all that was removed before."""
+        if not holds_ints(values):
+            raise PackingError("position ids are no ints; pass them as the processor gave them")
+        values = values.cpu() if hasattr(values, "cpu") else values
+        rows = np.moveaxis(np.asarray(values), dim, -1).reshape(-1, self._starts[-1])
+        at = rows.min(axis=0).tolist() if rows.shape[1] else []
+        offsets: list[int] = []
+        for start, stop in pairwise(self._starts):
+            low, high = (bisect_left(self.keep_positions, edge) for edge in (start, stop))
+            mine, expected, offset = [], start, 0
+            for position in self.keep_positions[low:high]:
+                if position != expected:
+                    offset += at[position] - at[expected]
+                mine.append(offset)
+                expected = position + 1
+            kept = zip(self.keep_positions[low:high], mine, strict=True)
+            first = min((at[position] - moved for position, moved in kept), default=0)
+            offsets += [moved + first for moved in mine]
+        return offsets
+
+    def _move(self, cut, offsets: list[int], dim: int):
+        if not hasattr(cut, "shape"):
+            return type(cut)(p - offset for p, offset in zip(cut, offsets, strict=True))
+        shape = [len(offsets)] + [1] * (cut.ndim - dim - 1)
+        return cut - like(cut.reshape(-1), offsets).reshape(shape)
+
     def _kept(self, per: str) -> tuple[list[int], int]:
         if per == "image":
             return self.kept_images, len(self.kept_images) + len(self.dropped_images)
         if per == "video":
             return self.kept_videos, len(self.kept_videos) + len(self.dropped_videos)
-        raise PackingError(f"per is {per!r}, expected 'token', 'image' or 'video'")
+        raise PackingError(f"per is {per!r}, expected 'token', 'position', 'image' or 'video'")
 
 
 def truncate(
     input_ids: Any,
     tokens_per_image: Any,
     max_length: int | Sequence[int],
-    image_token_id: int | None,
+    image_token_id: int | None = None,
     *,
     side: str | Sequence[str] = "right",
-    vision_start_id: int | None = None,
-    vision_end_id: int | None = None,
-    drop_dangling: bool = True,
-    break_token_ids: Sequence[int] = (),
+    family: str | Family | None = None,
     tokens_per_video: Any = None,
-    video_token_id: int | None = None,
-    mm_token_type_ids: Any = None,
     cu_seqlens: Any = None,
+    mm_token_type_ids: Any = None,
+    **overrides: Any,
 ) -> Truncation:
     """Cut a row to a length, and drop every image that the cut went through.
 
@@ -248,20 +290,17 @@ def truncate(
             one level deeper, ``[[[2, 2]], [[2, 2]]]``.
         max_length: how many tokens may stay. For a packed row an int is the length of the whole
             row; a list cuts each sequence to its own length.
-        image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
+        image_token_id: the placeholder, where no family says it.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
-        vision_start_id: the marker in front of an image.
-        vision_end_id: the marker behind an image.
-        drop_dangling: also drop a begin marker that no kept placeholder follows, and an end marker
-            that follows none.
-        break_token_ids: tokens that stand between the placeholders of one image (Pixtral's
-            ``[IMG_BREAK]``); they go with their image.
+        family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
         tokens_per_video: the same as ``tokens_per_image`` for videos; a video of several runs stays
-            or goes whole.
-        video_token_id: their placeholder. Needed wherever the row has videos and markers.
-        mm_token_type_ids: ``[T]``, 1 for placeholders of images and 2 for those of videos, instead
-            of their ids.
+            or goes whole, with the timestamps between its outer markers.
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
+        mm_token_type_ids: ``[T]``, 1 for placeholders of images and 2 for those of videos, over
+            what the family says of both.
+        **overrides: what to use instead of what the family says: ``video_token_id``,
+            ``vision_start_id``, ``vision_end_id``, ``video_start_id``, ``video_end_id``,
+            ``break_token_ids``, ``drop_dangling``.
 
     Returns:
         A ``Truncation``; its row is at most ``max_length`` long.
@@ -269,7 +308,8 @@ def truncate(
     Raises:
         PlaceholderMismatch: the whole row does not have the placeholders that ``tokens_per_image``
             says, in number or in order.
-        PackingError: an argument makes no sense, or a marker or break token is a placeholder.
+        PackingError: an argument makes no sense, a marker or break token is a placeholder, or
+            markers stand around placeholders of which nothing was said.
 
     Example:
         >>> row = [1, 7, 9, 9, 8, 2, 7, 9, 9, 9, 8, 3]
@@ -277,35 +317,26 @@ def truncate(
         >>> cut.output_ids, cut.kept_images
         ([1, 7, 9, 9, 8, 2], [0])
     """
-    row = _Row.parse(input_ids, cu_seqlens, image_token_id, video_token_id, mm_token_type_ids)
-    row.read_options(break_token_ids, vision_start_id, vision_end_id, drop_dangling, None)
+    row = _Row(input_ids, cu_seqlens, image_token_id, mm_token_type_ids, family, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=True)
-    windows = _windows(row, max_length, side)
     for stream in streams:
-        start, stop = row.bounds(stream.seq)
         if len(stream.positions) != stream.total:
             raise _mismatch(stream)
-        _align(row, stream, start, stop, None)  # the whole row has them in the order given
-        low, high = (bisect_left(stream.positions, edge) for edge in windows[stream.seq])
-        stream.first, stream.positions = low, stream.positions[low:high]
-    return row.result(input_ids, cu_seqlens, streams, windows)
+        _align(row, stream, row.starts[stream.seq : stream.seq + 2], None)
+    return row.result(input_ids, cu_seqlens, streams, _windows(row, max_length, side))
 
 
 def reconcile(
     input_ids: Any,
     tokens_per_image: Any,
-    image_token_id: int | None,
+    image_token_id: int | None = None,
     *,
     side: str | Sequence[str | None] | None = None,
-    vision_start_id: int | None = None,
-    vision_end_id: int | None = None,
-    drop_dangling: bool = True,
-    break_token_ids: Sequence[int] = (),
+    family: str | Family | None = None,
     tokens_per_video: Any = None,
-    video_token_id: int | None = None,
-    mm_token_type_ids: Any = None,
-    pad_token_id: int | None = None,
     cu_seqlens: Any = None,
+    mm_token_type_ids: Any = None,
+    **overrides: Any,
 ) -> Truncation:
     """Find out which images survived a cut that somebody else made, and repair the row.
 
@@ -315,18 +346,17 @@ def reconcile(
 
     Args:
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
-        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``:
-            runs that adjoin are one run, give their sum. For a packed row one list per sequence; a
-            list among its entries is always a sequence's, never runs, which are one level deeper,
-            ``[[[2, 2]], [[2, 2]]]``.
-        image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
+        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``; for
+            a packed row one list per sequence.
+        image_token_id: the placeholder, where no family says it.
         side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
             For a packed row also one per sequence.
-        vision_start_id, vision_end_id, drop_dangling, break_token_ids: as for ``truncate``.
-        tokens_per_video, video_token_id, mm_token_type_ids: as for ``truncate``.
-        pad_token_id: padding at either end of a sequence is not its edge: give it where a row was
-            padded after the cut.
+        family: as for ``truncate``.
+        tokens_per_video: as for ``truncate``.
         cu_seqlens: ``[B + 1]``, boundaries of what is left of a packed row.
+        mm_token_type_ids: as for ``truncate``.
+        **overrides: as for ``truncate``, and ``pad_token_id``: padding at either end of a sequence
+            is not its edge, so give it where a row was padded after the cut.
 
     Returns:
         A ``Truncation``.
@@ -334,34 +364,28 @@ def reconcile(
     Raises:
         PlaceholderMismatch: no window fits; the images are others, or in another order.
         AmbiguousTruncation: more than one set of images, or of orphaned placeholders, fits. The
-            attribute ``candidates`` lists the first few. Say ``side``, or cut with ``truncate``.
-        PackingError: an argument makes no sense, or a marker, break token or padding is a
-            placeholder.
+            first few are in its ``candidates``.
+        PackingError: an argument makes no sense, as for ``truncate``.
 
     Example:
-        The cut went through the first image; counting from the front would keep it:
-
-        >>> left = [9, 9, 8, 7, 9, 9, 9, 8, 3]
-        >>> found = reconcile(left, [4, 3], 9, vision_start_id=7, vision_end_id=8)
-        >>> found.kept_images, found.output_ids
-        ([1], [7, 9, 9, 9, 8, 3])
+        >>> row = [9, 9, 8, 2, 7, 9, 9, 9, 8, 3]
+        >>> cut = reconcile(row, [4, 3], 9, side="left", vision_start_id=7, vision_end_id=8)
+        >>> cut.kept_images, cut.output_ids
+        ([1], [2, 7, 9, 9, 9, 8, 3])
     """
-    row = _Row.parse(input_ids, cu_seqlens, image_token_id, video_token_id, mm_token_type_ids)
-    row.read_options(break_token_ids, vision_start_id, vision_end_id, drop_dangling, pad_token_id)
+    row = _Row(input_ids, cu_seqlens, image_token_id, mm_token_type_ids, family, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=False)
     sides = _per_seq(side, row)
     for stream in streams:
-        start, stop = row.bounds(stream.seq)
-        stream.first = _align(row, stream, start, stop, sides[stream.seq])
-    windows = list(pairwise(row.starts))
-    return row.result(input_ids, cu_seqlens, streams, windows)
+        _align(row, stream, row.bounds(stream.seq), sides[stream.seq])
+    return row.result(input_ids, cu_seqlens, streams, None)
 
 
 @dataclass
 class _Stream:
     """The placeholders of one modality in one sequence, and the images (videos) they are for.
 
-    What is left of them is ``positions``, beginning with number ``first`` of the whole stream.
+    What the row has of them is ``positions``, beginning with number ``first`` of the whole stream.
     """
 
     seq: int
@@ -372,111 +396,127 @@ class _Stream:
     runs: list[int]  # these, and the boundaries of the runs inside images
     positions: list[int]
     first: int = 0
+    cut_left: bool = False
+    cut_right: bool = False
 
     @property
     def total(self) -> int:
         return self.starts[-1]
 
-    def survivors(self, first: int) -> tuple[int, int]:
-        """The images ``[i, j)`` that lie wholly in the window that begins at ``first``."""
+    def survivors(self, first: int, count: int) -> tuple[int, int]:
+        """The images ``[i, j)`` that lie wholly in the window of ``count`` from ``first``."""
         i = bisect_left(self.starts, first)
-        j = bisect_right(self.starts, first + len(self.positions)) - 1
+        j = bisect_right(self.starts, first + count) - 1
         return (i, j) if i < j else (0, 0)
 
     def orphans(self, first: int) -> list[int]:
-        """The positions of that window whose image is not whole."""
-        i, j = self.survivors(first)
+        """The positions whose image is not whole, were ``first`` the number of the first."""
+        i, j = self.survivors(first, len(self.positions))
         if i == j:
             return self.positions
         return self.positions[: self.starts[i] - first] + self.positions[self.starts[j] - first :]
 
+    def of(self, item: int) -> list[int]:
+        """What the row has of an image's placeholders."""
+        start, stop = (max(0, edge - self.first) for edge in self.starts[item : item + 2])
+        return self.positions[start:stop]
 
-@dataclass
+    def several(self, item: int) -> bool:
+        """Whether the image was given as more than one run."""
+        return bisect_left(self.runs, self.starts[item + 1]) > 1 + bisect_left(
+            self.runs, self.starts[item]
+        )
+
+
 class _Row:
-    """A row as lists: what kind each token is, and where its sequences (and its tail) begin."""
+    """A row as lists: what each token is, and where its sequences (and its tail) begin."""
 
-    ids: list[int]
-    kinds: list[int]  # 0 for text, _IMAGE and _VIDEO for placeholders
-    starts: list[int]
-    num_seqs: int  # without the tail
-    packed: bool
-    tokens: dict[int, str]
-    placeholders: set[int]
-    breaks: list[int] | None = None  # how many break tokens stand before each position
-    vision_start_id: int | None = None
-    vision_end_id: int | None = None
-    pad_token_id: int | None = None
-
-    @classmethod
-    def parse(cls, input_ids, cu_seqlens, image_token_id, video_token_id, mm_token_type_ids):
-        ids = as_ids(input_ids, "input_ids")
-        if mm_token_type_ids is not None:
-            if image_token_id is not None or video_token_id is not None:
-                raise PackingError("pass image_token_id=None where mm_token_type_ids are given")
-            kinds = as_ids(mm_token_type_ids, "mm_token_type_ids")
-            if len(kinds) != len(ids):
+    def __init__(self, input_ids, cu_seqlens, image_token_id, types, family, overrides):
+        if image_token_id is not None:
+            overrides = {"image_token_id": image_token_id, **overrides}
+        given = overrides.keys() & {"image_token_id", "video_token_id"}
+        if types is not None and any(overrides[name] is not None for name in given):
+            raise PackingError("pass image_token_id=None where mm_token_type_ids are given")
+        self.named = family is not None  # its family is known, so text inside a video is too
+        self.family = one = resolve(family, overrides)
+        self.ids = ids = as_ids(input_ids, "input_ids")
+        if types is not None:
+            self.kinds = as_ids(types, "mm_token_type_ids")
+            if len(self.kinds) != len(ids):
                 raise PackingError(
-                    f"mm_token_type_ids has {len(kinds)} entries, but the row {len(ids)} tokens"
+                    f"mm_token_type_ids has {len(self.kinds)} entries, but the row {len(ids)} "
+                    f"tokens"
                 )
-            tokens = {kind: f"type {kind}" for kind in (_IMAGE, _VIDEO)}
-            placeholders = {ids[p] for p, kind in enumerate(kinds) if kind in tokens}
+            self.tokens = {kind: f"type {kind}" for kind in (_IMAGE, _VIDEO)}
+            placeholders = {ids[p] for p, kind in enumerate(self.kinds) if kind in self.tokens}
         else:
-            modality = {}
-            for kind, name, token_id in (
-                (_IMAGE, "image_token_id", image_token_id),
-                (_VIDEO, "video_token_id", video_token_id),
-            ):
-                if token_id is not None:
-                    modality[as_int(token_id, name)] = kind
-            if image_token_id is not None and image_token_id == video_token_id:
+            found = {_IMAGE: one.image_token_id, _VIDEO: one.video_token_id}
+            found = {kind: token for kind, token in found.items() if token is not None}
+            placeholders = set(found.values())
+            if len(placeholders) < len(found):
                 raise PackingError(
-                    f"image_token_id and video_token_id are both {image_token_id}; count their "
+                    f"image_token_id and video_token_id are both {one.image_token_id}; count their "
                     f"images and videos in tokens_per_image, in their order in the row"
                 )
-            kinds = [modality.get(token, 0) for token in ids]
-            tokens = {kind: f"id {token}" for token, kind in modality.items()}
-            placeholders = set(modality)
+            kind_of = {token: kind for kind, token in found.items()}
+            self.kinds = [kind_of.get(token, 0) for token in ids]
+            self.tokens = {kind: f"id {token}" for kind, token in found.items()}
         bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
-        starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
-        num_seqs, packed = len(bounds) - 1, cu_seqlens is not None
-        return cls(ids, kinds, starts, num_seqs, packed, tokens, placeholders)
+        self.starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
+        self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
 
-    def read_options(self, break_ids, vision_start_id, vision_end_id, drop_dangling, pad_token_id):
-        inside = set(as_ids(break_ids, "break_token_ids"))
-        if inside:
-            self.breaks = [0, *accumulate(token in inside for token in self.ids)]
-        vision_start_id = as_token(vision_start_id, "vision_start_id")
-        vision_end_id = as_token(vision_end_id, "vision_end_id")
-        if drop_dangling:
-            self.vision_start_id, self.vision_end_id = vision_start_id, vision_end_id
-        self.pad_token_id = as_token(pad_token_id, "pad_token_id")
+        self.begin, self.end = one.vision_start_id, one.vision_end_id
+        self.outer = (
+            self.begin if one.video_start_id is None else one.video_start_id,
+            self.end if one.video_end_id is None else one.video_end_id,
+        )
+        self.breaks = set(one.break_token_ids)
+        self.markers = {self.begin, self.end, *self.outer} - {None}
+        self.special = [k > 0 or t in self.markers for k, t in zip(self.kinds, ids, strict=True)]
         for name, tokens in (
-            ("break_token_ids", inside),
-            ("vision_start_id", {vision_start_id}),
-            ("vision_end_id", {vision_end_id}),
-            ("pad_token_id", {self.pad_token_id}),
+            ("break_token_ids", self.breaks),
+            ("vision_start_id", {self.begin, self.outer[0]}),
+            ("vision_end_id", {self.end, self.outer[1]}),
+            ("pad_token_id", {one.pad_token_id}),
         ):
-            for token in tokens & self.placeholders:
+            for token in tokens & placeholders:
                 raise PackingError(f"{name}: {token} is a placeholder")
+        if one.drop_dangling and _VIDEO not in self.tokens:
+            self._refuse_unknown_media()
+
+    def _refuse_unknown_media(self) -> None:
+        """Markers around one token, repeated, mark an image or video of which nothing was said."""
+        if self.begin is None or self.end is None:
+            return
+        for start in (p for p, token in enumerate(self.ids) if token == self.begin):
+            stop = start + 1
+            while stop < len(self.ids) and self.ids[stop] == self.ids[start + 1]:
+                stop += 1
+            inside = stop - start - 1
+            if inside < 2 or self.special[start + 1] or self.ids[stop - 1] in self.breaks:
+                continue
+            if stop < len(self.ids) and self.ids[stop] == self.end:
+                raise PackingError(
+                    f"position {start}: markers stand around {inside} tokens of id "
+                    f"{self.ids[stop - 1]}, which is no image_token_id; a video needs "
+                    f"video_token_id and tokens_per_video, or its family"
+                )
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
-        start, stop = self.starts[seq], self.starts[seq + 1]
-        if self.pad_token_id is not None:
-            while start < stop and self.ids[start] == self.pad_token_id:
-                start += 1
-            while start < stop and self.ids[stop - 1] == self.pad_token_id:
-                stop -= 1
+        (start, stop), pad = self.starts[seq : seq + 2], self.family.pad_token_id
+        while pad is not None and start < stop and self.ids[start] == pad:
+            start += 1
+        while pad is not None and start < stop and self.ids[stop - 1] == pad:
+            stop -= 1
         return start, stop
 
     def only_breaks(self, start: int, stop: int) -> bool:
         """Whether nothing but break tokens stands in ``[start, stop)``."""
-        if start == stop or self.breaks is None:
-            return start == stop
-        return self.breaks[stop] - self.breaks[start] == stop - start
+        return all(self.ids[position] in self.breaks for position in range(start, stop))
 
     def streams(self, tokens_per_image, tokens_per_video, whole: bool) -> list[_Stream]:
-        """One stream for each modality of each sequence that has any."""
+        """One stream for each modality of each sequence."""
         streams = []
         for kind, name, spec in (
             (_IMAGE, "image", tokens_per_image),
@@ -505,20 +545,20 @@ class _Row:
                 first_item += len(items)
         return streams
 
-    def _items(
-        self, spec, kind: int, name: str, counts: list[int], whole: bool
-    ) -> list[list[list[int]]]:
+    def _items(self, spec, kind: int, name: str, counts: list[int], whole: bool) -> list[list]:
         """The runs of every image of every sequence."""
         where = f"tokens_per_{name}"
         entries = [] if spec is None else as_list(spec, where)
         if entries and kind not in self.tokens:
-            raise PackingError(f"{where} is given, but no {name}_token_id to find them by")
-        flat = not any(entry is None or nested(entry) for entry in entries)
+            raise PackingError(
+                f"{where} is given, but no {name}_token_id to find them by; a family that writes "
+                f"its videos with the image's needs mm_token_type_ids"
+            )
         if not self.packed:
             return [_as_items(entries, where)]
         if not entries:
             return [[] for _ in counts]
-        if not flat or not counts:
+        if any(entry is None or nested(entry) for entry in entries) or not counts:
             if len(entries) != len(counts):
                 raise PackingError(
                     f"{where} has {len(entries)} entries, but the row has {len(counts)} sequences"
@@ -546,37 +586,44 @@ class _Row:
         return split
 
     def result(self, input_ids, cu_seqlens, streams, windows) -> Truncation:
-        """Drop orphans and dangling markers inside the windows, and renumber what is left."""
+        """Drop what is not whole inside the windows, with all that belongs to it, and renumber."""
+        seen = windows or list(pairwise(self.starts))
         state = bytearray(len(self.ids))  # _CUT
-        for start, stop in windows:
+        for start, stop in seen:
             state[start:stop] = bytes([_KEPT]) * (stop - start)
         kept: dict[str, list[int]] = {"image": [], "video": []}
         dropped: dict[str, list[int]] = {"image": [], "video": []}
-        survives = bytearray(len(self.ids) + 1)  # one more: nothing survives behind the row
+        survives, going = bytearray(len(self.ids) + 1), []
         for stream in streams:
-            i, j = stream.survivors(stream.first)
-            numbers = range(stream.first_item, stream.first_item + len(stream.starts) - 1)
-            kept[stream.kind] += numbers[i:j]
-            dropped[stream.kind] += [*numbers[:i], *numbers[j:]]
-            for position in stream.positions:
-                survives[position] = 1
-            for position in stream.orphans(stream.first):
-                survives[position], state[position] = 0, _ORPHAN
-            for position in self._orphaned_breaks(stream, state, *windows[stream.seq]):
-                state[position] = _ORPHAN
-        for start, stop in windows:
-            self._drop_dangling(state, survives, start, stop)
+            low, high = (bisect_left(stream.positions, edge) for edge in seen[stream.seq])
+            i, j = stream.survivors(stream.first + low, high - low)
+            numbers = range(len(stream.starts) - 1)
+            kept[stream.kind] += [stream.first_item + item for item in numbers[i:j]]
+            lost = [*numbers[:i], *numbers[j:]]
+            dropped[stream.kind] += [stream.first_item + item for item in lost]
+            for item in numbers[i:j]:
+                for position in stream.of(item):
+                    survives[position] = 1
+            going += [(stream, item) for item in lost]
+        gone = [piece for stream, item in going for piece in self._pieces(stream, item, survives)]
+        if windows is None:
+            for seq in {stream.seq for stream, _ in going}:
+                gone += self._debris([s for s in streams if s.seq == seq], survives)
+        for position, what in gone:
+            if state[position] == _KEPT and (what == _ORPHAN or self.family.drop_dangling):
+                state[position] = what
 
         lengths = [state.count(_KEPT, start, stop) for start, stop in pairwise(self.starts)]
         keep = [position for position, what in enumerate(state) if what == _KEPT]
         seqs = [seq for seq in range(self.num_seqs) if lengths[seq]]
         bounds = [0, *accumulate(lengths[seq] for seq in seqs)]
-        ends = {stop - 1 for _, stop in windows}
+        ends = {stop - 1 for _, stop in seen}
         holes = [
             entry
             for entry, position in enumerate(keep)
             if position not in ends and state[position + 1] != _KEPT
         ]
+        positions = [p for number in lengths for p in range(number)]
         return Truncation(
             output_ids=like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
@@ -585,44 +632,100 @@ class _Row:
             dropped_images=dropped["image"],
             kept_videos=kept["video"],
             dropped_videos=dropped["video"],
-            position_ids=like(
-                input_ids, [p for number in lengths for p in range(number)], torch.int64
-            ),
+            position_ids=like(input_ids, positions, torch.int64),
             cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, bounds),
             kept_sequences=seqs,
             max_seqlen=max(lengths[: self.num_seqs], default=0),
-            _num_tokens=len(self.ids),
+            _starts=[0] if len(self.starts) == 1 else self.starts,
             _all_sequences=cu_seqlens is None or len(seqs) == self.num_seqs,
             _holes=holes,
         )
 
-    def _orphaned_breaks(self, stream: _Stream, state: bytearray, start: int, stop: int):
-        """Break tokens between orphans, or between an orphan and the cut."""
-        if self.breaks is None or not stream.positions:
+    def _pieces(self, stream: _Stream, item: int, survives) -> Iterator[tuple[int, int]]:
+        """All of a dropped image or video that the row has: placeholders, breaks, markers, text."""
+        mine, ids = stream.of(item), self.ids
+        if not mine:
             return
-        inner_start, inner_stop = self.bounds(stream.seq)
-        start, stop = max(start, inner_start), min(stop, inner_stop)
-        for before, after in pairwise([start - 1, *stream.positions, stop]):
-            if after - before < 2 or not self.only_breaks(before + 1, after):
-                continue
-            beside = [p for p in (before, after) if start <= p < stop]
-            if all(state[p] == _ORPHAN for p in beside):
-                yield from range(before + 1, after)
+        start, stop = self.bounds(stream.seq)
+        yield from ((position, _ORPHAN) for position in mine)
+        spans: list[list[int]] = []  # its runs, each with the breaks and the markers around it
+        for position in mine:
+            if spans and self.only_breaks(spans[-1][1], position):
+                yield from ((p, _ORPHAN) for p in range(spans[-1][1], position))
+                spans[-1][1] = position + 1
+            else:
+                spans.append([position, position + 1])
+        for span in spans:
+            low, high = span
+            while low > start and ids[low - 1] in self.breaks:
+                low -= 1
+            while high < stop and ids[high] in self.breaks:
+                high += 1
+            yield from ((p, _ORPHAN) for p in (*range(low, span[0]), *range(span[1], high)))
+            before = self._special_before(low, start) if low < span[0] else low - 1
+            if before >= start and ids[before] == self.begin and not survives[before - 1]:
+                yield from ((p, _DANGLING) for p in range(before, low))
+                low = before
+            if high < stop and ids[high] == self.end and not survives[high + 1]:
+                yield high, _DANGLING
+                high += 1
+            span[:] = low, high
+        if self.named:
+            yield from ((p, _DANGLING) for p in range(spans[0][0], spans[-1][1]))
+        if stream.kind == "video" or stream.several(item):
+            whole = self._outer(stream, item, spans[0][0], spans[-1][1], start, stop)
+            yield from ((p, _DANGLING) for p in range(*whole))
 
-    def _drop_dangling(self, state: bytearray, survives: bytearray, start: int, stop: int) -> None:
-        """Begin markers that no surviving placeholder follows, end markers that follow none."""
-        markers = (self.vision_start_id, self.vision_end_id)
-        if markers == (None, None):
-            return
-        left = [position for position in range(start, stop) if state[position] == _KEPT]
-        beyond = len(self.ids)
-        around = zip([beyond, *left], left, [*left[1:], beyond], strict=False)
-        for before, position, after in around:
-            begins, ends = (self.ids[position] == marker for marker in markers)
-            if not begins and not ends:
-                continue
-            if not (begins and survives[after]) and not (ends and survives[before]):
-                state[position] = _DANGLING
+    def _special_before(self, position: int, start: int) -> int:
+        """The last placeholder or marker before a position, or ``start - 1``."""
+        return next((p for p in range(position - 1, start - 1, -1) if self.special[p]), start - 1)
+
+    def _outer(self, stream, item, low, high, start, stop) -> tuple[int, int]:
+        """From the outer begin marker of a video to its outer end, timestamps and all.
+
+        Where one of them was cut off, the video reaches to the edge of the row.
+        """
+        before = self._special_before(low, start)
+        after = high
+        if self.outer[1] != self.end:  # a timestamp may stand in front of a marker of its own
+            after = next((p for p in range(high, stop) if self.special[p]), stop)
+        opens = before >= start and self.ids[before] == self.outer[0]
+        closes = after < stop and self.ids[after] == self.outer[1]
+        own = self.family.video_start_id is not None
+        lost_left = stream.cut_left and stream.starts[item] <= stream.first
+        lost_right = stream.cut_right and stream.starts[item + 1] >= stream.first + len(
+            stream.positions
+        )
+        if opens and closes:
+            return before, after + 1
+        if opens and lost_right and (own or stream.several(item)):
+            return before, stop
+        if lost_left and before < start and (closes or own):
+            return start, after + 1 if closes else (stop if lost_right else high)
+        return low, low
+
+    def _debris(self, streams: list[_Stream], survives) -> Iterator[tuple[int, int]]:
+        """At a cut edge: the breaks and markers of an image of which nothing else is left."""
+        ids, (start, stop) = self.ids, self.bounds(streams[0].seq)
+        if any(stream.cut_left for stream in streams):
+            at, closing = start, {self.end, self.outer[1]} - {None} | self.breaks
+            while at < stop and ids[at] in closing and not survives[at + 1]:
+                yield at, _ORPHAN if ids[at] in self.breaks else _DANGLING
+                at += 1
+            after = next((p for p in range(at, stop) if self.special[p]), stop)
+            own = self.family.video_end_id is not None and self.outer[1] != self.end
+            if own and after < stop and ids[after] == self.outer[1]:
+                yield from ((p, _DANGLING) for p in range(at, after + 1))
+        if any(stream.cut_right for stream in streams):
+            at, opening = stop, {self.begin, self.outer[0]} - {None} | self.breaks
+            while at > start and ids[at - 1] in opening and not survives[at - 2]:
+                at -= 1
+                yield at, _ORPHAN if ids[at] in self.breaks else _DANGLING
+            before = self._special_before(stop, start)
+            lost = any(s.cut_right and s.kind == "video" for s in streams) or self.breaks
+            begins = before >= start and ids[before] in {self.begin, self.outer[0]} - {self.end}
+            if self.named and lost and begins:  # a timestamp, or the rest of a marker, behind it
+                yield from ((p, _DANGLING) for p in range(before, stop))
 
 
 def _as_items(entries, where: str) -> list[list[int]]:
@@ -660,109 +763,65 @@ def _windows(row: _Row, max_length, side) -> list[tuple[int, int]]:
 
 
 def _per_seq(side, row: _Row) -> list:
-    sides = (
-        [side] * row.num_seqs if side is None or isinstance(side, str) else as_list(side, "side")
-    )
+    one = side is None or isinstance(side, str)
+    sides = [side] * row.num_seqs if one else as_list(side, "side")
     if len(sides) != row.num_seqs:
         raise PackingError(f"side has {len(sides)} entries for {row.num_seqs} sequences")
     return sides
 
 
 def _as_side(side) -> str:
-    if not isinstance(side, str) or side not in _SIDES:
+    if not isinstance(side, str) or side not in ("left", "right"):
         raise PackingError(
             f"side is {side!r}, expected 'left' or 'right', the side that is cut off"
         )
     return side
 
 
-def _align(row: _Row, stream: _Stream, start: int, stop: int, side: str | None) -> int:
-    """The number of the first placeholder left, from all that the row says about boundaries.
-
-    Candidates are the bits of one int, and every constraint is a shift and an AND, so that a row of
-    many images costs words, not candidates times constraints.
-    """
+def _align(row: _Row, stream: _Stream, bounds: Sequence[int], side: str | None) -> None:
+    """Find the number of the first placeholder left, from all that the row says of boundaries."""
     if side is not None:
         _as_side(side)
-    positions, total = stream.positions, stream.total
-    left = len(positions)
-    if left > total:
+    positions, left, last = stream.positions, len(stream.positions), stream.total
+    if left > last:
         raise _mismatch(stream)
-    if not left:
-        return 0
     gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
     breaks = [k for k in gaps if not row.only_breaks(positions[k - 1] + 1, positions[k])]
-    if not row.only_breaks(start, positions[0]):
+    if left and not row.only_breaks(bounds[0], positions[0]):
         breaks.append(0)
-    if not row.only_breaks(positions[-1] + 1, stop):
+    if left and not row.only_breaks(positions[-1] + 1, bounds[1]):
         breaks.append(left)
+    edges, apart = set(stream.runs), set(gaps)
+    inner = sorted(edges - set(stream.starts))  # runs of one image never adjoin
 
-    candidates = (1 << (total - left + 1)) - 1
-    if side == "right":
-        candidates = 1
-    elif side == "left":
-        candidates = 1 << (total - left)
-    if candidates & (candidates - 1) == 0:  # one window: ask it, in time linear in the row
-        first = candidates.bit_length() - 1
-        if not _fits(stream, first, left, breaks, gaps):
-            raise _mismatch(stream, positions, gaps, side)
-        return first
-    boundaries = _bits(stream.runs, total + 1)
-    for offset in breaks:
-        candidates &= boundaries >> offset
-        if not candidates:
-            raise _mismatch(stream, positions, gaps, side)
+    def fits(first: int) -> bool:
+        if not all(first + k in edges for k in breaks):
+            return False
+        low, high = bisect_right(inner, first), bisect_left(inner, first + left)
+        return all(inner[i] - first in apart for i in range(low, high))
 
-    # Runs of one image never adjoin: where they would, the candidate is wrong.
-    inner = sorted(set(stream.runs) - set(stream.starts))
-    if inner:
-        adjoin = set(range(1, left)) - set(gaps)
-        mirrored = _bits([left - offset for offset in adjoin], left)
-        for boundary in inner:
-            at = boundary - left
-            candidates &= ~(mirrored << at if at >= 0 else mirrored >> -at)
-        if not candidates:
-            raise _mismatch(stream, positions, gaps, side)
-
-    lowest = (candidates & -candidates).bit_length() - 1
-    if candidates == 1 << lowest:
-        return lowest
+    candidates = range(last - left + 1)
+    candidates = candidates[:1] if side == "right" else candidates
+    candidates = candidates[-1:] if side == "left" else candidates
+    keepers, others = [], []
+    for first in candidates if left else candidates[-1:] if side == "left" else candidates[:1]:
+        if fits(first):
+            i, j = stream.survivors(first, left)
+            (keepers if i < j else others).append(first)
+            if len(keepers) == _MAX_CANDIDATES:
+                break
+    if not keepers and not others:
+        raise _mismatch(stream, gaps, side)
     # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
-    keeps = _keeping(stream, left)
-    if candidates & keeps:
-        raise _ambiguous(stream, candidates, keeps)
-    return lowest
+    if keepers and len(keepers) + len(others) > 1:
+        raise _ambiguous(stream, (keepers + others[:1])[:_MAX_CANDIDATES])
+    unsure = side is None and (not left or len(others) > 1)
+    stream.first = (keepers or others)[0]
+    stream.cut_left = unsure or stream.first > 0
+    stream.cut_right = unsure or stream.first + left < last
 
 
-def _fits(stream: _Stream, first: int, left: int, breaks: list[int], gaps: list[int]) -> bool:
-    """Whether the ``left`` placeholders from number ``first`` on break where the row breaks."""
-    runs = set(stream.runs)
-    adjoin = set(range(1, left)) - set(gaps)
-    inner = runs - set(stream.starts)
-    return runs.issuperset(first + offset for offset in breaks) and adjoin.isdisjoint(
-        boundary - first for boundary in inner
-    )
-
-
-def _bits(numbers, size: int) -> int:
-    """An int with these bits set, in time linear in its size."""
-    digits = bytearray(b"0") * (size + 1)
-    for number in numbers:
-        digits[size - number] = ord("1")
-    return int(digits, 2)
-
-
-def _keeping(stream: _Stream, left: int) -> int:
-    """The windows of ``left`` placeholders that hold at least one whole image, as bits."""
-    edges = [0] * (stream.total + 2)
-    for start, stop in pairwise(stream.starts):
-        if stop - start <= left:
-            edges[max(0, stop - left)] += 1
-            edges[start + 1] -= 1
-    return _bits((a for a, depth in enumerate(accumulate(edges)) if depth), stream.total + 1)
-
-
-def _mismatch(stream: _Stream, positions=None, gaps=(), side=None) -> PlaceholderMismatch:
+def _mismatch(stream: _Stream, gaps=None, side=None) -> PlaceholderMismatch:
     """The error for placeholders that cannot come from these images."""
     found, total = len(stream.positions), stream.total
     sizes = [stop - start for start, stop in pairwise(stream.starts)]
@@ -770,7 +829,7 @@ def _mismatch(stream: _Stream, positions=None, gaps=(), side=None) -> Placeholde
         f"sequence {stream.seq}: {found} {stream.kind} placeholders ({stream.token}), but "
         f"tokens_per_{stream.kind} {shorten(sizes)} adds up to {total}"
     )
-    if positions is not None:
+    if gaps is not None:
         runs = [stop - start for start, stop in pairwise([0, *gaps, found])]
         cut = f" after a cut on the {side}" if side else ""
         message += (
@@ -783,24 +842,14 @@ def _mismatch(stream: _Stream, positions=None, gaps=(), side=None) -> Placeholde
     return PlaceholderMismatch(actual=total, expected=found, message=message)
 
 
-def _ambiguous(stream: _Stream, candidates: int, keeps: int) -> AmbiguousTruncation:
+def _ambiguous(stream: _Stream, candidates: list[int]) -> AmbiguousTruncation:
     """The error for a row that several sets of images explain, with the first few of them."""
     found = []
-    for some in (candidates & keeps, candidates & ~keeps):
-        limit = _MAX_CANDIDATES if some & keeps else 1  # all that keep nothing are the same
-        while some and limit and len(found) < _MAX_CANDIDATES:
-            lowest = some & -some
-            first = lowest.bit_length() - 1
-            i, j = stream.survivors(first)
-            found.append(
-                {
-                    f"kept_{stream.kind}s": list(
-                        range(stream.first_item + i, stream.first_item + j)
-                    ),
-                    "orphan_positions": stream.orphans(first),
-                }
-            )
-            some, limit = some ^ lowest, limit - 1
+    for first in candidates:
+        i, j = stream.survivors(first, len(stream.positions))
+        kept = list(range(stream.first_item + i, stream.first_item + j))
+        orphans = stream.orphans(first)
+        found.append({f"kept_{stream.kind}s": kept, "orphan_positions": orphans})
     sets = " or ".join(shorten(one[f"kept_{stream.kind}s"]) for one in found)
     error = AmbiguousTruncation(
         f"sequence {stream.seq}: what is left, {len(stream.positions)} {stream.kind} placeholders "
