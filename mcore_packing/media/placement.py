@@ -1,4 +1,4 @@
-"""Where an image's tokens go in the prompt: into the user's turn, or where its placeholder stands.
+"""Where image and video tokens go in the prompt: into the user's turn, or to their placeholders.
 
 A block (begin marker, placeholders, end marker) that stands outside the user's turn, after BOS say,
 makes a model answer that it sees no image.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import PackingError, PlaceholderMismatch
+from .families import Family, resolve
 from .kinds import (
     as_boundaries,
     as_counts,
@@ -22,7 +23,6 @@ from .kinds import (
     as_token,
     like,
     like_ids,
-    nested,
     shorten,
 )
 
@@ -45,7 +45,8 @@ class Placement:
         loss_mask: with 0 there, None if none was given.
         position_ids: restarting in every sequence.
         cu_seqlens: the moved boundaries, None if none were given.
-        mm_token_type_ids: 1 at every ``image_token_id``, 0 elsewhere; None where that is unknown.
+        mm_token_type_ids: 1 at every placeholder of an image, 2 at every one of a video, 0
+            elsewhere; None where neither is known.
     """
 
     output_ids: Any
@@ -91,62 +92,65 @@ def splice_image_blocks(
         >>> splice_image_blocks(prompt, [[900, 258880, 901]], [105, 2364, 107])
         [2, 105, 2364, 107, 900, 258880, 901, 555, 106, 107]
     """
-    placement = place_image_blocks(prompt_ids, blocks, turn_opener, bos_token_id=bos_token_id)
-    return placement.output_ids
+    ids = as_ids(prompt_ids, "prompt_ids")
+    opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
+    bos_token_id = as_token(bos_token_id, "bos_token_id")
+    blocks = [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
+    ends = _opener_ends(ids, opener, 0)
+    at = ends[-1] if ends else int(bool(ids) and bos_token_id in (None, ids[0]))
+    return like_ids(prompt_ids, ids[:at] + [t for block in blocks for t in block] + ids[at:])
 
 
 def place_image_blocks(
     prompt_ids: Any,
     blocks: Sequence[Any],
-    turn_opener: Any,
+    turn_opener: Any = None,
     *,
-    bos_token_id: int | None = None,
-    image_token_id: int | None = None,
+    family: str | Family | None = None,
     images_per_turn: Sequence | None = None,
-    blocks_per_seq: Sequence[int] | None = None,
     labels: Any = None,
     loss_mask: Any = None,
     cu_seqlens: Any = None,
-    prompt_token_id: int | None = None,
-    shifted: bool = False,
+    **overrides: Any,
 ) -> Placement:
-    """Put every image block where it belongs, and move labels, loss mask and boundaries along.
+    """Put every block where it belongs, and move labels, loss mask and boundaries along.
 
-    Each sequence by itself: where it already holds one placeholder per image, each placeholder
-    becomes its block, in place, as Hugging Face processors do it. The markers of a block, where all
-    of them already surround its placeholder, are not repeated. A sequence without placeholders gets
-    its blocks after the last turn opener, or after the openers that ``images_per_turn`` says, or
-    where ``splice_image_blocks`` falls back to.
+    Each sequence by itself: where it already holds one placeholder per image and video, each
+    placeholder becomes its block, in place, as Hugging Face processors do it. The markers of a
+    block that already surround its placeholder are not repeated. A sequence without placeholders
+    gets its blocks after the last turn opener, or after the openers that ``images_per_turn`` says.
 
     Args:
         prompt_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row.
-        blocks: the token ids of each image, in the order of the images in the row.
-        turn_opener: the token ids that open a user's turn; tool results open user turns too.
-        bos_token_id: the id a whole prompt begins with.
-        image_token_id: the placeholder. Without it nothing is expanded in place.
-        images_per_turn: how many images each user turn holds, one entry for every occurrence of
-            the opener; for a packed row all turns of the row, or one list per sequence. Where
-            placeholders say where the images are, it is only checked against them.
-        blocks_per_seq: how many images each sequence of a packed row has. Left out, it follows from
-            ``images_per_turn`` or from the placeholders, if these are one per image.
+        blocks: the token ids of each image or video, in their order in the row.
+        turn_opener: the token ids that open a user's turn, where no family says them; tool results
+            open user turns too.
+        family: a registered family, or a ``Family``: its opener and its placeholders.
+        images_per_turn: how many blocks each user turn holds, one entry for every occurrence of
+            the opener in the row. Where placeholders say where the images are, it is only checked
+            against them.
         labels: ``[T]``, one for every token.
         loss_mask: ``[T]``.
         cu_seqlens: ``[B + 1]``, boundaries of the packed row; tokens past the last one stay last.
-        prompt_token_id: what stands for an image in the prompt, where that is another token than
-            the placeholder in the blocks (Gemma 3 writes begin-of-image there).
-        shifted: labels and loss mask are shifted, as Megatron's are: entry ``t`` is about token
-            ``t + 1``. The entry before a block is not trained then, and that of the block's last
-            token takes over what stood there: it predicts the same token.
+        **overrides: ``blocks_per_seq``, how many blocks each sequence of a packed row has, where
+            neither ``images_per_turn`` nor placeholders say it; and what to use instead of what the
+            family says: ``image_token_id``, ``video_token_id``, ``prompt_token_id``,
+            ``video_prompt_token_id``, ``bos_token_id``;
+            ``shifted=True`` where labels and loss mask are shifted, as Megatron's are: entry ``t``
+            is about token ``t + 1``. The entry before a block is not trained then, and that of the
+            block's last token takes over what stood there: it predicts the same token.
 
     Returns:
         A ``Placement``.
 
     Raises:
-        PlaceholderMismatch: a sequence has placeholders, but not one per image; or
+        PlaceholderMismatch: a sequence has placeholders, but not one per block; or
             ``blocks_per_seq`` or ``images_per_turn`` add up to another number than there are
             blocks.
-        PackingError: ``images_per_turn`` has another number of entries than the row has turns; it
-            is unknown which sequence a block belongs to; an argument is not a row of ints.
+        PackingError: a sequence has neither placeholders nor the opener, so that its blocks could
+            only go after its BOS; a block stands for an image where the prompt has a video;
+            ``images_per_turn`` has another number of entries than the row has turns; it is unknown
+            which sequence a block belongs to; or an argument is not a row of ints.
 
     Example:
         Two turns, one image in the first and two in the second:
@@ -165,52 +169,52 @@ def place_image_blocks(
         [5, 6, 10, 7, 9, 9, 8]
     """
     ids = as_ids(prompt_ids, "prompt_ids")
-    opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
-    bos_token_id = as_token(bos_token_id, "bos_token_id")
-    image_token_id = as_token(image_token_id, "image_token_id")
-    prompt_token_id = as_token(prompt_token_id, "prompt_token_id")
-    blocks = [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
+    blocks_per_seq = overrides.pop("blocks_per_seq", None)
+    if turn_opener is not None:
+        overrides = {"turn_opener": tuple(as_ids(turn_opener, "turn_opener")), **overrides}
+    one = resolve(family, overrides)
+    blocks = [as_ids(block, f"blocks[{i}]") for i, block in enumerate(as_list(blocks, "blocks"))]
     bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
     starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
-    seqs = list(pairwise(starts))
-    stands_for_image = image_token_id if prompt_token_id is None else prompt_token_id
+    seqs, num_seqs = list(pairwise(starts)), len(bounds) - 1
 
-    turn_ends = [_opener_ends(ids[start:stop], opener, start) for start, stop in seqs]
-    placeholders = [_find(ids, stands_for_image, start, stop) for start, stop in seqs]
-    num_seqs = len(bounds) - 1
+    stand_ins = _stand_ins(one)
+    turn_ends = [_opener_ends(ids[a:b], list(one.turn_opener), a) for a, b in seqs]
+    places = [[p for p in range(a, b) if ids[p] in stand_ins] for a, b in seqs]
     turns = _turns_per_seq(images_per_turn, turn_ends[:num_seqs], len(blocks))
-    counts = _blocks_per_seq(blocks_per_seq, turns, placeholders[:num_seqs], len(blocks))
+    counts = _blocks_per_seq(blocks_per_seq, turns, places[:num_seqs], len(blocks))
 
     edits: list[_Edit] = []
     for seq, (start, stop) in enumerate(seqs):
-        num_blocks = counts[seq] if seq < num_seqs else 0
-        turn = turns[seq] if seq < num_seqs else None
-        mine = range(len(edits), len(edits) + num_blocks)
-        found = placeholders[seq]
+        num_blocks, turn = (counts[seq], turns[seq]) if seq < num_seqs else (0, None)
+        mine, found, ends = range(len(edits), len(edits) + num_blocks), places[seq], turn_ends[seq]
+        where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
         if found:
-            where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
-            _check_one_per_image(where, len(found), num_blocks, stands_for_image)
+            _check_one_per_image(where, len(found), num_blocks, ids[found[0]])
             if turn is not None:
-                _check_turns(seq, found, turn, turn_ends[seq])
-            edits += _expand_in_place(ids, found, blocks, mine, image_token_id, start, stop, seq)
+                _check_turns(seq, found, turn, ends)
+            edits += _expand_in_place(ids, found, blocks, mine, one, (start, stop), seq)
             continue
-        if turn is None:
-            places = [
-                _splice_at(ids, opener, turn_ends[seq], bos_token_id, start, stop)
-            ] * num_blocks
-        else:
-            places = [e for e, n in zip(turn_ends[seq], turn, strict=True) for _ in range(n)]
-        edits += [_Edit(at, at, i, seq) for at, i in zip(places, mine, strict=True)]
+        if mine and not ends:
+            what = (
+                "the turn opener does not occur" if one.turn_opener else "no turn opener is known"
+            )
+            text = f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
+            raise PackingError(
+                f"{where}: {what}{text}, and there is no placeholder, so the blocks would go "
+                f"after BOS, outside the user's turn; pass the turn_opener of this prompt's "
+                f"tokenizer, or use splice_image_blocks, which falls back to that"
+            )
+        into = [0] * max(len(ends) - 1, 0) + [num_blocks] * bool(ends) if turn is None else turn
+        into = [end for end, number in zip(ends, into, strict=True) for _ in range(number)]
+        edits += [_Edit(at, at, i, seq) for at, i in zip(into, mine, strict=True)]
 
     insert_at: int | list[int] = [edit.start for edit in edits]
-    if num_seqs == len(seqs) == 1 and not placeholders[0] and turns[0] is None:
-        insert_at = _splice_at(ids, opener, turn_ends[0], bos_token_id, 0, len(ids))
+    if num_seqs == len(seqs) == 1 and not places[0] and turns[0] is None:
+        insert_at = turn_ends[0][-1] if turn_ends[0] else 0
     output, spans, new_starts = _apply(ids, edits, blocks, starts)
-    moved = len(ids), edits, blocks, new_starts, shifted
+    moved = len(ids), edits, blocks, new_starts, one.shifted
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
-    types = None
-    if image_token_id is not None:
-        types = like_ids(prompt_ids, [int(token == image_token_id) for token in output])
     return Placement(
         output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
@@ -219,7 +223,7 @@ def place_image_blocks(
         loss_mask=_edit_tokens(loss_mask, "loss_mask", 0, *moved),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),
-        mm_token_type_ids=types,
+        mm_token_type_ids=_types(prompt_ids, output, spans, edits, one),
     )
 
 
@@ -231,89 +235,63 @@ class _Edit:
     stop: int
     block: int
     seq: int
+    video: bool = False
+
+
+def _stand_ins(family: Family) -> dict[int, bool]:
+    """What stands for an image or a video in the prompt, and whether it is a video."""
+    image, video = family.prompt_token_id, family.video_prompt_token_id
+    image = family.image_token_id if image is None else image
+    video = family.video_token_id if video is None else video
+    return {token: kind for token, kind in ((video, True), (image, False)) if token is not None}
 
 
 def _opener_ends(ids: list[int], opener: list[int], offset: int) -> list[int]:
-    """Where each occurrence of the opener ends, overlapping ones too, in time linear in the row."""
-    if not opener:
-        return []
-    fallback, k = [0], 0  # Knuth-Morris-Pratt: openers such as [7, 7, 7, ...] stay linear
-    for token in opener[1:]:
-        while k and token != opener[k]:
-            k = fallback[k - 1]
-        k += token == opener[k]
-        fallback.append(k)
-    ends, k = [], 0
-    for position, token in enumerate(ids, offset + 1):
-        while k and (k == len(opener) or token != opener[k]):
-            k = fallback[k - 1]
-        k += token == opener[k]
-        if k == len(opener):
-            ends.append(position)
-    return ends
+    """Where each occurrence of the opener ends, overlapping ones too."""
+    size = len(opener)
+    starts = range(len(ids) - size + 1) if size else ()
+    return [at + size + offset for at in starts if ids[at : at + size] == opener]
 
 
-def _find(ids: list[int], token_id: int | None, start: int, stop: int) -> list[int]:
-    if token_id is None:
-        return []
-    return [position for position in range(start, stop) if ids[position] == token_id]
-
-
-def _splice_at(ids, opener, ends, bos_token_id, start, stop) -> int:
-    """After the last opener; without one after the first token, or where a BOS says."""
-    if ends:
-        return ends[-1]
-    if start == stop:
-        return start
-    return start + (bos_token_id is None or ids[start] == bos_token_id)
+def _types(prompt_ids, output, spans, edits, family: Family) -> Any:
+    """1 for images and 2 for videos; a video may be written with the image's placeholder."""
+    if family.image_token_id is None and family.video_token_id is None:
+        return None
+    kinds = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
+    types = [kinds.get(token, 0) for token in output]
+    for edit, (start, stop) in zip(edits, spans, strict=True):
+        own_marker = {family.video_start_id} - {family.vision_start_id, None}
+        if edit.video or own_marker & set(output[start:stop]):
+            types[start:stop] = [2 if kind else 0 for kind in types[start:stop]]
+    return like_ids(prompt_ids, types)
 
 
 def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | None]:
     """``images_per_turn`` as one list per sequence, None where nothing was said."""
-    num_turns = [len(ends) for ends in turn_ends]
     if images_per_turn is None:
         return [None] * len(turn_ends)
-    images_per_turn = as_list(images_per_turn, "images_per_turn")
-    if not any(entry is None or nested(entry) for entry in images_per_turn):
-        flat = as_counts(images_per_turn, "images_per_turn")
-        if len(flat) != sum(num_turns):
-            raise PackingError(
-                f"images_per_turn has {len(flat)} entries, but the turn opener occurs "
-                f"{sum(num_turns)} times; pass one for each (tool results open user turns too)"
-            )
-        stops = [0, *accumulate(num_turns)]
-        turns = [flat[start:stop] for start, stop in pairwise(stops)]
-    else:
-        if len(images_per_turn) != len(turn_ends):
-            raise PackingError(
-                f"images_per_turn has {len(images_per_turn)} lists, but the row has "
-                f"{len(turn_ends)} sequences"
-            )
-        turns = [
-            None if entry is None else as_counts(entry, f"images_per_turn[{seq}]")
-            for seq, entry in enumerate(images_per_turn)
-        ]
-        for seq, turn in enumerate(turns):
-            if turn is not None and len(turn) != num_turns[seq]:
-                raise PackingError(
-                    f"sequence {seq}: images_per_turn has {len(turn)} entries, but the turn opener "
-                    f"occurs {num_turns[seq]} times; pass one for each (tool results open user "
-                    f"turns too)"
-                )
-    total = sum(sum(turn) for turn in turns if turn is not None)
-    if None not in turns and total != num_blocks:
+    flat = as_counts(as_list(images_per_turn, "images_per_turn"), "images_per_turn")
+    stops = [0, *accumulate(len(ends) for ends in turn_ends)]
+    if len(flat) != stops[-1]:
+        raise PackingError(
+            f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} "
+            f"times; pass one for each (tool results open user turns too)"
+        )
+    if sum(flat) != num_blocks:
         raise PlaceholderMismatch(
             actual=num_blocks,
-            expected=total,
-            message=f"images_per_turn adds up to {total} images, but there are {num_blocks} blocks",
+            expected=sum(flat),
+            message=f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} "
+            f"blocks",
         )
-    return turns
+    return [flat[start:stop] for start, stop in pairwise(stops)]
 
 
-def _blocks_per_seq(blocks_per_seq, turns, placeholders, num_blocks) -> list[int]:
+def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks) -> list[int]:
     """How many blocks each sequence gets: said, or the only possibility."""
-    num_seqs, found = len(placeholders), [len(positions) for positions in placeholders]
-    said = [None if turn is None else sum(turn) for turn in turns]
+    num_seqs, found = len(places), [len(positions) for positions in places]
+    said = [sum(turn) for turn in turns if turn is not None]
+    counts = None
     if blocks_per_seq is not None:
         counts = as_counts(blocks_per_seq, "blocks_per_seq")
         if len(counts) != num_seqs:
@@ -329,7 +307,7 @@ def _blocks_per_seq(blocks_per_seq, turns, placeholders, num_blocks) -> list[int
             )
     elif num_seqs == 1:
         counts = [num_blocks]
-    elif num_seqs and None not in said:
+    elif num_seqs and said:
         counts = said
     elif sum(found) == num_blocks:
         counts = found
@@ -345,8 +323,8 @@ def _blocks_per_seq(blocks_per_seq, turns, placeholders, num_blocks) -> list[int
             f"{num_blocks} blocks for a row of {num_seqs} sequences without placeholders; say "
             f"blocks_per_seq"
         )
-    for seq, (count, turn) in enumerate(zip(counts, said, strict=True)):
-        if turn is not None and turn != count:
+    for seq, (count, turn) in enumerate(zip(counts, said, strict=False)):
+        if turn != count:
             raise PlaceholderMismatch(
                 actual=count,
                 expected=turn,
@@ -382,24 +360,38 @@ def _check_turns(seq: int, placeholders: list[int], turn: list[int], ends: list[
         )
 
 
-def _expand_in_place(ids, placeholders, blocks, mine, image_token_id, start, stop, seq):
+def _expand_in_place(ids, places, blocks, mine, family: Family, bounds, seq: int) -> list[_Edit]:
     """Each placeholder becomes its block, together with the markers that already surround it."""
-    edits, last = [], start
-    limits = [*placeholders[1:], stop]
-    for position, limit, i in zip(placeholders, limits, mine, strict=True):
-        block = blocks[i]
-        first, end = position, position + 1
-        if image_token_id in block:
-            before = block.index(image_token_id)
-            after = block[::-1].index(image_token_id)
-            low, high = position - before, position + 1 + after
-            inside = low >= last and high <= limit
-            same_end = ids[end:high] == block[len(block) - after :]
-            if inside and same_end and ids[low:position] == block[:before]:
-                first, end = low, high
-        edits.append(_Edit(first, end, i, seq))
-        last = end
+    stand_ins, edits, last = _stand_ins(family), [], bounds[0]
+    for position, limit, i in zip(places, [*places[1:], bounds[1]], mine, strict=True):
+        video = stand_ins[ids[position]]
+        wanted, other = family.image_token_id, family.video_token_id
+        if video and other is not None:
+            wanted, other = other, wanted
+        if other in blocks[i] and wanted not in blocks[i]:
+            kinds = ("a video", "an image") if video else ("an image", "a video")
+            raise PackingError(
+                f"blocks[{i}] holds {kinds[1]} (id {other}), but the prompt has {kinds[0]} there; "
+                f"pass images and videos in their order in the row"
+            )
+        low, high = _surrounded(ids, blocks[i], position, wanted)
+        if low < last or high > limit:
+            low, high = position, position + 1
+        edits.append(_Edit(low, high, i, seq, video))
+        last = high
     return edits
+
+
+def _surrounded(ids: list[int], block: list[int], position: int, token: int | None):
+    """What a block replaces: its placeholder, and either all of its markers or the outermost."""
+    if token in block:
+        before, after = block.index(token), block[::-1].index(token)
+        for left, right in ((before, after), (min(before, 1), min(after, 1))):
+            low, high = position - left, position + 1 + right
+            same_end = ids[position + 1 : high] == block[len(block) - right :]
+            if low >= 0 and same_end and ids[low:position] == block[:left] and left + right:
+                return low, high
+    return position, position + 1
 
 
 def _apply(ids, edits, blocks, starts) -> tuple[list[int], list[list[int]], list[int]]:

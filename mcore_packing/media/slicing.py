@@ -6,16 +6,17 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import PackingError
-from .families import LAYOUT_WORDS, get_family
+from .families import LAYOUT_WORDS, Family, get_family
 from .kinds import as_counts, as_ids, as_int, as_list, length, nested, shorten, take_spans
 
 
 def split_samples(
     batch: Mapping[str, Any],
-    layout: Mapping[str, str] | str,
+    layout: Mapping[str, str] | str | Family | None,
     num_images: Sequence[int] | None,
     chunks: Sequence[Sequence[int]] | int,
     *,
+    family: str | Family | None = None,
     tiles_per_image: Sequence[int] | None = None,
     num_videos: Sequence[int] | None = None,
     frames_per_video: Sequence[int] | None = None,
@@ -28,14 +29,15 @@ def split_samples(
 
     Args:
         batch: tensors, arrays or lists by name; None counts as absent.
-        layout: for every key what its first dimension counts, or a registered family, whose layout
-            is taken. ``sample``; ``nonempty_sample``, a sample with at least one image; ``image``;
-            ``tile``; ``patch``, of which an image has the product of its row in
-            ``image_grid_thw``; ``video``; ``video_patch``, likewise by ``video_grid_thw``;
+        layout: for every key what its first dimension counts, or a family, whose layout is taken.
+            ``sample``; ``nonempty_sample``, a sample with at least one image; ``image``; ``tile``;
+            ``patch``, of which an image has the product of its row in ``image_grid_thw`` (or
+            ``image_grid_hw``); ``video``; ``video_patch``, likewise by ``video_grid_thw``;
             ``video_frame``.
         num_images: how many images each sample has; None where there are only videos.
         chunks: ``[start, stop)`` of the samples of each chunk, also as a ``range``, in any order;
             an int is the number of samples in each chunk, of which the last may have fewer.
+        family: in place of ``layout``, which is None then.
         tiles_per_image: how many tiles each image has, where a key counts tiles.
         num_videos: how many videos each sample has, where there are any.
         frames_per_video: how many frames each video has, where a key counts them.
@@ -57,6 +59,7 @@ def split_samples(
         >>> split_samples(batch, layout, [2, 0, 1], 2)[1]
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
+    layout = family if layout is None and family is not None else layout
     rows = _Rows(batch, layout, num_images, tiles_per_image, num_videos, frames_per_video)
     if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
@@ -75,10 +78,11 @@ def split_samples(
 
 def take_samples(
     batch: Mapping[str, Any],
-    layout: Mapping[str, str] | str,
+    layout: Mapping[str, str] | str | Family | None,
     num_images: Sequence[int] | None,
     order: Sequence[int],
     *,
+    family: str | Family | None = None,
     tiles_per_image: Sequence[int] | None = None,
     num_videos: Sequence[int] | None = None,
     frames_per_video: Sequence[int] | None = None,
@@ -90,7 +94,7 @@ def take_samples(
     Args:
         batch, layout, num_images: as for ``split_samples``.
         order: the samples to take.
-        tiles_per_image, num_videos, frames_per_video: as for ``split_samples``.
+        family, tiles_per_image, num_videos, frames_per_video: as for ``split_samples``.
 
     Returns:
         A batch of ``len(order)`` samples; a key that counts images is absent where they have none.
@@ -104,6 +108,7 @@ def take_samples(
         >>> take_samples(batch, layout, [2, 1], [1, 0, 1])
         {'input_ids': [[6], [5], [6]], 'pixel_values': ['c', 'a', 'b', 'c']}
     """
+    layout = family if layout is None and family is not None else layout
     rows = _Rows(batch, layout, num_images, tiles_per_image, num_videos, frames_per_video)
     samples = as_ids(order, "order")
     for i, sample in enumerate(samples):
@@ -129,7 +134,7 @@ class _Rows:
         if not hasattr(batch, "items"):
             raise PackingError(f"batch is a {type(batch).__name__}, expected tensors by name")
         self.batch = {key: value for key, value in batch.items() if value is not None}
-        layout = get_family(layout).layout if isinstance(layout, str) else layout
+        layout = get_family(layout).layout if isinstance(layout, (str, Family)) else layout
         if not isinstance(layout, Mapping):
             raise PackingError(f"layout is a {type(layout).__name__}, expected a dict or a family")
         self.words = {}
@@ -186,22 +191,19 @@ class _Rows:
             counts = [1] * self.num_samples
         elif word == "nonempty_sample":
             counts = [int(number > 0) for number in self.images]
-        elif word == "image":
-            counts = self.images
+        elif word in ("image", "video"):
+            counts = self.images if word == "image" else self.videos
         elif word == "patch":
-            counts = self._sum(self.images, self._grid_products("image_grid_thw", word), "image")
-        elif word == "tile":
-            counts = self._sum(
-                self.images, self._given("tiles_per_image", self.tiles_per_image, word), "image"
-            )
-        elif word == "video":
-            counts = self.videos
+            grid = "image_grid_hw" if "image_grid_hw" in self.batch else "image_grid_thw"
+            counts = self._sum(self.images, self._grid_products(grid, word), "image")
         elif word == "video_patch":
             counts = self._sum(self.videos, self._grid_products("video_grid_thw", word), "video")
+        elif word == "tile":
+            rows = self._given("tiles_per_image", self.tiles_per_image, word)
+            counts = self._sum(self.images, rows, "image")
         else:
-            counts = self._sum(
-                self.videos, self._given("frames_per_video", self.frames_per_video, word), "video"
-            )
+            rows = self._given("frames_per_video", self.frames_per_video, word)
+            counts = self._sum(self.videos, rows, "video")
         return [0, *accumulate(counts)]
 
     def _sum(self, items_per_sample: list[int], named: tuple[str, list[int]], item: str):
@@ -231,8 +233,13 @@ class _Rows:
             if not any(items):
                 return name, []
             raise PackingError(f"{', '.join(keys)} counts by {name}, which is not in the batch")
+        length(grid, name)
         rows = [as_counts(row, f"{name}[{i}]", minimum=1) for i, row in enumerate(grid)]
+        sides = name.rpartition("_")[2]
         for i, row in enumerate(rows):
-            if len(row) != 3:
-                raise PackingError(f"{name}[{i}] has {len(row)} entries, expected 3: t, h and w")
+            if len(row) != len(sides):
+                raise PackingError(
+                    f"{name}[{i}] has {len(row)} entries, expected {len(sides)}: "
+                    f"{', '.join(sides[:-1])} and {sides[-1]}"
+                )
         return name, [math.prod(row) for row in rows]
