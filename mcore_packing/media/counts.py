@@ -70,7 +70,7 @@ def num_video_tokens(
 
     Example:
         >>> num_video_tokens("qwen3_vl", 8, 224, 224), num_video_tokens("internvl3", 8, 224, 224)
-        (144, 2048)
+        (196, 2048)
     """
     known = get_family(family)
     size = _as_size((frames, height, width), ("frames", "height", "width"))

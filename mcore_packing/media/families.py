@@ -285,6 +285,7 @@ register_family(
     like="qwen3_vl",
     video_start_id=None,
     video_end_id=None,
+    settings={"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384},
     video_count="qwen2_vl",
     video_settings={"patch_size": 16, "min_pixels": 128 * 32 * 32, "max_pixels": 768 * 32 * 32},
     source=_HF + "Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeProcessor, audio in videos left out",
