@@ -421,6 +421,11 @@ class _Stream:
         start, stop = (max(0, edge - self.first) for edge in self.starts[item : item + 2])
         return self.positions[start:stop]
 
+    def next_lost(self) -> int:
+        """The image behind the last one that the row has whole, or the last of all."""
+        after = bisect_right(self.starts, self.first + len(self.positions)) - 1
+        return min(after, len(self.starts) - 2)
+
     def several(self, item: int) -> bool:
         """Whether the image was given as more than one run."""
         return bisect_left(self.runs, self.starts[item + 1]) > 1 + bisect_left(
@@ -692,15 +697,13 @@ class _Row:
         opens = before >= start and self.ids[before] == self.outer[0]
         closes = after < stop and self.ids[after] == self.outer[1]
         own = self.family.video_start_id is not None
-        lost_left = stream.cut_left and stream.starts[item] <= stream.first
-        lost_right = stream.cut_right and stream.starts[item + 1] >= stream.first + len(
-            stream.positions
-        )
+        lost_left = stream.starts[item] < stream.first
+        lost_right = stream.starts[item + 1] > stream.first + len(stream.positions)
         if opens and closes:
             return before, after + 1
         if opens and lost_right and (own or stream.several(item)):
             return before, stop
-        if lost_left and before < start and (closes or own):
+        if lost_left and (closes or own):
             return start, after + 1 if closes else (stop if lost_right else high)
         return low, low
 
@@ -721,10 +724,14 @@ class _Row:
             while at > start and ids[at - 1] in opening and not survives[at - 2]:
                 at -= 1
                 yield at, _ORPHAN if ids[at] in self.breaks else _DANGLING
-            before = self._special_before(stop, start)
-            lost = any(s.cut_right and s.kind == "video" for s in streams) or self.breaks
+            before = self._special_before(at, start)
             begins = before >= start and ids[before] in {self.begin, self.outer[0]} - {self.end}
-            if self.named and lost and begins:  # a timestamp, or the rest of a marker, behind it
+            own = self.family.video_start_id is not None
+            lost = any(
+                s.cut_right and s.kind == "video" and (own or s.several(s.next_lost()))
+                for s in streams
+            )
+            if begins and (lost or (self.named and self.breaks)):  # of a video, or of a long marker
                 yield from ((p, _DANGLING) for p in range(before, stop))
 
 
