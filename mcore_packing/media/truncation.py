@@ -697,8 +697,13 @@ class _Row:
         opens = before >= start and self.ids[before] == self.outer[0]
         closes = after < stop and self.ids[after] == self.outer[1]
         own = self.family.video_start_id is not None
-        lost_left = stream.starts[item] < stream.first
-        lost_right = stream.starts[item + 1] > stream.first + len(stream.positions)
+        unsure = stream.cut_left and stream.cut_right  # then at an edge of the row, either may be
+        lost_left = stream.starts[item] < stream.first or (
+            unsure and not any(self.kinds[start:low])
+        )
+        lost_right = stream.starts[item + 1] > stream.first + len(stream.positions) or (
+            unsure and not any(self.kinds[high:stop])
+        )
         if opens and closes:
             return before, after + 1
         if opens and lost_right and (own or stream.several(item)):
