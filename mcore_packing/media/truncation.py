@@ -1,5 +1,6 @@
 """Which images survive when a prompt is cut: placeholders vanish, pixel tensors do not."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from .kinds import (
 )
 from .placement import IGNORE_INDEX
 
-_IMAGE, _VIDEO = 1, 2  # as mm_token_type_ids of transformers has them
+_KINDS = ("image", "video")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 _CUT, _KEPT, _ORPHAN, _DANGLING = range(4)  # what became of a token
 
@@ -274,7 +275,6 @@ def truncate(
     family: str | Family | None = None,
     tokens_per_video: Any = None,
     cu_seqlens: Any = None,
-    mm_token_type_ids: Any = None,
     **overrides: Any,
 ) -> Truncation:
     """Cut a row to a length, and drop every image that the cut went through.
@@ -283,24 +283,21 @@ def truncate(
 
     Args:
         input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
-        tokens_per_image: how many placeholders each image has, in order. An image whose
-            placeholders stand in several runs can be given as the list of its runs; runs that
-            adjoin are one run: give their sum. For a packed row flat ints, or one such list per
-            sequence: there a list among the entries is always a sequence's, never runs, which are
-            one level deeper, ``[[[2, 2]], [[2, 2]]]``.
+        tokens_per_image: how many placeholders each image has, in order; for an image whose
+            placeholders stand in several runs the list of its runs (runs that adjoin are one). For
+            a packed row flat ints, or one list per sequence: there a list is always a sequence's,
+            and runs are one level deeper, ``[[[2, 2]], [[2, 2]]]``.
         max_length: how many tokens may stay. For a packed row an int is the length of the whole
             row; a list cuts each sequence to its own length.
-        image_token_id: the placeholder, where no family says it.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
         family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
-        tokens_per_video: the same as ``tokens_per_image`` for videos; a video of several runs stays
-            or goes whole, with the timestamps between its outer markers.
+        tokens_per_video: the same as ``tokens_per_image``; a video of several runs stays or goes
+            whole, with the timestamps between its outer markers.
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
-        mm_token_type_ids: ``[T]``, 1 for placeholders of images and 2 for those of videos, over
-            what the family says of both.
-        **overrides: what to use instead of what the family says: ``video_token_id``,
-            ``vision_start_id``, ``vision_end_id``, ``video_start_id``, ``video_end_id``,
-            ``break_token_ids``, ``drop_dangling``.
+        image_token_id, **overrides: what to use instead of what the family says:
+            ``image_token_id``, ``video_token_id``, ``vision_start_id``, ``vision_end_id``,
+            ``video_start_id``, ``video_end_id``, ``break_token_ids``, ``drop_dangling``; or
+            ``mm_token_type_ids`` ``[T]`` instead of both placeholders, 1 for images, 2 for videos.
 
     Returns:
         A ``Truncation``; its row is at most ``max_length`` long.
@@ -317,11 +314,11 @@ def truncate(
         >>> cut.output_ids, cut.kept_images
         ([1, 7, 9, 9, 8, 2], [0])
     """
-    row = _Row(input_ids, cu_seqlens, image_token_id, mm_token_type_ids, family, overrides)
+    row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=True)
     for stream in streams:
-        if len(stream.positions) != stream.total:
-            raise _mismatch(stream)
+        if len(stream.positions) != stream.starts[-1]:
+            raise stream.mismatch()
         _align(row, stream, row.starts[stream.seq : stream.seq + 2], None)
     return row.result(input_ids, cu_seqlens, streams, _windows(row, max_length, side))
 
@@ -335,7 +332,6 @@ def reconcile(
     family: str | Family | None = None,
     tokens_per_video: Any = None,
     cu_seqlens: Any = None,
-    mm_token_type_ids: Any = None,
     **overrides: Any,
 ) -> Truncation:
     """Find out which images survived a cut that somebody else made, and repair the row.
@@ -348,15 +344,12 @@ def reconcile(
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
         tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``; for
             a packed row one list per sequence.
-        image_token_id: the placeholder, where no family says it.
         side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
             For a packed row also one per sequence.
-        family: as for ``truncate``.
-        tokens_per_video: as for ``truncate``.
+        family, tokens_per_video: as for ``truncate``.
         cu_seqlens: ``[B + 1]``, boundaries of what is left of a packed row.
-        mm_token_type_ids: as for ``truncate``.
-        **overrides: as for ``truncate``, and ``pad_token_id``: padding at either end of a sequence
-            is not its edge, so give it where a row was padded after the cut.
+        image_token_id, **overrides: as for ``truncate``, and ``pad_token_id``: padding at either
+            end of a sequence is not its edge, so give it where a row was padded after the cut.
 
     Returns:
         A ``Truncation``.
@@ -373,7 +366,7 @@ def reconcile(
         >>> cut.kept_images, cut.output_ids
         ([1], [2, 7, 9, 9, 9, 8, 3])
     """
-    row = _Row(input_ids, cu_seqlens, image_token_id, mm_token_type_ids, family, overrides)
+    row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=False)
     sides = _per_seq(side, row)
     for stream in streams:
@@ -392,119 +385,159 @@ class _Stream:
     kind: str
     token: str
     first_item: int  # number of the first image in the whole row
-    starts: list[int]  # image boundaries in the whole stream, from 0 to the number of placeholders
-    runs: list[int]  # these, and the boundaries of the runs inside images
+    items: list[list[int]]  # the runs of every image
     positions: list[int]
     first: int = 0
-    cut_left: bool = False
-    cut_right: bool = False
+    unsure: bool = False  # nothing says which end was cut
 
-    @property
-    def total(self) -> int:
-        return self.starts[-1]
+    def __post_init__(self):
+        self.starts = [0, *accumulate(sum(runs) for runs in self.items)]
+        self.runs = [0, *accumulate(run for runs in self.items for run in runs)]
 
     def survivors(self, first: int, count: int) -> tuple[int, int]:
         """The images ``[i, j)`` that lie wholly in the window of ``count`` from ``first``."""
-        i = bisect_left(self.starts, first)
-        j = bisect_right(self.starts, first + count) - 1
+        i, j = bisect_left(self.starts, first), bisect_right(self.starts, first + count) - 1
         return (i, j) if i < j else (0, 0)
-
-    def orphans(self, first: int) -> list[int]:
-        """The positions whose image is not whole, were ``first`` the number of the first."""
-        i, j = self.survivors(first, len(self.positions))
-        if i == j:
-            return self.positions
-        return self.positions[: self.starts[i] - first] + self.positions[self.starts[j] - first :]
 
     def of(self, item: int) -> list[int]:
         """What the row has of an image's placeholders."""
         start, stop = (max(0, edge - self.first) for edge in self.starts[item : item + 2])
         return self.positions[start:stop]
 
-    def next_lost(self) -> int:
-        """The image behind the last one that the row has whole, or the last of all."""
-        after = bisect_right(self.starts, self.first + len(self.positions)) - 1
-        return min(after, len(self.starts) - 2)
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        """Whether placeholders are, or may be, missing on the left and on the right."""
+        missing = self.starts[-1] - self.first - len(self.positions)
+        return self.unsure or self.first > 0, self.unsure or missing > 0
 
-    def several(self, item: int) -> bool:
-        """Whether the image was given as more than one run."""
-        return bisect_left(self.runs, self.starts[item + 1]) > 1 + bisect_left(
-            self.runs, self.starts[item]
+    @property
+    def next_lost(self) -> list[int]:
+        """The runs of the image behind the last one that the row has whole, or of the last."""
+        after = bisect_right(self.starts, self.first + len(self.positions)) - 1
+        return self.items[min(after, len(self.items) - 1)]
+
+    def mismatch(self, gaps=None, side=None) -> PlaceholderMismatch:
+        """The error for placeholders that cannot come from these images."""
+        found, total = len(self.positions), self.starts[-1]
+        message = (
+            f"sequence {self.seq}: {found} {self.kind} placeholders ({self.token}), but "
+            f"tokens_per_{self.kind} {shorten([sum(i) for i in self.items])} adds up to {total}"
         )
+        if gaps is None:
+            message += "; pass the images of this row, all of them"
+        else:
+            runs = [stop - start for start, stop in pairwise([0, *gaps, found])]
+            message += (
+                f", and runs of {shorten(runs)} are no part of them"
+                f"{f' after a cut on the {side}' if side else ''}; check which images belong to "
+                f"this row, their order and the side; give one that stands in several runs as the "
+                f"list of its runs, or say break_token_ids"
+            )
+        return PlaceholderMismatch(actual=total, expected=found, message=message)
+
+    def ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
+        """The error for a row that several sets of images explain, with the first few of them."""
+        found, size = [], len(self.positions)
+        for first in candidates:
+            i, j = self.survivors(first, size)
+            low, high = (self.starts[i] - first, self.starts[j] - first) if i < j else (size, size)
+            kept = list(range(self.first_item + i, self.first_item + j))
+            orphans = self.positions[:low] + self.positions[high:]
+            found.append({f"kept_{self.kind}s": kept, "orphan_positions": orphans})
+        sets = " or ".join(shorten(one[f"kept_{self.kind}s"]) for one in found)
+        error = AmbiguousTruncation(
+            f"sequence {self.seq}: what is left, {size} {self.kind} placeholders ({self.token}) of "
+            f"{self.starts[-1]}, could be of {self.kind}s {sets}; say which side was cut, or cut "
+            f"with truncate"
+        )
+        error.candidates = found
+        return error
+
+
+# What each token is, one letter each: "(" and ")" markers, "|" a marker that is both, "<" and ">"
+# those of a whole video, "b" a break, "p" a placeholder that stays, "l" one that is
+# lost, "v" one of a lost video, "." text.
+# An image is its placeholders with the breaks and markers around them; a begin marker may be long.
+_CHUNKS = re.compile(
+    r"(?:[(|](?:[.b]*b)?|b+)?p+(?:b+p+)*(?:b*[)|])?"
+    r"|(?P<lost>(?:[(|](?:[.b]*(?=b))?)?b*[lv]+(?:b+[lv]+)*b*(?:\)|\|(?!b*p))?)"
+)
 
 
 class _Row:
     """A row as lists: what each token is, and where its sequences (and its tail) begin."""
 
-    def __init__(self, input_ids, cu_seqlens, image_token_id, types, family, overrides):
+    def __init__(self, input_ids, image_token_id, family, cu_seqlens, overrides):
+        types = overrides.pop("mm_token_type_ids", None)
         if image_token_id is not None:
             overrides = {"image_token_id": image_token_id, **overrides}
-        given = overrides.keys() & {"image_token_id", "video_token_id"}
-        if types is not None and any(overrides[name] is not None for name in given):
-            raise PackingError("pass image_token_id=None where mm_token_type_ids are given")
-        self.named = family is not None  # its family is known, so text inside a video is too
         self.family = one = resolve(family, overrides)
+        self.named = family is not None  # its family is known, so text inside a video is too
         self.ids = ids = as_ids(input_ids, "input_ids")
-        if types is not None:
-            self.kinds = as_ids(types, "mm_token_type_ids")
-            if len(self.kinds) != len(ids):
-                raise PackingError(
-                    f"mm_token_type_ids has {len(self.kinds)} entries, but the row {len(ids)} "
-                    f"tokens"
-                )
-            self.tokens = {kind: f"type {kind}" for kind in (_IMAGE, _VIDEO)}
-            placeholders = {ids[p] for p, kind in enumerate(self.kinds) if kind in self.tokens}
-        else:
-            found = {_IMAGE: one.image_token_id, _VIDEO: one.video_token_id}
+        if types is None:
+            found = {"image": one.image_token_id, "video": one.video_token_id}
             found = {kind: token for kind, token in found.items() if token is not None}
-            placeholders = set(found.values())
-            if len(placeholders) < len(found):
+            if len(set(found.values())) < len(found):
                 raise PackingError(
                     f"image_token_id and video_token_id are both {one.image_token_id}; count their "
                     f"images and videos in tokens_per_image, in their order in the row"
                 )
             kind_of = {token: kind for kind, token in found.items()}
-            self.kinds = [kind_of.get(token, 0) for token in ids]
+            self.kinds = [kind_of.get(token) for token in ids]
             self.tokens = {kind: f"id {token}" for kind, token in found.items()}
+            placeholders = set(found.values())
+        else:
+            if any(overrides.get(f"{kind}_token_id") is not None for kind in _KINDS):
+                raise PackingError("pass image_token_id=None where mm_token_type_ids are given")
+            types = as_ids(types, "mm_token_type_ids")
+            if len(types) != len(ids):
+                raise PackingError(
+                    f"mm_token_type_ids has {len(types)} entries, but the row {len(ids)} tokens"
+                )
+            self.kinds = [{1: "image", 2: "video"}.get(kind) for kind in types]
+            self.tokens = {"image": "type 1", "video": "type 2"}
+            placeholders = {token for token, kind in zip(ids, self.kinds, strict=True) if kind}
         bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
         self.starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
 
-        self.begin, self.end = one.vision_start_id, one.vision_end_id
-        self.outer = (
-            self.begin if one.video_start_id is None else one.video_start_id,
-            self.end if one.video_end_id is None else one.video_end_id,
-        )
-        self.breaks = set(one.break_token_ids)
-        self.markers = {self.begin, self.end, *self.outer} - {None}
-        self.special = [k > 0 or t in self.markers for k, t in zip(self.kinds, ids, strict=True)]
+        begin, end = one.vision_start_id, one.vision_end_id
+        letters = {one.video_start_id: "<", one.video_end_id: ">", begin: "(", end: ")"}
+        if begin == end:
+            letters[begin] = "|"
+        letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "."}
+        self.letters = [
+            "p" if k else letters.get(t, ".") for t, k in zip(ids, self.kinds, strict=True)
+        ]
+        # A whole video, from one outer marker, or the edge of the row, to the other; the outer
+        # markers may be those around its frames.
+        first = letters[begin if one.video_start_id is None else one.video_start_id]
+        last = letters[end if one.video_end_id is None else one.video_end_id]
+        first, last = ("(?!)" if x == "." else re.escape(x) for x in (first, last))
+        self.clips = re.compile(rf"(?P<open>{first}|^)[.b]*(?P<clip>v[v.b]*)?(?P<close>{last}|$)")
         for name, tokens in (
-            ("break_token_ids", self.breaks),
-            ("vision_start_id", {self.begin, self.outer[0]}),
-            ("vision_end_id", {self.end, self.outer[1]}),
-            ("pad_token_id", {one.pad_token_id}),
+            ("break_token_ids", one.break_token_ids),
+            ("vision_start_id", (begin, one.video_start_id)),
+            ("vision_end_id", (end, one.video_end_id)),
+            ("pad_token_id", (one.pad_token_id,)),
         ):
-            for token in tokens & placeholders:
+            for token in placeholders.intersection(tokens):
                 raise PackingError(f"{name}: {token} is a placeholder")
-        if one.drop_dangling and _VIDEO not in self.tokens:
-            self._refuse_unknown_media()
+        if one.drop_dangling and "video" not in self.tokens and None not in (begin, end):
+            self._refuse_unknown_media(begin, end)
 
-    def _refuse_unknown_media(self) -> None:
+    def _refuse_unknown_media(self, begin: int, end: int) -> None:
         """Markers around one token, repeated, mark an image or video of which nothing was said."""
-        if self.begin is None or self.end is None:
-            return
-        for start in (p for p, token in enumerate(self.ids) if token == self.begin):
-            stop = start + 1
-            while stop < len(self.ids) and self.ids[stop] == self.ids[start + 1]:
+        ids, size = self.ids, len(self.ids)
+        for start in (p + 1 for p, token in enumerate(ids) if token == begin):
+            stop = start
+            while stop < size and ids[stop] == ids[start] and self.letters[stop] == ".":
                 stop += 1
-            inside = stop - start - 1
-            if inside < 2 or self.special[start + 1] or self.ids[stop - 1] in self.breaks:
-                continue
-            if stop < len(self.ids) and self.ids[stop] == self.end:
+            if stop - start > 1 and stop < size and ids[stop] == end:
                 raise PackingError(
-                    f"position {start}: markers stand around {inside} tokens of id "
-                    f"{self.ids[stop - 1]}, which is no image_token_id; a video needs "
-                    f"video_token_id and tokens_per_video, or its family"
+                    f"position {start - 1}: markers stand around {stop - start} tokens of id "
+                    f"{ids[start]}, which is no image_token_id; a video needs video_token_id and "
+                    f"tokens_per_video, or its family"
                 )
 
     def bounds(self, seq: int) -> tuple[int, int]:
@@ -518,64 +551,50 @@ class _Row:
 
     def only_breaks(self, start: int, stop: int) -> bool:
         """Whether nothing but break tokens stands in ``[start, stop)``."""
-        return all(self.ids[position] in self.breaks for position in range(start, stop))
+        return all(letter == "b" for letter in self.letters[start:stop])
 
     def streams(self, tokens_per_image, tokens_per_video, whole: bool) -> list[_Stream]:
         """One stream for each modality of each sequence."""
         streams = []
-        for kind, name, spec in (
-            (_IMAGE, "image", tokens_per_image),
-            (_VIDEO, "video", tokens_per_video),
-        ):
-            positions: list[list[int]] = []
-            for start, stop in pairwise(self.starts):
-                positions.append([p for p in range(start, stop) if self.kinds[p] == kind])
-            tail = sum(len(found) for found in positions[self.num_seqs :])
+        for kind, spec in zip(_KINDS, (tokens_per_image, tokens_per_video), strict=True):
+            positions = [
+                [p for p in range(start, stop) if self.kinds[p] == kind]
+                for start, stop in pairwise(self.starts)
+            ]
+            token, tail = self.tokens.get(kind, ""), sum(map(len, positions[self.num_seqs :]))
             if tail:
                 raise PlaceholderMismatch(
                     actual=0,
                     expected=tail,
-                    message=f"{tail} {name} placeholders ({self.tokens[kind]}) lie past the last "
-                    f"boundary at {self.starts[self.num_seqs]}, in no sequence",
+                    message=f"{tail} {kind} placeholders ({token}) lie past the last boundary at "
+                    f"{self.starts[self.num_seqs]}, in no sequence",
                 )
-            counts = [len(found) for found in positions[: self.num_seqs]]
-            first_item = 0
-            for seq, items in enumerate(self._items(spec, kind, name, counts, whole)):
-                starts, runs = [0], [0]
-                for item in items:
-                    runs += [runs[-1] + stop for stop in accumulate(item)]
-                    starts.append(runs[-1])
-                token = self.tokens.get(kind, "")
-                streams.append(_Stream(seq, name, token, first_item, starts, runs, positions[seq]))
-                first_item += len(items)
+            counts, first = [len(found) for found in positions[: self.num_seqs]], 0
+            for seq, items in enumerate(self._items(spec, kind, counts, whole)):
+                streams.append(_Stream(seq, kind, token, first, items, positions[seq]))
+                first += len(items)
         return streams
 
-    def _items(self, spec, kind: int, name: str, counts: list[int], whole: bool) -> list[list]:
+    def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list]:
         """The runs of every image of every sequence."""
-        where = f"tokens_per_{name}"
+        where = f"tokens_per_{kind}"
         entries = [] if spec is None else as_list(spec, where)
         if entries and kind not in self.tokens:
             raise PackingError(
-                f"{where} is given, but no {name}_token_id to find them by; a family that writes "
+                f"{where} is given, but no {kind}_token_id to find them by; a family that writes "
                 f"its videos with the image's needs mm_token_type_ids"
             )
         if not self.packed:
             return [_as_items(entries, where)]
-        if not entries:
-            return [[] for _ in counts]
-        if any(entry is None or nested(entry) for entry in entries) or not counts:
+        if any(entry is None or nested(entry) for entry in entries) or (entries and not counts):
             if len(entries) != len(counts):
                 raise PackingError(
                     f"{where} has {len(entries)} entries, but the row has {len(counts)} sequences"
                 )
-            return [
-                _as_items([] if entry is None else entry, f"{where}[{seq}]")
-                for seq, entry in enumerate(entries)
-            ]
+            named = ((entry or [], f"{where}[{seq}]") for seq, entry in enumerate(entries))
+            return [_as_items(*one) for one in named]
         items = _as_items(entries, where)
-        if len(counts) == 1:
-            return [items]
-        if not whole:
+        if items and len(counts) > 1 and not whole:
             raise PackingError(
                 f"{where} is one list for {len(counts)} sequences, and what was cut off does not "
                 f"say whose images they were; pass one list per sequence"
@@ -587,48 +606,42 @@ class _Row:
                 count -= sum(items[at])
                 at += 1
             split.append(items[first:at])
-        split[-1] += items[at:]  # one too many, or a sequence that does not fit: said below
+        if split:
+            split[-1] += items[at:]  # one too many, or a sequence that does not fit: said below
         return split
 
     def result(self, input_ids, cu_seqlens, streams, windows) -> Truncation:
         """Drop what is not whole inside the windows, with all that belongs to it, and renumber."""
         seen = windows or list(pairwise(self.starts))
-        state = bytearray(len(self.ids))  # _CUT
-        for start, stop in seen:
-            state[start:stop] = bytes([_KEPT]) * (stop - start)
-        kept: dict[str, list[int]] = {"image": [], "video": []}
-        dropped: dict[str, list[int]] = {"image": [], "video": []}
-        survives, going = bytearray(len(self.ids) + 1), []
+        kept: dict[str, list[int]] = {kind: [] for kind in _KINDS}
+        dropped: dict[str, list[int]] = {kind: [] for kind in _KINDS}
+        lost: dict[int, list[tuple[_Stream, int]]] = {}
         for stream in streams:
             low, high = (bisect_left(stream.positions, edge) for edge in seen[stream.seq])
             i, j = stream.survivors(stream.first + low, high - low)
-            numbers = range(len(stream.starts) - 1)
-            kept[stream.kind] += [stream.first_item + item for item in numbers[i:j]]
-            lost = [*numbers[:i], *numbers[j:]]
-            dropped[stream.kind] += [stream.first_item + item for item in lost]
-            for item in numbers[i:j]:
+            for item in range(len(stream.items)):
+                (kept if i <= item < j else dropped)[stream.kind].append(stream.first_item + item)
+            for item in (*range(i), *range(j, len(stream.items))):
+                lost.setdefault(stream.seq, []).append((stream, item))
+                clip = stream.kind == "video" or len(stream.items[item]) > 1
                 for position in stream.of(item):
-                    survives[position] = 1
-            going += [(stream, item) for item in lost]
-        gone = [piece for stream, item in going for piece in self._pieces(stream, item, survives)]
-        if windows is None:
-            for seq in {stream.seq for stream, _ in going}:
-                gone += self._debris([s for s in streams if s.seq == seq], survives)
-        for position, what in gone:
-            if state[position] == _KEPT and (what == _ORPHAN or self.family.drop_dangling):
-                state[position] = what
+                    self.letters[position] = "v" if clip else "l"
+        state = bytearray(len(self.ids))  # _CUT
+        for start, stop in seen:
+            state[start:stop] = bytes([_KEPT]) * (stop - start)
+        for seq, items in lost.items():
+            at_edges = [s for s in streams if s.seq == seq] if windows is None else []
+            for start, stop in self._gone(seq, items, at_edges):
+                for position in range(start, stop):
+                    orphan = self.letters[position] in "lvb"
+                    if state[position] == _KEPT and (orphan or self.family.drop_dangling):
+                        state[position] = _ORPHAN if orphan else _DANGLING
 
         lengths = [state.count(_KEPT, start, stop) for start, stop in pairwise(self.starts)]
         keep = [position for position, what in enumerate(state) if what == _KEPT]
         seqs = [seq for seq in range(self.num_seqs) if lengths[seq]]
         bounds = [0, *accumulate(lengths[seq] for seq in seqs)]
         ends = {stop - 1 for _, stop in seen}
-        holes = [
-            entry
-            for entry, position in enumerate(keep)
-            if position not in ends and state[position + 1] != _KEPT
-        ]
-        positions = [p for number in lengths for p in range(number)]
         return Truncation(
             output_ids=like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
@@ -637,107 +650,58 @@ class _Row:
             dropped_images=dropped["image"],
             kept_videos=kept["video"],
             dropped_videos=dropped["video"],
-            position_ids=like(input_ids, positions, torch.int64),
+            position_ids=like(input_ids, [p for n in lengths for p in range(n)], torch.int64),
             cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, bounds),
             kept_sequences=seqs,
             max_seqlen=max(lengths[: self.num_seqs], default=0),
-            _starts=[0] if len(self.starts) == 1 else self.starts,
+            _starts=self.starts,
             _all_sequences=cu_seqlens is None or len(seqs) == self.num_seqs,
-            _holes=holes,
+            _holes=[n for n, p in enumerate(keep) if p not in ends and state[p + 1] != _KEPT],
         )
 
-    def _pieces(self, stream: _Stream, item: int, survives) -> Iterator[tuple[int, int]]:
-        """All of a dropped image or video that the row has: placeholders, breaks, markers, text."""
-        mine, ids = stream.of(item), self.ids
-        if not mine:
-            return
-        start, stop = self.bounds(stream.seq)
-        yield from ((position, _ORPHAN) for position in mine)
-        spans: list[list[int]] = []  # its runs, each with the breaks and the markers around it
-        for position in mine:
-            if spans and self.only_breaks(spans[-1][1], position):
-                yield from ((p, _ORPHAN) for p in range(spans[-1][1], position))
-                spans[-1][1] = position + 1
-            else:
-                spans.append([position, position + 1])
-        for span in spans:
-            low, high = span
-            while low > start and ids[low - 1] in self.breaks:
-                low -= 1
-            while high < stop and ids[high] in self.breaks:
-                high += 1
-            yield from ((p, _ORPHAN) for p in (*range(low, span[0]), *range(span[1], high)))
-            before = self._special_before(low, start) if low < span[0] else low - 1
-            if before >= start and ids[before] == self.begin and not survives[before - 1]:
-                yield from ((p, _DANGLING) for p in range(before, low))
-                low = before
-            if high < stop and ids[high] == self.end and not survives[high + 1]:
-                yield high, _DANGLING
-                high += 1
-            span[:] = low, high
-        if self.named:
-            yield from ((p, _DANGLING) for p in range(spans[0][0], spans[-1][1]))
-        if stream.kind == "video" or stream.several(item):
-            whole = self._outer(stream, item, spans[0][0], spans[-1][1], start, stop)
-            yield from ((p, _DANGLING) for p in range(*whole))
+    def _gone(self, seq: int, items, at_edges: list[_Stream]) -> Iterator[tuple[int, int]]:
+        """Spans of all that belongs to the lost images and videos of a sequence.
 
-    def _special_before(self, position: int, start: int) -> int:
-        """The last placeholder or marker before a position, or ``start - 1``."""
-        return next((p for p in range(position - 1, start - 1, -1) if self.special[p]), start - 1)
-
-    def _outer(self, stream, item, low, high, start, stop) -> tuple[int, int]:
-        """From the outer begin marker of a video to its outer end, timestamps and all.
-
-        Where one of them was cut off, the video reaches to the edge of the row.
+        ``at_edges`` are its streams where the row is what somebody else's cut has left: then an
+        image may be known by its last marker alone, and a video reach to the edge of the row.
         """
-        before = self._special_before(low, start)
-        after = high
-        if self.outer[1] != self.end:  # a timestamp may stand in front of a marker of its own
-            after = next((p for p in range(high, stop) if self.special[p]), stop)
-        opens = before >= start and self.ids[before] == self.outer[0]
-        closes = after < stop and self.ids[after] == self.outer[1]
-        own = self.family.video_start_id is not None
-        unsure = stream.cut_left and stream.cut_right  # then at an edge of the row, either may be
-        lost_left = stream.starts[item] < stream.first or (
-            unsure and not any(self.kinds[start:low])
-        )
-        lost_right = stream.starts[item + 1] > stream.first + len(stream.positions) or (
-            unsure and not any(self.kinds[high:stop])
-        )
-        if opens and closes:
-            return before, after + 1
-        if opens and lost_right and (own or stream.several(item)):
-            return before, stop
-        if lost_left and (closes or own):
-            return start, after + 1 if closes else (stop if lost_right else high)
-        return low, low
+        start, stop = self.bounds(seq)
+        row = "".join(self.letters[start:stop])
+        chunks = [m.span() for m in _CHUNKS.finditer(row) if m["lost"]]
+        rest = _CHUNKS.sub(lambda m: "xv"[bool(m["lost"]) and "v" in m[0]] * len(m[0]), row)
+        spans, size = [*chunks], len(row)
+        if self.named:  # then the text between two runs is known to be a label
+            for stream, item in items:
+                mine = [position - start for position in stream.of(item)]
+                if mine and not stream.unsure:
+                    edges = (chunks[bisect_left(chunks, (p + 1,)) - 1] for p in (mine[0], mine[-1]))
+                    (low, _), (_, high) = edges
+                    if at_edges and len(stream.items[item]) > 1:
+                        low = 0 if stream.starts[item] < stream.first else low
+                        end = stream.first + len(stream.positions)
+                        high = size if stream.starts[item + 1] > end else high
+                    spans.append((low, high))
 
-    def _debris(self, streams: list[_Stream], survives) -> Iterator[tuple[int, int]]:
-        """At a cut edge: the breaks and markers of an image of which nothing else is left."""
-        ids, (start, stop) = self.ids, self.bounds(streams[0].seq)
-        if any(stream.cut_left for stream in streams):
-            at, closing = start, {self.end, self.outer[1]} - {None} | self.breaks
-            while at < stop and ids[at] in closing and not survives[at + 1]:
-                yield at, _ORPHAN if ids[at] in self.breaks else _DANGLING
-                at += 1
-            after = next((p for p in range(at, stop) if self.special[p]), stop)
-            own = self.family.video_end_id is not None and self.outer[1] != self.end
-            if own and after < stop and ids[after] == self.outer[1]:
-                yield from ((p, _DANGLING) for p in range(at, after + 1))
-        if any(stream.cut_right for stream in streams):
-            at, opening = stop, {self.begin, self.outer[0]} - {None} | self.breaks
-            while at > start and ids[at - 1] in opening and not survives[at - 2]:
-                at -= 1
-                yield at, _ORPHAN if ids[at] in self.breaks else _DANGLING
-            before = self._special_before(at, start)
-            begins = before >= start and ids[before] in {self.begin, self.outer[0]} - {self.end}
-            own = self.family.video_start_id is not None
-            lost = any(
-                s.cut_right and s.kind == "video" and (own or s.several(s.next_lost()))
-                for s in streams
-            )
-            if begins and (lost or (self.named and self.breaks)):  # of a video, or of a long marker
-                yield from ((p, _DANGLING) for p in range(before, stop))
+        # What a cut has left, at an edge, of images and videos without any of their placeholders.
+        cut = [any(stream.cut[side] for stream in at_edges) for side in (0, 1)]
+        low = re.match(r"[)|>b]*", rest).end() if cut[0] else 0
+        high = size - re.match(r"[(|<b]*", rest[low:][::-1]).end() if cut[1] else size
+        spans += [(0, low), (high, size)]
+        # Whole videos, from one outer marker to the other, or to an edge that was cut.
+        own = self.family.video_start_id is not None
+        several = own or any(len(stream.items[item]) > 1 for stream, item in items)
+        begun = (self.named and self.family.break_token_ids) or any(
+            s.cut[1] and s.kind == "video" and (own or len(s.next_lost) > 1) for s in at_edges
+        )
+        for m in self.clips.finditer(rest[low:high]):
+            opens, closes = bool(m["open"]), bool(m["close"])
+            if m["clip"]:
+                whole = closes or own or (opens and several)
+            else:
+                whole = not opens and m["close"] == ">" if closes else opens and begun
+            if whole and (opens or cut[0]) and (closes or cut[1]):
+                spans.append((low + m.start(), low + m.end()))
+        return ((start + low, start + high) for low, high in spans)
 
 
 def _as_items(entries, where: str) -> list[list[int]]:
@@ -794,9 +758,9 @@ def _align(row: _Row, stream: _Stream, bounds: Sequence[int], side: str | None) 
     """Find the number of the first placeholder left, from all that the row says of boundaries."""
     if side is not None:
         _as_side(side)
-    positions, left, last = stream.positions, len(stream.positions), stream.total
+    positions, left, last = stream.positions, len(stream.positions), stream.starts[-1]
     if left > last:
-        raise _mismatch(stream)
+        raise stream.mismatch()
     gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
     breaks = [k for k in gaps if not row.only_breaks(positions[k - 1] + 1, positions[k])]
     if left and not row.only_breaks(bounds[0], positions[0]):
@@ -823,50 +787,9 @@ def _align(row: _Row, stream: _Stream, bounds: Sequence[int], side: str | None) 
             if len(keepers) == _MAX_CANDIDATES:
                 break
     if not keepers and not others:
-        raise _mismatch(stream, gaps, side)
+        raise stream.mismatch(gaps, side)
     # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
     if keepers and len(keepers) + len(others) > 1:
-        raise _ambiguous(stream, (keepers + others[:1])[:_MAX_CANDIDATES])
-    unsure = side is None and (not left or len(others) > 1)
+        raise stream.ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
     stream.first = (keepers or others)[0]
-    stream.cut_left = unsure or stream.first > 0
-    stream.cut_right = unsure or stream.first + left < last
-
-
-def _mismatch(stream: _Stream, gaps=None, side=None) -> PlaceholderMismatch:
-    """The error for placeholders that cannot come from these images."""
-    found, total = len(stream.positions), stream.total
-    sizes = [stop - start for start, stop in pairwise(stream.starts)]
-    message = (
-        f"sequence {stream.seq}: {found} {stream.kind} placeholders ({stream.token}), but "
-        f"tokens_per_{stream.kind} {shorten(sizes)} adds up to {total}"
-    )
-    if gaps is not None:
-        runs = [stop - start for start, stop in pairwise([0, *gaps, found])]
-        cut = f" after a cut on the {side}" if side else ""
-        message += (
-            f", and runs of {shorten(runs)} are no part of them{cut}; check which images "
-            f"belong to this row, their order and the side; give one that stands in several runs "
-            f"as the list of its runs, or say break_token_ids"
-        )
-    else:
-        message += "; pass the images of this row, all of them"
-    return PlaceholderMismatch(actual=total, expected=found, message=message)
-
-
-def _ambiguous(stream: _Stream, candidates: list[int]) -> AmbiguousTruncation:
-    """The error for a row that several sets of images explain, with the first few of them."""
-    found = []
-    for first in candidates:
-        i, j = stream.survivors(first, len(stream.positions))
-        kept = list(range(stream.first_item + i, stream.first_item + j))
-        orphans = stream.orphans(first)
-        found.append({f"kept_{stream.kind}s": kept, "orphan_positions": orphans})
-    sets = " or ".join(shorten(one[f"kept_{stream.kind}s"]) for one in found)
-    error = AmbiguousTruncation(
-        f"sequence {stream.seq}: what is left, {len(stream.positions)} {stream.kind} placeholders "
-        f"({stream.token}) of {stream.total}, could be of {stream.kind}s {sets}; say which side "
-        f"was cut, or cut with truncate"
-    )
-    error.candidates = found
-    return error
+    stream.unsure = side is None and last > 0 and (not left or len(others) > 1)
