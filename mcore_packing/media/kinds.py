@@ -12,6 +12,14 @@ from torch import Tensor
 
 from ..errors import PackingError
 
+IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
+
+
+def require(condition: Any, message: str) -> None:
+    """What a caller has to see to, in a sentence."""
+    if not condition:
+        raise PackingError(message)
+
 
 def as_int(value: Any, name: str, minimum: int | None = None) -> int:
     """``value`` as a Python int; floats, strings and bools are refused, never rounded."""

@@ -15,6 +15,7 @@ import torch
 from ..errors import PackingError, PlaceholderMismatch
 from .families import Family, resolve
 from .kinds import (
+    IGNORE_INDEX,
     as_boundaries,
     as_counts,
     as_ids,
@@ -25,8 +26,6 @@ from .kinds import (
     like_ids,
     shorten,
 )
-
-IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -10,27 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import AmbiguousTruncation, PackingError, PlaceholderMismatch
+from ..errors import AmbiguousTruncation, PlaceholderMismatch
+from . import kinds
 from .families import Family, resolve
-from .kinds import (
-    as_boundaries,
-    as_counts,
-    as_flag,
-    as_ids,
-    as_int,
-    as_list,
-    check_fits,
-    holds_ints,
-    length,
-    like,
-    like_ids,
-    merge_spans,
-    nested,
-    shorten,
-    take,
-    take_spans,
-)
-from .placement import IGNORE_INDEX
+from .kinds import IGNORE_INDEX, as_counts, as_flag, as_ids, as_int, as_list, like, require, shorten
 
 _KINDS = ("image", "video")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
@@ -47,14 +30,11 @@ class Truncation:
     Attributes:
         output_ids: the ids that stay, of the same kind as those given.
         keep_positions: where they stood.
-        orphan_positions: placeholders (and break tokens) that were removed because their image or
-            video is not whole.
-        kept_images, dropped_images: whose features stay, whose go.
-        kept_videos, dropped_videos: likewise.
+        orphan_positions: placeholders and break tokens removed because their image is not whole.
+        kept_images, dropped_images, kept_videos, dropped_videos: whose features stay, whose go.
         position_ids: of ``output_ids``, restarting in every sequence.
         cu_seqlens: boundaries of the sequences that still have tokens, None if none were given.
-        kept_sequences: which sequences these are.
-        max_seqlen: the length of the longest.
+        kept_sequences, max_seqlen: which sequences these are, and the length of the longest.
     """
 
     output_ids: Any
@@ -85,9 +65,6 @@ class Truncation:
             rows_per_image: how many rows each image (each video) has, for all of them in order.
             per: "image" or "video".
 
-        Returns:
-            The ranges, in order.
-
         Raises:
             PackingError: ``rows_per_image`` has another number of entries than there are images.
 
@@ -97,13 +74,12 @@ class Truncation:
             [[0, 16]]
         """
         kept, total = self._kept(per)
-        rows = as_counts(rows_per_image, f"rows_per_{per}")
-        if len(rows) != total:
-            raise PackingError(
-                f"rows_per_{per} has {len(rows)} entries, but there were {total} {per}s"
-            )
+        rows, name = as_counts(rows_per_image, f"rows_per_{per}"), f"rows_per_{per}"
+        require(
+            len(rows) == total, f"{name} has {len(rows)} entries, but there were {total} {per}s"
+        )
         starts = [0, *accumulate(rows)]
-        return merge_spans([starts[item : item + 2] for item in kept])
+        return kinds.merge_spans([starts[item : item + 2] for item in kept])
 
     def apply(
         self,
@@ -121,19 +97,16 @@ class Truncation:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
                 of them.
             per: what the first dimension counts: "token", "image" or "video"; or "position" for
-                position ids, M-RoPE's too, one for each token: they close up behind what was
-                removed, and start at 0 in every sequence. Keys of a dict that end in
-                "position_ids" are known by name. Tokens may also be the second dimension of
-                ``[1, T]``, or ``dim``.
+                position ids, M-RoPE's too: they close up behind what was removed, and start at 0 in
+                every sequence. Keys of a dict that end in "position_ids" are known by name.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``. Never true
                 of an ``attention_mask`` among them.
             fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
-                that comes without its name cannot be told from labels: give 0 for it, and for
-                advantages and log-probabilities.
-            dim: the dimension of the tokens, where it is another: 1 for the position ids ``[3, T]``
-                of M-RoPE.
+                without its name cannot be told from labels: give 0 for it, and for advantages.
+            dim: the dimension of the tokens, where it is neither the first nor the second of
+                ``[1, T]``: 1 for the position ids ``[3, T]`` of M-RoPE.
 
         Returns:
             What is left, of the same kind. Where no image (no video), or no row of one, is left,
@@ -146,123 +119,101 @@ class Truncation:
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
-            >>> cut.keep_positions, cut.apply([0, 1, 2, 3, 4, 5])
-            ([3, 4, 5], [3, 4, 5])
-            >>> cut.apply({"image_grid_thw": ["first", "second"]}, per="image")
-            {'image_grid_thw': ['second']}
+            >>> cut.keep_positions, cut.apply({"image_grid_thw": ["first", "second"]}, per="image")
+            ([3, 4, 5], {'image_grid_thw': ['second']})
         """
+        shifted = as_flag(shifted, "shifted")
         if isinstance(values, Mapping):
             cut = {}
             for key, value in values.items():
-                its_fill = 0 if fill is None and "mask" in str(key) else fill
-                about_next = as_flag(shifted, "shifted") and key != "attention_mask"
                 positions = per == "token" and str(key).endswith("position_ids")
                 cut[key] = self.apply(
                     value,
                     "position" if positions else per,
                     rows=rows,
-                    shifted=about_next and not positions,
-                    fill=its_fill,
+                    shifted=shifted and key != "attention_mask",
+                    fill=0 if fill is None and "mask" in str(key) else fill,
                     dim=dim,
                 )
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
         if per in ("token", "position"):
-            shifted = as_flag(shifted, "shifted")
             return self._apply_to_tokens(values, shifted, fill, dim, per == "position")
-        if dim is not None:
-            raise PackingError(f"dim is for tokens; {per}s are always the first dimension")
+        require(dim is None, f"dim is for tokens; {per}s are always the first dimension")
         _, total = self._kept(per)
         ranges = self.kept_row_ranges([1] * total if rows is None else rows, per)
         expected = total if rows is None else sum(as_counts(rows, "rows"))
-        found = length(values, "values")
-        if found != expected:
-            raise PackingError(
-                f"values have {found} entries, but the {total} {per}s have {expected} rows"
-            )
-        return take_spans(values, ranges) if ranges else None
+        found = kinds.length(values, "values")
+        require(
+            found == expected,
+            f"values have {found} entries, but the {total} {per}s have {expected} rows",
+        )
+        return kinds.take_spans(values, ranges) if ranges else None
 
     def _dim_of_tokens(self, shape, dim: int | None) -> int:
         """Where the tokens are: where that was said, else where the row has them."""
+        total = self._starts[-1]
         if dim is None:
-            batch_of_one = len(shape) > 1 and shape[0] == 1
-            if self._starts[-1] == 1:  # [1, 1] is what the ids are
-                batch_of_one = batch_of_one and getattr(self.output_ids, "ndim", 1) == 2
-            dim = int(batch_of_one)
-        dim = as_int(dim, "dim")
-        if not -len(shape) <= dim < len(shape):
-            raise PackingError(f"dim is {dim}, but values have {len(shape)} dimensions")
-        dim %= len(shape)
-        if shape[dim] != self._starts[-1]:
-            raise PackingError(
-                f"values have {shape[dim]} entries, but the row has {self._starts[-1]} tokens"
-            )
-        return dim
+            dim = int(len(shape) > 1 and shape[0] == 1)
+            if total == 1:  # [1, 1] is what the ids are
+                dim = dim and int(getattr(self.output_ids, "ndim", 1) == 2)
+        dim, size = as_int(dim, "dim"), len(shape)
+        require(-size <= dim < size, f"dim is {dim}, but values have {size} dimensions")
+        found = shape[dim]
+        require(found == total, f"values have {found} entries, but the row has {total} tokens")
+        return dim % size
 
     def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None, positions: bool):
-        shape = getattr(values, "shape", None)
-        dims = (length(values, "values"),) if shape is None or not len(shape) else shape
-        dim = self._dim_of_tokens(dims, dim)
-        cut = take(values, self.keep_positions, dim)
-        if positions or (dim > 0 and dims[0] == 3 and holds_ints(values)):
+        ints, shape = None, getattr(values, "shape", None)
+        if shape is None or not len(shape):
+            kinds.length(values, "values")
+            ints, given = kinds.holds_ints(values), type(values)
+            values = np.fromiter(values, dtype=object, count=len(values))
+        dim = self._dim_of_tokens(values.shape, dim)
+        ints = kinds.holds_ints(values) if ints is None else ints
+        cut = kinds.take(values, self.keep_positions, dim)
+        if positions or (dim > 0 and values.shape[0] == 3 and ints):
+            require(ints, "position ids are no ints; pass them as the processor gave them")
             offsets = self._offsets(values, dim)
+            require(
+                positions or shifted or not any(offsets),
+                "values look like position ids of M-RoPE, which would keep an offset where tokens "
+                'were removed; pass per="position", or move the tokens to dimension 0',
+            )
             if positions:
-                return self._move(cut, offsets, dim)
-            if any(offsets) and not shifted:
-                raise PackingError(
-                    "values look like position ids of M-RoPE, which would keep an offset where "
-                    'tokens were removed; pass per="position", or move the tokens to dimension 0'
-                )
-        if not shifted or not self._holes:
-            return cut
-        if fill is None:
-            if not holds_ints(values) or "uint" in str(getattr(values, "dtype", "")):
-                raise PackingError("values are no signed ints, so they are no labels; pass fill=0")
-            fill = IGNORE_INDEX
-        check_fits([fill], getattr(values, "dtype", None))
-        if shape is None:
-            cut = list(cut)
-            for hole in self._holes:
-                cut[hole] = fill
-            return cut if isinstance(values, list) else type(values)(cut)
-        cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
-        cut[(slice(None),) * dim + (self._holes,)] = fill
-        return cut
+                cut = cut - like(cut.reshape(-1), offsets).reshape(-1, *[1] * (cut.ndim - dim - 1))
+        if shifted and self._holes and not positions:
+            signed = ints and "uint" not in str(values.dtype)
+            require(
+                fill is not None or signed,
+                "values are no signed ints, so they are no labels; pass fill=0",
+            )
+            fill = IGNORE_INDEX if fill is None else fill
+            kinds.check_fits([fill], values.dtype)
+            cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
+            cut[(slice(None),) * dim + (self._holes,)] = fill
+        return given(cut.tolist()) if shape is None else cut
 
     def _offsets(self, values, dim: int) -> list[int]:
         """By how much each position that stays moves forward, from all that was removed before."""
-        if not holds_ints(values):
-            raise PackingError("position ids are no ints; pass them as the processor gave them")
-        values = values.cpu() if hasattr(values, "cpu") else values
-        rows = np.moveaxis(np.asarray(values), dim, -1).reshape(-1, self._starts[-1])
-        at = rows.min(axis=0).tolist() if rows.shape[1] else []
-        offsets: list[int] = []
+        if not self.keep_positions:
+            return []
+        rows = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)
+        at = np.moveaxis(rows, dim, -1).reshape(-1, self._starts[-1]).min(axis=0)
+        kept, offsets = np.array(self.keep_positions), []
         for start, stop in pairwise(self._starts):
-            low, high = (bisect_left(self.keep_positions, edge) for edge in (start, stop))
-            mine, expected, offset = [], start, 0
-            for position in self.keep_positions[low:high]:
-                if position != expected:
-                    offset += at[position] - at[expected]
-                mine.append(offset)
-                expected = position + 1
-            kept = zip(self.keep_positions[low:high], mine, strict=True)
-            first = min((at[position] - moved for position, moved in kept), default=0)
-            offsets += [moved + first for moved in mine]
+            mine = kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)]
+            if len(mine):
+                expected = np.concatenate(([start], mine[:-1] + 1))
+                moved = np.cumsum(at[mine] - at[expected])
+                offsets += (moved + (at[mine] - moved).min()).tolist()
         return offsets
 
-    def _move(self, cut, offsets: list[int], dim: int):
-        if not hasattr(cut, "shape"):
-            return type(cut)(p - offset for p, offset in zip(cut, offsets, strict=True))
-        shape = [len(offsets)] + [1] * (cut.ndim - dim - 1)
-        return cut - like(cut.reshape(-1), offsets).reshape(shape)
-
     def _kept(self, per: str) -> tuple[list[int], int]:
-        if per == "image":
-            return self.kept_images, len(self.kept_images) + len(self.dropped_images)
-        if per == "video":
-            return self.kept_videos, len(self.kept_videos) + len(self.dropped_videos)
-        raise PackingError(f"per is {per!r}, expected 'token', 'position', 'image' or 'video'")
+        require(per in _KINDS, f"per is {per!r}, expected 'token', 'position', 'image' or 'video'")
+        kept, dropped = getattr(self, f"kept_{per}s"), getattr(self, f"dropped_{per}s")
+        return kept, len(kept) + len(dropped)
 
 
 def truncate(
@@ -318,9 +269,10 @@ def truncate(
     streams = row.streams(tokens_per_image, tokens_per_video, whole=True)
     for stream in streams:
         if len(stream.positions) != stream.starts[-1]:
-            raise stream.mismatch()
-        _align(row, stream, row.starts[stream.seq : stream.seq + 2], None)
-    return row.result(input_ids, cu_seqlens, streams, _windows(row, max_length, side))
+            raise stream._mismatch()
+        stream.align(row.only_breaks, row.starts[stream.seq : stream.seq + 2], None)
+    sides = _per_seq(side, row, ("left", "right"))
+    return row.result(input_ids, cu_seqlens, streams, _windows(row, max_length, sides))
 
 
 def reconcile(
@@ -368,9 +320,9 @@ def reconcile(
     """
     row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=False)
-    sides = _per_seq(side, row)
+    sides = _per_seq(side, row, ("left", "right", None))
     for stream in streams:
-        _align(row, stream, row.bounds(stream.seq), sides[stream.seq])
+        stream.align(row.only_breaks, row.bounds(stream.seq), sides[stream.seq])
     return row.result(input_ids, cu_seqlens, streams, None)
 
 
@@ -392,7 +344,6 @@ class _Stream:
 
     def __post_init__(self):
         self.starts = [0, *accumulate(sum(runs) for runs in self.items)]
-        self.runs = [0, *accumulate(run for runs in self.items for run in runs)]
 
     def survivors(self, first: int, count: int) -> tuple[int, int]:
         """The images ``[i, j)`` that lie wholly in the window of ``count`` from ``first``."""
@@ -416,7 +367,43 @@ class _Stream:
         after = bisect_right(self.starts, self.first + len(self.positions)) - 1
         return self.items[min(after, len(self.items) - 1)]
 
-    def mismatch(self, gaps=None, side=None) -> PlaceholderMismatch:
+    def align(self, only_breaks: Callable, bounds: Sequence[int], side: str | None) -> None:
+        """Find the number of the first placeholder left, from what the row says of boundaries."""
+        positions, left, last = self.positions, len(self.positions), self.starts[-1]
+        if left > last:
+            raise self._mismatch()
+        gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
+        breaks = [k for k in gaps if not only_breaks(positions[k - 1] + 1, positions[k])]
+        if left:
+            breaks += [0] * (not only_breaks(bounds[0], positions[0]))
+            breaks += [left] * (not only_breaks(positions[-1] + 1, bounds[1]))
+        edges, apart = {0, *accumulate(run for runs in self.items for run in runs)}, set(gaps)
+        inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
+
+        def fits(first: int) -> bool:
+            low, high = bisect_right(inner, first), bisect_left(inner, first + left)
+            return all(first + k in edges for k in breaks) and all(
+                inner[i] - first in apart for i in range(low, high)
+            )
+
+        candidates = range(last - left + 1)
+        if side is not None or not left:
+            candidates = candidates[-1:] if side == "left" else candidates[:1]
+        keepers, others = [], []
+        for first in filter(fits, candidates):
+            i, j = self.survivors(first, left)
+            (keepers if i < j else others).append(first)
+            if len(keepers) == _MAX_CANDIDATES:
+                break
+        if not keepers and not others:
+            raise self._mismatch(gaps, side)
+        # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
+        if keepers and len(keepers) + len(others) > 1:
+            raise self._ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
+        self.first = (keepers or others)[0]
+        self.unsure = side is None and last > 0 and (not left or len(others) > 1)
+
+    def _mismatch(self, gaps=None, side=None) -> PlaceholderMismatch:
         """The error for placeholders that cannot come from these images."""
         found, total = len(self.positions), self.starts[-1]
         message = (
@@ -435,7 +422,7 @@ class _Stream:
             )
         return PlaceholderMismatch(actual=total, expected=found, message=message)
 
-    def ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
+    def _ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
         """The error for a row that several sets of images explain, with the first few of them."""
         found, size = [], len(self.positions)
         for first in candidates:
@@ -476,53 +463,50 @@ class _Row:
         self.ids = ids = as_ids(input_ids, "input_ids")
         if types is None:
             found = {"image": one.image_token_id, "video": one.video_token_id}
-            found = {kind: token for kind, token in found.items() if token is not None}
-            if len(set(found.values())) < len(found):
-                raise PackingError(
-                    f"image_token_id and video_token_id are both {one.image_token_id}; count their "
-                    f"images and videos in tokens_per_image, in their order in the row"
-                )
-            kind_of = {token: kind for kind, token in found.items()}
-            self.kinds = [kind_of.get(token) for token in ids]
-            self.tokens = {kind: f"id {token}" for kind, token in found.items()}
-            placeholders = set(found.values())
+            self.tokens = {
+                kind: f"id {token}" for kind, token in found.items() if token is not None
+            }
+            kind_of, kinds_by = {token: kind for kind, token in found.items()}, ids
+            require(
+                len(self.tokens) < 2 or len(kind_of) == 2,
+                f"image_token_id and video_token_id are both {one.image_token_id}; count their "
+                f"images and videos in tokens_per_image, in their order in the row",
+            )
         else:
-            if any(overrides.get(f"{kind}_token_id") is not None for kind in _KINDS):
-                raise PackingError("pass image_token_id=None where mm_token_type_ids are given")
-            types = as_ids(types, "mm_token_type_ids")
-            if len(types) != len(ids):
-                raise PackingError(
-                    f"mm_token_type_ids has {len(types)} entries, but the row {len(ids)} tokens"
-                )
-            self.kinds = [{1: "image", 2: "video"}.get(kind) for kind in types]
+            both = (overrides.get(f"{kind}_token_id") for kind in _KINDS)
+            require({*both} == {None}, "pass image_token_id=None where mm_token_type_ids are given")
+            kinds_by, kind_of = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}
             self.tokens = {"image": "type 1", "video": "type 2"}
-            placeholders = {token for token, kind in zip(ids, self.kinds, strict=True) if kind}
-        bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
+            require(
+                len(kinds_by) == len(ids),
+                f"mm_token_type_ids has {len(kinds_by)} entries, but the row {len(ids)} tokens",
+            )
+        self.kinds = [kind_of.get(what) for what in kinds_by]
+        bounds = [0, len(ids)] if cu_seqlens is None else kinds.as_boundaries(cu_seqlens, len(ids))
         self.starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
 
         begin, end = one.vision_start_id, one.vision_end_id
-        letters = {one.video_start_id: "<", one.video_end_id: ">", begin: "(", end: ")"}
-        if begin == end:
-            letters[begin] = "|"
-        letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "."}
-        self.letters = [
-            "p" if k else letters.get(t, ".") for t, k in zip(ids, self.kinds, strict=True)
-        ]
-        # A whole video, from one outer marker, or the edge of the row, to the other; the outer
-        # markers may be those around its frames.
-        first = letters[begin if one.video_start_id is None else one.video_start_id]
-        last = letters[end if one.video_end_id is None else one.video_end_id]
-        first, last = ("(?!)" if x == "." else re.escape(x) for x in (first, last))
-        self.clips = re.compile(rf"(?P<open>{first}|^)[.b]*(?P<clip>v[v.b]*)?(?P<close>{last}|$)")
+        outer = begin if one.video_start_id is None else one.video_start_id
+        outer = outer, end if one.video_end_id is None else one.video_end_id
+        placeholders = {token for token, kind in zip(ids, self.kinds, strict=True) if kind}
+        placeholders |= set(found.values()) - {None} if types is None else set()
         for name, tokens in (
             ("break_token_ids", one.break_token_ids),
-            ("vision_start_id", (begin, one.video_start_id)),
-            ("vision_end_id", (end, one.video_end_id)),
+            ("vision_start_id", (begin, outer[0])),
+            ("vision_end_id", (end, outer[1])),
             ("pad_token_id", (one.pad_token_id,)),
         ):
             for token in placeholders.intersection(tokens):
-                raise PackingError(f"{name}: {token} is a placeholder")
+                require(False, f"{name}: {token} is a placeholder")
+        letters = {outer[0]: "<", outer[1]: ">", begin: "(", end: "|" if begin == end else ")"}
+        letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "."}
+        marked = zip(ids, self.kinds, strict=True)
+        self.letters = ["p" if kind else letters.get(token, ".") for token, kind in marked]
+        # A whole video, from one outer marker, or the edge of the row, to the other; the outer
+        # markers may be those around its frames.
+        first, last = ("(?!)" if m is None else re.escape(letters[m]) for m in outer)
+        self.clips = re.compile(rf"(?P<open>{first}|^)[.b]*(?P<clip>v[v.b]*)?(?P<close>{last}|$)")
         if one.drop_dangling and "video" not in self.tokens and None not in (begin, end):
             self._refuse_unknown_media(begin, end)
 
@@ -533,12 +517,12 @@ class _Row:
             stop = start
             while stop < size and ids[stop] == ids[start] and self.letters[stop] == ".":
                 stop += 1
-            if stop - start > 1 and stop < size and ids[stop] == end:
-                raise PackingError(
-                    f"position {start - 1}: markers stand around {stop - start} tokens of id "
-                    f"{ids[start]}, which is no image_token_id; a video needs video_token_id and "
-                    f"tokens_per_video, or its family"
-                )
+            require(
+                stop - start < 2 or stop == size or ids[stop] != end,
+                f"position {start - 1}: markers stand around {stop - start} tokens of id "
+                f"{ids[start] if start < size else None}, which is no image_token_id; a video "
+                f"needs video_token_id and tokens_per_video, or its family",
+            )
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
@@ -569,7 +553,7 @@ class _Row:
                     message=f"{tail} {kind} placeholders ({token}) lie past the last boundary at "
                     f"{self.starts[self.num_seqs]}, in no sequence",
                 )
-            counts, first = [len(found) for found in positions[: self.num_seqs]], 0
+            counts, first = [*map(len, positions[: self.num_seqs])], 0
             for seq, items in enumerate(self._items(spec, kind, counts, whole)):
                 streams.append(_Stream(seq, kind, token, first, items, positions[seq]))
                 first += len(items)
@@ -577,37 +561,34 @@ class _Row:
 
     def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list]:
         """The runs of every image of every sequence."""
-        where = f"tokens_per_{kind}"
+        where, num_seqs = f"tokens_per_{kind}", len(counts)
         entries = [] if spec is None else as_list(spec, where)
-        if entries and kind not in self.tokens:
-            raise PackingError(
-                f"{where} is given, but no {kind}_token_id to find them by; a family that writes "
-                f"its videos with the image's needs mm_token_type_ids"
-            )
+        require(
+            not entries or kind in self.tokens,
+            f"{where} is given, but no {kind}_token_id to find them by; a family that writes its "
+            f"videos with the image's needs mm_token_type_ids",
+        )
         if not self.packed:
             return [_as_items(entries, where)]
-        if any(entry is None or nested(entry) for entry in entries) or (entries and not counts):
-            if len(entries) != len(counts):
-                raise PackingError(
-                    f"{where} has {len(entries)} entries, but the row has {len(counts)} sequences"
-                )
-            named = ((entry or [], f"{where}[{seq}]") for seq, entry in enumerate(entries))
-            return [_as_items(*one) for one in named]
-        items = _as_items(entries, where)
-        if items and len(counts) > 1 and not whole:
-            raise PackingError(
-                f"{where} is one list for {len(counts)} sequences, and what was cut off does not "
-                f"say whose images they were; pass one list per sequence"
+        if any(e is None or kinds.nested(e) for e in entries) or (entries and not counts):
+            require(
+                len(entries) == num_seqs,
+                f"{where} has {len(entries)} entries, but the row has {num_seqs} sequences",
             )
-        split, at = [], 0
-        for count in counts:
-            first = at
-            while at < len(items) and count > 0:
-                count -= sum(items[at])
-                at += 1
-            split.append(items[first:at])
-        if split:
-            split[-1] += items[at:]  # one too many, or a sequence that does not fit: said below
+            named = (([] if e is None else e, f"{where}[{seq}]") for seq, e in enumerate(entries))
+            return [_as_items(*one) for one in named]
+        items, split = _as_items(entries, where), [[] for _ in counts]
+        require(
+            not items or num_seqs == 1 or whole,
+            f"{where} is one list for {num_seqs} sequences, and what was cut off does not say "
+            f"whose images they were; pass one list per sequence",
+        )
+        seq = 0
+        for item in items:  # one too many, or a sequence that it does not fit, is said by align
+            while seq < num_seqs - 1 and counts[seq] <= 0:
+                seq += 1
+            split[seq].append(item)
+            counts[seq] -= sum(item)
         return split
 
     def result(self, input_ids, cu_seqlens, streams, windows) -> Truncation:
@@ -643,7 +624,7 @@ class _Row:
         bounds = [0, *accumulate(lengths[seq] for seq in seqs)]
         ends = {stop - 1 for _, stop in seen}
         return Truncation(
-            output_ids=like_ids(input_ids, [self.ids[position] for position in keep]),
+            output_ids=kinds.like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
             orphan_positions=[p for p, what in enumerate(state) if what == _ORPHAN],
             kept_images=kept["image"],
@@ -709,87 +690,44 @@ def _as_items(entries, where: str) -> list[list[int]]:
     items = []
     for i, entry in enumerate(as_list(entries, where)):
         name = f"{where}[{i}]"
-        runs = as_ids(entry, name) if nested(entry) else [as_int(entry, name)]
-        if not runs or min(runs) < 1:
-            raise PackingError(
-                f"{where}[{i}] is {entry}, expected at least 1; leave out an image that has no "
-                f"placeholders"
-            )
-        items.append(runs)
+        items.append(as_ids(entry, name) if kinds.nested(entry) else [as_int(entry, name)])
+        require(
+            items[-1] and min(items[-1]) > 0,
+            f"{name} is {entry}, expected at least 1; leave out an image that has no placeholders",
+        )
     return items
 
 
-def _windows(row: _Row, max_length, side) -> list[tuple[int, int]]:
+def _windows(row: _Row, max_length, sides: list) -> list[tuple[int, int]]:
     """What stays of every sequence, and of the tail, before anything is repaired."""
     seqs = list(pairwise(row.starts))
-    if not nested(max_length):
+    if not kinds.nested(max_length):
         limit = min(as_int(max_length, "max_length", minimum=0), len(row.ids))
-        first = 0 if _as_side(side) == "right" else len(row.ids) - limit
+        first = 0 if sides[0] == "right" else len(row.ids) - limit
         last = first + limit
         return [(min(max(first, a), last), max(min(last, b), first)) for a, b in seqs]
     limits = as_counts(max_length, "max_length")
-    if len(limits) != row.num_seqs:
-        raise PackingError(f"max_length has {len(limits)} entries for {row.num_seqs} sequences")
-    windows = []
-    for (start, stop), limit, one_side in zip(seqs, limits, _per_seq(side, row), strict=False):
-        limit = min(limit, stop - start)
-        right = _as_side(one_side) == "right"
-        windows.append((start, start + limit) if right else (stop - limit, stop))
-    return windows + seqs[row.num_seqs :]
+    require(
+        len(limits) == row.num_seqs,
+        f"max_length has {len(limits)} entries for {row.num_seqs} sequences",
+    )
+    cuts = zip(seqs, limits, sides, strict=False)
+    return [(a, min(a + n, b)) if s == "right" else (max(a, b - n), b) for (a, b), n, s in cuts] + (
+        seqs[row.num_seqs :]
+    )
 
 
-def _per_seq(side, row: _Row) -> list:
+def _per_seq(side, row: _Row, known: tuple) -> list:
+    """The side that was cut off, one for each sequence."""
     one = side is None or isinstance(side, str)
-    sides = [side] * row.num_seqs if one else as_list(side, "side")
-    if len(sides) != row.num_seqs:
-        raise PackingError(f"side has {len(sides)} entries for {row.num_seqs} sequences")
-    return sides
-
-
-def _as_side(side) -> str:
-    if not isinstance(side, str) or side not in ("left", "right"):
-        raise PackingError(
-            f"side is {side!r}, expected 'left' or 'right', the side that is cut off"
+    sides = [side] * max(row.num_seqs, 1) if one else as_list(side, "side")
+    require(
+        len(sides) == row.num_seqs or one,
+        f"side has {len(sides)} entries for {row.num_seqs} sequences",
+    )
+    for each in sides:
+        require(
+            (each is None or isinstance(each, str)) and each in known,
+            f"side is {each!r}, expected 'left' or 'right', the side that is cut off",
         )
-    return side
-
-
-def _align(row: _Row, stream: _Stream, bounds: Sequence[int], side: str | None) -> None:
-    """Find the number of the first placeholder left, from all that the row says of boundaries."""
-    if side is not None:
-        _as_side(side)
-    positions, left, last = stream.positions, len(stream.positions), stream.starts[-1]
-    if left > last:
-        raise stream.mismatch()
-    gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
-    breaks = [k for k in gaps if not row.only_breaks(positions[k - 1] + 1, positions[k])]
-    if left and not row.only_breaks(bounds[0], positions[0]):
-        breaks.append(0)
-    if left and not row.only_breaks(positions[-1] + 1, bounds[1]):
-        breaks.append(left)
-    edges, apart = set(stream.runs), set(gaps)
-    inner = sorted(edges - set(stream.starts))  # runs of one image never adjoin
-
-    def fits(first: int) -> bool:
-        if not all(first + k in edges for k in breaks):
-            return False
-        low, high = bisect_right(inner, first), bisect_left(inner, first + left)
-        return all(inner[i] - first in apart for i in range(low, high))
-
-    candidates = range(last - left + 1)
-    candidates = candidates[:1] if side == "right" else candidates
-    candidates = candidates[-1:] if side == "left" else candidates
-    keepers, others = [], []
-    for first in candidates if left else candidates[-1:] if side == "left" else candidates[:1]:
-        if fits(first):
-            i, j = stream.survivors(first, left)
-            (keepers if i < j else others).append(first)
-            if len(keepers) == _MAX_CANDIDATES:
-                break
-    if not keepers and not others:
-        raise stream.mismatch(gaps, side)
-    # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
-    if keepers and len(keepers) + len(others) > 1:
-        raise stream.ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
-    stream.first = (keepers or others)[0]
-    stream.unsure = side is None and last > 0 and (not left or len(others) > 1)
+    return sides
