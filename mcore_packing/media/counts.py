@@ -1,25 +1,23 @@
 """How many tokens images and videos become, and whether a prompt has that many placeholders."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
+from . import kinds
 from .families import Family, get_family
-from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, nested, shorten
-from .rules import RULES, VIDEO_RULES, apply_rule
+from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, nested, require
+from .rules import apply_rule
 
 
 def num_image_tokens(family: str | Family, height: int, width: int, **settings: Any) -> int:
-    """How many placeholders an image of this size needs.
-
-    Begin, end and break tokens are not placeholders and not counted.
+    """How many placeholders an image of this size needs: begin, end and breaks are not counted.
 
     Args:
         family: a family that has a count rule.
-        height: of the image as it is loaded, in pixels.
-        width: likewise.
+        height, width: of the image as it is loaded, in pixels.
         **settings: those of the family's processor, by its own names;
             ``get_family(family).settings`` lists them with their defaults.
 
@@ -38,12 +36,8 @@ def num_image_tokens(family: str | Family, height: int, width: int, **settings: 
     Example:
         >>> num_image_tokens("qwen2_vl", 224, 224), num_image_tokens("gemma4", 3, 900)
         (64, 280)
-        >>> num_image_tokens("nemotron_omni", 480, 640)
-        300
     """
-    known = get_family(family)
-    size = _as_size((height, width), ("height", "width"))
-    return _count(known, known.count, RULES, size, {**known.settings}, settings)
+    return _count(family, "count", "settings", {"height": height, "width": width}, settings)
 
 
 def num_video_tokens(
@@ -54,8 +48,7 @@ def num_video_tokens(
     Args:
         family: a family that has a video rule.
         frames: how many are given to the model, after sampling.
-        height: of each, in pixels.
-        width: likewise.
+        height, width: of each, in pixels.
         **settings: those of the family's video processor; ``get_family(family).video_settings``
             lists them with their defaults.
 
@@ -72,41 +65,39 @@ def num_video_tokens(
         >>> num_video_tokens("qwen3_vl", 8, 224, 224), num_video_tokens("internvl3", 8, 224, 224)
         (196, 2048)
     """
-    known = get_family(family)
-    size = _as_size((frames, height, width), ("frames", "height", "width"))
-    return _count(known, known.video_count, VIDEO_RULES, size, {**known.video_settings}, settings)
+    size = {"frames": frames, "height": height, "width": width}
+    return _count(family, "video_count", "video_settings", size, settings)
 
 
-def _count(family: Family, rule: Any, named: Mapping, size: tuple, known: dict, given: dict) -> int:
+def _count(family: str | Family, what: str, settings: str, size: dict, given: dict) -> int:
     """What the rule says with the family's settings and those of the call."""
-    what = "count" if len(size) == 2 else "video_count"
-    rule = named.get(rule) if isinstance(rule, str) else rule
-    if rule is None:
-        raise PackingError(
-            f"family {family.name!r} has no count rule; ask its processor with "
-            f"count_with_processor, or give register_family a {what}"
-        )
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise PackingError(
-            f"family {family.name!r} has no setting {', '.join(unknown)}, expected some of "
-            f"{', '.join(known)}"
-        )
+    family = get_family(family)
+    sides = tuple(as_int(value, name, minimum=1) for name, value in size.items())
+    rule, known = family.rule(what), dict(getattr(family, settings))
+    name = f"family {family.name!r}"
+    require(
+        rule is not None,
+        f"{name} has no count rule; ask its processor with count_with_processor, or give "
+        f"register_family a {what}",
+    )
+    unknown = ", ".join(sorted(set(given) - set(known)))
+    require(not unknown, f"{name} has no setting {unknown}, expected some of {', '.join(known)}")
     known |= given
     try:
-        for name, values in family.choices.items():
-            if name in known and known[name] not in values:
-                raise PackingError(
-                    f"{name} is {known[name]!r}, expected one of {', '.join(map(str, values))}"
-                )
-        count = apply_rule(rule, size, known)
+        for setting, values in family.choices.items():
+            require(
+                setting not in known or known[setting] in values,
+                f"{setting} is {known.get(setting)!r}, expected one of "
+                f"{', '.join(map(str, values))}",
+            )
+        count = apply_rule(rule, sides, known)
     except PackingError:
         raise
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise PackingError(
-            f"family {family.name!r} cannot count with this size and these settings: {error}"
+            f"{name} cannot count with this size and these settings: {error}"
         ) from error
-    return as_int(count, f"the count of family {family.name!r}", minimum=1)
+    return as_int(count, f"the count of {name}", minimum=1)
 
 
 def count_with_processor(
@@ -121,8 +112,7 @@ def count_with_processor(
 
     Blank images of these sizes go through the processor together, as one sample: some processors
     give an image among others fewer tokens than an image alone (LLaVA-OneVision). Their own helper
-    for this, made for vLLM, is not asked: it counts begin and end tokens for some, ignores pan and
-    scan for Gemma 3, and does not know the other images.
+    for this counts begin and end tokens for some, and does not know the other images.
 
     Args:
         processor: a processor object with its image processor and tokenizer.
@@ -151,55 +141,54 @@ def count_with_processor(
             height, width = size
         except (TypeError, ValueError):
             raise PackingError(f"sizes[{i}] is {size!r}, expected (height, width)") from None
-        checked.append(_as_size((height, width), ("height", "width"), f"sizes[{i}]: "))
+        where = f"sizes[{i}]: "
+        checked.append((as_int(height, where + "height", 1), as_int(width, where + "width", 1)))
     if not checked:
         return []
     name = type(processor).__name__
-    text = getattr(processor, "image_token", None)
     if image_token_id is None and family is not None:
         image_token_id = get_family(family).image_token_id
     try:
-        if image_token_id is None:
-            image_token_id = _placeholder_of(processor)
-        if image_token_id is None or text is None:
-            raise PackingError(
-                f"{name} does not say its image token; pass image_token_id, or count the "
-                f"placeholders of its input_ids"
-            )
-        counts = _count_blanks(processor, checked, text, image_token_id, images_kwargs)
+        counts = _count_blanks(processor, checked, image_token_id, images_kwargs)
     except PackingError:
         raise
     except Exception as error:
         raise PackingError(f"{name} refused: {type(error).__name__}: {error}") from error
-    if len(counts) != len(checked):
-        sizes = ", ".join(f"{height} x {width}" for height, width in checked[:4])
-        raise PackingError(
-            f"{name} wrote placeholders with id {image_token_id} for {len(counts)} of "
-            f"{len(checked)} images of {sizes}; pass the image_token_id it writes"
-        )
+    found, total = len(counts), len(checked)
+    require(
+        found == total,
+        f"{name} wrote placeholders for {found} of {total} images of "
+        f"{', '.join(f'{height} x {width}' for height, width in checked[:4])}; pass the "
+        f"image_token_id it writes",
+    )
     return counts
 
 
-def _placeholder_of(processor: Any) -> int | None:
-    """The token that stands once per image row, which is not always the one in the prompt."""
-    written = getattr(processor, "img_patch_token", None)  # Llama 4's
-    if written is not None:
-        return processor.tokenizer.convert_tokens_to_ids(written)
-    # The list has begin, end and break tokens too, but the placeholder comes first.
-    return next(iter(getattr(processor, "image_token_ids", None) or [None]))
-
-
-def _count_blanks(processor, sizes, text: str, image_token_id: int, images_kwargs) -> list[int]:
+def _count_blanks(processor, sizes, image_token_id: int | None, images_kwargs) -> list[int]:
     """The placeholders between separators, which are special tokens and so never merged."""
+    text = getattr(processor, "image_token", None)
+    if image_token_id is None:
+        # What stands once per image row is not always the token in the prompt (Llama 4), and the
+        # list has begin, end and break tokens too, but the placeholder comes first.
+        written = getattr(processor, "img_patch_token", None)
+        known = getattr(processor, "image_token_ids", None) or [None]
+        image_token_id = next(iter(known))
+        if written is not None:
+            image_token_id = processor.tokenizer.convert_tokens_to_ids(written)
+    require(
+        image_token_id is not None and text is not None,
+        f"{type(processor).__name__} does not say its image token; pass image_token_id, or count "
+        f"the placeholders of its input_ids",
+    )
     from PIL import Image
 
-    blanks = [Image.new("RGB", (width, height)) for height, width in sizes]
     between, ends = "", None
-    if len(blanks) > 1:
+    if len(sizes) > 1:
         tokens = processor.tokenizer
         names = (getattr(tokens, f"{kind}_token", None) for kind in ("eos", "pad", "bos"))
         between = next(name for name in names if name is not None and name != text)
         ends = tokens.convert_tokens_to_ids(between)
+    blanks = [Image.new("RGB", (width, height)) for height, width in sizes]
     prompt = between.join([text] * len(blanks))
     output = processor(images=[blanks], text=[prompt], images_kwargs=images_kwargs)
     counts = [0]
@@ -227,12 +216,11 @@ def check_placeholders(
     Args:
         input_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row; or a batch
             ``[B, T]``, or a list of ``B`` rows, each of them a sample.
-        features: what should replace the placeholders. A tensor ``[rows, H]``, or ``[images, rows,
-            H]``; or tensors nested in lists and tuples; an int, also one of a 1-D integer tensor,
-            counts for that many rows. With samples one entry for each of them (empty or None where
-            it has no images), or one for each image together with ``num_images``. A batch may also
-            have all its features in one tensor ``[rows, H]``, as Hugging Face gives them: it does
-            not say where a sample ends, and only totals are compared.
+        features: what should replace the placeholders: a tensor ``[rows, H]`` or ``[images, rows,
+            H]``, tensors nested in lists, or ints for that many rows. With samples one entry for
+            each of them (empty or None where it has no images), or one for each image together
+            with ``num_images``. Of a batch with all its features in one tensor ``[rows, H]``, which
+            does not say where a sample ends, only totals are compared.
         image_token_id: the placeholder; by default that of ``family``.
         family: a registered family, or a ``Family``.
         cu_seqlens: ``[B + 1]``, the samples of a packed row.
@@ -262,39 +250,33 @@ rows; the row has 3 placeholders and 3 feature rows
         rows = _rows_per_sample(features, len(placeholders), num_images)
     for seq, (expected, actual) in enumerate(zip(placeholders, rows, strict=True)):
         if expected != actual:
-            where = f"sequence {seq}: " if len(rows) > 1 else ""
-            total = f"; the row has {sum(placeholders)} placeholders and {sum(rows)} feature rows"
-            raise PlaceholderMismatch(
-                actual=actual,
-                expected=expected,
-                message=f"{where}{expected} placeholders (id {image_token_id}) but {actual} "
-                f"feature rows{total if len(rows) > 1 else ''}",
-            )
+            message = f"{expected} placeholders (id {image_token_id}) but {actual} feature rows"
+            if len(rows) > 1:
+                message = f"sequence {seq}: {message}; the row has {sum(placeholders)} placeholders"
+                message += f" and {sum(rows)} feature rows"
+            raise PlaceholderMismatch(actual=actual, expected=expected, message=message)
 
 
 def _placeholders_per_sample(input_ids, image_token_id: int, cu_seqlens) -> list[int]:
     batch = getattr(input_ids, "ndim", 1) == 2 and input_ids.shape[0] != 1
     if isinstance(input_ids, (list, tuple)) and input_ids:
         batch = nested(input_ids[0])
-    if batch and cu_seqlens is not None:
-        raise PackingError("cu_seqlens go with one packed row, but input_ids hold several rows")
     if batch:
+        require(
+            cu_seqlens is None,
+            "cu_seqlens go with one packed row, but input_ids hold several rows",
+        )
         rows = [as_ids(row, f"input_ids[{i}]") for i, row in enumerate(input_ids)]
         return [row.count(image_token_id) for row in rows]
     ids = as_ids(input_ids, "input_ids")
     if cu_seqlens is None:
         return [ids.count(image_token_id)]
     bounds = as_boundaries(cu_seqlens, len(ids))
-    counts = [ids[start:stop].count(image_token_id) for start, stop in pairwise(bounds)]
-    tail = ids[bounds[-1] :].count(image_token_id)
-    if tail:
-        raise PlaceholderMismatch(
-            actual=0,
-            expected=tail,
-            message=f"{tail} placeholders (id {image_token_id}) lie past the last boundary at "
-            f"{bounds[-1]}, in no sequence",
-        )
-    return counts
+    if tail := ids[bounds[-1] :].count(image_token_id):
+        message = f"{tail} placeholders (id {image_token_id}) lie past the last boundary at "
+        message += f"{bounds[-1]}, in no sequence"
+        raise PlaceholderMismatch(actual=0, expected=tail, message=message)
+    return [ids[start:stop].count(image_token_id) for start, stop in pairwise(bounds)]
 
 
 def _num_rows(features, name: str) -> int:
@@ -303,10 +285,9 @@ def _num_rows(features, name: str) -> int:
         return 0
     if isinstance(features, (list, tuple)):
         return sum(_num_rows(entry, f"{name}[{i}]") for i, entry in enumerate(features))
-    shape = getattr(features, "shape", None)
     if _are_counts(features):
         return sum(as_counts(features, name))
-    if shape is not None and len(shape):
+    if shape := getattr(features, "shape", None):
         return math.prod(shape[:-1]) if len(shape) > 1 else int(shape[0])
     return as_int(features, name, minimum=0)
 
@@ -317,33 +298,28 @@ def _are_counts(features) -> bool:
 
 def _rows_per_sample(features, num_samples: int, num_images) -> list[int]:
     shape = getattr(features, "shape", None)
-    images_known = num_images is not None and shape is not None and len(shape) > 2
     if features is None:
         features = [None] * num_samples if num_images is None else []
-    elif images_known or _are_counts(features):
+    elif _are_counts(features) or (num_images is not None and shape and len(shape) > 2):
         features = list(features)  # [images, rows, H]
-    elif not isinstance(features, (list, tuple)):
-        found = f"one tensor {list(shape)}" if shape is not None else f"a {type(features).__name__}"
-        raise PackingError(
-            f"features are {found} for {num_samples} samples, which does not say where each sample "
-            f"ends; pass one entry per sample, or one per image and say num_images"
-        )
+    found = f"a {type(features).__name__}" if shape is None else f"one tensor {list(shape)}"
+    require(
+        isinstance(features, (list, tuple)),
+        f"features are {found} for {num_samples} samples, which does not say where each sample "
+        f"ends; pass one entry per sample, or one per image and say num_images",
+    )
     rows = [_num_rows(entry, f"features[{i}]") for i, entry in enumerate(features)]
     if num_images is None:
-        if len(rows) != num_samples:
-            raise PackingError(
-                f"features have {len(rows)} entries for {num_samples} samples; pass one per "
-                f"sample, empty where it has no images, or say num_images"
-            )
+        require(
+            len(rows) == num_samples,
+            f"features have {len(rows)} entries for {num_samples} samples; pass one per sample, "
+            f"empty where it has no images, or say num_images",
+        )
         return rows
     images = as_counts(num_images, "num_images")
-    if len(images) != num_samples or sum(images) != len(rows):
-        raise PackingError(
-            f"num_images {shorten(images)} is for {len(images)} samples and {sum(images)} entries, "
-            f"but there are {num_samples} samples and {len(rows)} entries of features"
-        )
+    require(
+        len(images) == num_samples and sum(images) == len(rows),
+        f"num_images {kinds.shorten(images)} is for {len(images)} samples and {sum(images)} "
+        f"entries, but there are {num_samples} samples and {len(rows)} entries of features",
+    )
     return [sum(rows[start:stop]) for start, stop in pairwise([0, *accumulate(images)])]
-
-
-def _as_size(values: tuple, names: tuple[str, ...], where: str = "") -> tuple[int, ...]:
-    return tuple(as_int(v, f"{where}{name}", 1) for v, name in zip(values, names, strict=True))

@@ -13,19 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import PackingError, PlaceholderMismatch
+from . import kinds
 from .families import Family, resolve
-from .kinds import (
-    IGNORE_INDEX,
-    as_boundaries,
-    as_counts,
-    as_ids,
-    as_list,
-    as_row,
-    as_token,
-    like,
-    like_ids,
-    shorten,
-)
+from .kinds import IGNORE_INDEX, as_counts, as_ids, as_list, like, like_ids, require, shorten
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +27,7 @@ class Placement:
     Attributes:
         output_ids: the prompt with all blocks in it.
         insert_at: the index in ``prompt_ids`` that the blocks stand before, an int, where they were
-            spliced in one place; otherwise a list with one index per block (packed rows, given
-            turns, placeholders expanded in place).
+            spliced in one place; otherwise a list with one index per block.
         block_spans: ``[start, stop)`` of every block in ``output_ids``.
         labels: with -100 where they are about a token of a block, None if none were given.
         loss_mask: with 0 there, None if none was given.
@@ -66,10 +55,9 @@ def splice_image_blocks(
 ) -> Any:
     """Put all image blocks, in order, right after the last user-turn opener.
 
-    Without an opener to be found (empty, absent, longer than the prompt) they go after the first
-    token; with ``bos_token_id`` given, after it if the prompt begins with it and else to the front,
-    because the first token of a prompt that was cut on the left is nobody's BOS. An empty prompt
-    gives the blocks alone.
+    Without an opener to be found they go after the first token; with ``bos_token_id`` given, after
+    it if the prompt begins with it and else to the front, because the first token of a prompt that
+    was cut on the left is nobody's BOS. An empty prompt gives the blocks alone.
 
     Args:
         prompt_ids: token ids ``[T]``: a list, or an integer tensor ``[T]`` or ``[1, T]``.
@@ -93,11 +81,11 @@ def splice_image_blocks(
     """
     ids = as_ids(prompt_ids, "prompt_ids")
     opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
-    bos_token_id = as_token(bos_token_id, "bos_token_id")
-    blocks = [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
+    bos_token_id = kinds.as_token(bos_token_id, "bos_token_id")
     ends = _opener_ends(ids, opener, 0)
     at = ends[-1] if ends else int(bool(ids) and bos_token_id in (None, ids[0]))
-    return like_ids(prompt_ids, ids[:at] + [t for block in blocks for t in block] + ids[at:])
+    spliced = [token for block in _as_blocks(blocks) for token in block]
+    return like_ids(prompt_ids, ids[:at] + spliced + ids[at:])
 
 
 def place_image_blocks(
@@ -131,25 +119,22 @@ def place_image_blocks(
         labels: ``[T]``, one for every token.
         loss_mask: ``[T]``.
         cu_seqlens: ``[B + 1]``, boundaries of the packed row; tokens past the last one stay last.
-        **overrides: ``blocks_per_seq``, how many blocks each sequence of a packed row has, where
-            neither ``images_per_turn`` nor placeholders say it; and what to use instead of what the
-            family says: ``image_token_id``, ``video_token_id``, ``prompt_token_id``,
-            ``video_prompt_token_id``, ``bos_token_id``;
-            ``shifted=True`` where labels and loss mask are shifted, as Megatron's are: entry ``t``
-            is about token ``t + 1``. The entry before a block is not trained then, and that of the
-            block's last token takes over what stood there: it predicts the same token.
+        **overrides: what to use instead of what the family says: ``image_token_id``,
+            ``video_token_id``, ``prompt_token_id``, ``video_prompt_token_id``, and ``shifted=True``
+            where entry ``t`` of labels and loss mask is about token ``t + 1``, as Megatron's: the
+            entry before a block is not trained then, and that of its last token predicts what it
+            did. Also ``blocks_per_seq``, how many blocks each sequence of a packed row has, where
+            neither ``images_per_turn`` nor placeholders say it.
 
     Returns:
         A ``Placement``.
 
     Raises:
-        PlaceholderMismatch: a sequence has placeholders, but not one per block; or
-            ``blocks_per_seq`` or ``images_per_turn`` add up to another number than there are
-            blocks.
+        PlaceholderMismatch: placeholders, ``blocks_per_seq`` or ``images_per_turn`` are for another
+            number of blocks.
         PackingError: a sequence has neither placeholders nor the opener, so that its blocks could
-            only go after its BOS; a block stands for an image where the prompt has a video;
-            ``images_per_turn`` has another number of entries than the row has turns; it is unknown
-            which sequence a block belongs to; or an argument is not a row of ints.
+            only go after its BOS; a block is an image where the prompt has a video; it is unknown
+            which turn or sequence a block belongs to; or an argument is not a row of ints.
 
     Example:
         Two turns, one image in the first and two in the second:
@@ -167,13 +152,11 @@ def place_image_blocks(
         >>> place_image_blocks([5, 6, 10, 9], [[7, 9, 9, 8]], opener, image_token_id=9).output_ids
         [5, 6, 10, 7, 9, 9, 8]
     """
-    ids = as_ids(prompt_ids, "prompt_ids")
-    blocks_per_seq = overrides.pop("blocks_per_seq", None)
+    ids, blocks_per_seq = as_ids(prompt_ids, "prompt_ids"), overrides.pop("blocks_per_seq", None)
     if turn_opener is not None:
-        overrides = {"turn_opener": tuple(as_ids(turn_opener, "turn_opener")), **overrides}
-    one = resolve(family, overrides)
-    blocks = [as_ids(block, f"blocks[{i}]") for i, block in enumerate(as_list(blocks, "blocks"))]
-    bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
+        overrides = {"turn_opener": turn_opener, **overrides}
+    one, blocks = resolve(family, overrides), _as_blocks(blocks)
+    bounds = [0, len(ids)] if cu_seqlens is None else kinds.as_boundaries(cu_seqlens, len(ids))
     starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
     seqs, num_seqs = list(pairwise(starts)), len(bounds) - 1
 
@@ -182,44 +165,56 @@ def place_image_blocks(
     places = [[p for p in range(a, b) if ids[p] in stand_ins] for a, b in seqs]
     turns = _turns_per_seq(images_per_turn, turn_ends[:num_seqs], len(blocks))
     counts = _blocks_per_seq(blocks_per_seq, turns, places[:num_seqs], len(blocks))
+    counts, turns = [*counts, 0], [*turns, None]  # of the tail
 
     edits: list[_Edit] = []
-    for seq, (start, stop) in enumerate(seqs):
-        num_blocks, turn = (counts[seq], turns[seq]) if seq < num_seqs else (0, None)
-        mine, found, ends = range(len(edits), len(edits) + num_blocks), places[seq], turn_ends[seq]
+    for seq, (bounds_of, found, ends) in enumerate(zip(seqs, places, turn_ends, strict=True)):
         where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
+        mine, turn = range(len(edits), len(edits) + counts[seq]), turns[seq]
         if found:
-            _check_one_per_image(where, len(found), num_blocks, ids[found[0]])
-            if turn is not None:
-                _check_turns(seq, found, turn, ends)
-            edits += _expand_in_place(ids, found, blocks, mine, one, (start, stop), seq)
+            if len(found) != len(mine):
+                raise _mismatch(
+                    len(found),
+                    len(mine),
+                    f"{where}: {len(found)} placeholders (id {ids[found[0]]}) but {len(mine)} "
+                    f"blocks; pass one block for each placeholder, or a prompt without "
+                    f"placeholders",
+                )
+            _check_turns(where, found, turn, ends)
+            edits += _expand_in_place(ids, found, blocks, mine, one, bounds_of, seq)
             continue
-        if mine and not ends:
-            what = (
-                "the turn opener does not occur" if one.turn_opener else "no turn opener is known"
-            )
-            text = f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
-            raise PackingError(
-                f"{where}: {what}{text}, and there is no placeholder, so the blocks would go "
-                f"after BOS, outside the user's turn; pass the turn_opener of this prompt's "
-                f"tokenizer, or use splice_image_blocks, which falls back to that"
-            )
-        into = [0] * max(len(ends) - 1, 0) + [num_blocks] * bool(ends) if turn is None else turn
-        into = [end for end, number in zip(ends, into, strict=True) for _ in range(number)]
+        what = "the turn opener does not occur" if one.turn_opener else "no turn opener is known"
+        text = f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
+        require(
+            ends or not mine,
+            f"{where}: {what}{text}, and there is no placeholder, so the blocks would go after "
+            f"BOS, outside the user's turn; pass the turn_opener of this prompt's tokenizer, or "
+            f"use splice_image_blocks, which falls back to that",
+        )
+        if turn is None:  # all of them into the last turn
+            turn = [0] * (len(ends) - 1) + [len(mine)] * bool(ends)
+        into = [end for end, number in zip(ends, turn, strict=True) for _ in range(number)]
         edits += [_Edit(at, at, i, seq) for at, i in zip(into, mine, strict=True)]
 
     insert_at: int | list[int] = [edit.start for edit in edits]
     if num_seqs == len(seqs) == 1 and not places[0] and turns[0] is None:
         insert_at = turn_ends[0][-1] if turn_ends[0] else 0
-    output, spans, new_starts = _apply(ids, edits, blocks, starts)
-    moved = len(ids), edits, blocks, new_starts, one.shifted
+    output, source, spans, new_starts = _apply(ids, edits, blocks, starts)
+    entries = _about(source, starts, new_starts) if one.shifted else source
+
+    def moved(values, name: str, fill: int):
+        if values is None:
+            return None
+        row = kinds.as_row(values, name, len(ids))
+        return like(values, [fill if at is None else row[at] for at in entries])
+
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
     return Placement(
         output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
         block_spans=spans,
-        labels=_edit_tokens(labels, "labels", IGNORE_INDEX, *moved),
-        loss_mask=_edit_tokens(loss_mask, "loss_mask", 0, *moved),
+        labels=moved(labels, "labels", IGNORE_INDEX),
+        loss_mask=moved(loss_mask, "loss_mask", 0),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),
         mm_token_type_ids=_types(prompt_ids, output, spans, edits, one),
@@ -235,6 +230,14 @@ class _Edit:
     block: int
     seq: int
     video: bool = False
+
+
+def _mismatch(expected: int, actual: int, message: str) -> PlaceholderMismatch:
+    return PlaceholderMismatch(actual=actual, expected=expected, message=message)
+
+
+def _as_blocks(blocks) -> list[list[int]]:
+    return [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
 
 
 def _stand_ins(family: Family) -> dict[int, bool]:
@@ -256,8 +259,8 @@ def _types(prompt_ids, output, spans, edits, family: Family) -> Any:
     """1 for images and 2 for videos; a video may be written with the image's placeholder."""
     if family.image_token_id is None and family.video_token_id is None:
         return None
-    kinds = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
-    types = [kinds.get(token, 0) for token in output]
+    of_token = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
+    types = [of_token.get(token, 0) for token in output]
     for edit, (start, stop) in zip(edits, spans, strict=True):
         own_marker = {family.video_start_id} - {family.vision_start_id, None}
         if edit.video or own_marker & set(output[start:stop]):
@@ -271,92 +274,63 @@ def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | N
         return [None] * len(turn_ends)
     flat = as_counts(as_list(images_per_turn, "images_per_turn"), "images_per_turn")
     stops = [0, *accumulate(len(ends) for ends in turn_ends)]
-    if len(flat) != stops[-1]:
-        raise PackingError(
-            f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} "
-            f"times; pass one for each (tool results open user turns too)"
-        )
+    require(
+        len(flat) == stops[-1],
+        f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} times; "
+        f"pass one for each (tool results open user turns too)",
+    )
     if sum(flat) != num_blocks:
-        raise PlaceholderMismatch(
-            actual=num_blocks,
-            expected=sum(flat),
-            message=f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} "
-            f"blocks",
+        message = (
+            f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} blocks"
         )
+        raise _mismatch(sum(flat), num_blocks, message)
     return [flat[start:stop] for start, stop in pairwise(stops)]
 
 
 def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks) -> list[int]:
     """How many blocks each sequence gets: said, or the only possibility."""
     num_seqs, found = len(places), [len(positions) for positions in places]
-    said = [sum(turn) for turn in turns if turn is not None]
-    counts = None
+    said, hint = [sum(turn) for turn in turns if turn is not None], ""
     if blocks_per_seq is not None:
         counts = as_counts(blocks_per_seq, "blocks_per_seq")
-        if len(counts) != num_seqs:
-            raise PackingError(
-                f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences"
-            )
-        if sum(counts) != num_blocks:
-            raise PlaceholderMismatch(
-                actual=num_blocks,
-                expected=sum(counts),
-                message=f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images, but "
-                f"there are {num_blocks} blocks",
-            )
-    elif num_seqs == 1:
-        counts = [num_blocks]
-    elif num_seqs and said:
-        counts = said
-    elif sum(found) == num_blocks:
-        counts = found
-    elif any(found):
-        raise PlaceholderMismatch(
-            actual=num_blocks,
-            expected=sum(found),
-            message=f"the row has {sum(found)} placeholders, {shorten(found)} in its sequences, "
-            f"but there are {num_blocks} blocks; pass one for each, or say blocks_per_seq",
+        what = f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images"
+        require(
+            len(counts) == num_seqs,
+            f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences",
         )
+    elif said or num_seqs == 1:
+        counts, what = said or [num_blocks], ""  # checked above
     else:
-        raise PackingError(
+        counts, what = found, f"the row has {sum(found)} placeholders, {shorten(found)} in its"
+        what, hint = f"{what} sequences", "; pass one for each, or say blocks_per_seq"
+        require(
+            any(found) or not num_blocks,
             f"{num_blocks} blocks for a row of {num_seqs} sequences without placeholders; say "
-            f"blocks_per_seq"
+            f"blocks_per_seq",
         )
+    if sum(counts) != num_blocks:
+        message = f"{what}, but there are {num_blocks} blocks{hint}"
+        raise _mismatch(sum(counts), num_blocks, message)
     for seq, (count, turn) in enumerate(zip(counts, said, strict=False)):
         if turn != count:
-            raise PlaceholderMismatch(
-                actual=count,
-                expected=turn,
-                message=f"sequence {seq}: images_per_turn adds up to {turn} images, but the "
-                f"sequence has {count} blocks",
-            )
+            message = f"sequence {seq}: images_per_turn adds up to {turn} images, but the sequence"
+            raise _mismatch(turn, count, f"{message} has {count} blocks")
     return counts
 
 
-def _check_one_per_image(where: str, found: int, num_blocks: int, token_id: int) -> None:
-    if found != num_blocks:
-        raise PlaceholderMismatch(
-            actual=num_blocks,
-            expected=found,
-            message=f"{where}: {found} placeholders (id {token_id}) but {num_blocks} "
-            f"blocks; pass one block for each placeholder, or a prompt without placeholders",
-        )
-
-
-def _check_turns(seq: int, placeholders: list[int], turn: list[int], ends: list[int]) -> None:
+def _check_turns(where: str, places: list[int], turn: list[int] | None, ends: list[int]) -> None:
     """Placeholders say where the images are: ``images_per_turn`` must say the same."""
+    if turn is None:
+        return
     found = [0] * len(turn)
-    for position in placeholders:
+    for position in places:
         at = bisect_right(ends, position) - 1
         if at >= 0:
             found[at] += 1
     if found != turn:
-        raise PlaceholderMismatch(
-            actual=sum(turn),
-            expected=sum(found),
-            message=f"sequence {seq}: the turns hold {shorten(found)} placeholders, but "
-            f"images_per_turn says {shorten(turn)}; leave it out where the prompt has placeholders",
-        )
+        message = f"{where}: the turns hold {shorten(found)} placeholders, but images_per_turn "
+        message += f"says {shorten(turn)}; leave it out where the prompt has placeholders"
+        raise _mismatch(sum(found), sum(turn), message)
 
 
 def _expand_in_place(ids, places, blocks, mine, family: Family, bounds, seq: int) -> list[_Edit]:
@@ -368,11 +342,9 @@ def _expand_in_place(ids, places, blocks, mine, family: Family, bounds, seq: int
         if video and other is not None:
             wanted, other = other, wanted
         if other in blocks[i] and wanted not in blocks[i]:
-            kinds = ("a video", "an image") if video else ("an image", "a video")
-            raise PackingError(
-                f"blocks[{i}] holds {kinds[1]} (id {other}), but the prompt has {kinds[0]} there; "
-                f"pass images and videos in their order in the row"
-            )
+            there, here = ("a video", "an image") if video else ("an image", "a video")
+            message = f"blocks[{i}] holds {here} (id {other}), but the prompt has {there} there; "
+            raise PackingError(message + "pass images and videos in their order in the row")
         low, high = _surrounded(ids, blocks[i], position, wanted)
         if low < last or high > limit:
             low, high = position, position + 1
@@ -393,38 +365,26 @@ def _surrounded(ids: list[int], block: list[int], position: int, token: int | No
     return position, position + 1
 
 
-def _apply(ids, edits, blocks, starts) -> tuple[list[int], list[list[int]], list[int]]:
-    """The edited row, the span of every block in it, and where its sequences now start."""
-    output, spans, last = [], [], 0
+def _apply(ids, edits, blocks, starts):
+    """The row, where each of its tokens stood (None in a block), spans of the blocks, starts."""
+    output, source, spans, last = [], [], [], 0
     lengths = [stop - start for start, stop in pairwise(starts)]
     for edit in edits:
-        block = blocks[edit.block]
         output += ids[last : edit.start]
-        spans.append([len(output), len(output) + len(block)])
-        output += block
+        source += range(last, edit.start)
+        spans.append([len(output), len(output) + len(blocks[edit.block])])
+        output += blocks[edit.block]
+        source += [None] * len(blocks[edit.block])
+        lengths[edit.seq] += len(blocks[edit.block]) - (edit.stop - edit.start)
         last = edit.stop
-        lengths[edit.seq] += len(block) - (edit.stop - edit.start)
-    return output + ids[last:], spans, [0, *accumulate(lengths)]
+    source += range(last, len(ids))
+    return output + ids[last:], source, spans, [0, *accumulate(lengths)]
 
 
-def _edit_tokens(values, name, fill, num_tokens, edits, blocks, new_starts, shifted):
-    """A per-token array after the edits, with ``fill`` for every token of a block.
-
-    Shifted, the block's last token predicts what the token before it, or the last one that it
-    replaces, predicted; a sequence has no entry about its first token.
-    """
-    if values is None:
-        return None
-    row = as_row(values, name, num_tokens)
-    output, last = [], 0
-    for edit in edits:
-        output += row[last : edit.start]
-        entries = [fill] * len(blocks[edit.block])
-        if shifted:
-            begins = len(output) == new_starts[edit.seq]
-            before = fill if begins else output.pop()
-            entries.append(row[edit.stop - 1] if edit.stop > edit.start else before)
-            entries = entries[begins:]
-        output += entries
-        last = edit.stop
-    return like(values, output + row[last:])
+def _about(source, starts, new_starts) -> list[int | None]:
+    """Where the entries come from that are about the next token, None before one of a block."""
+    entries = []
+    for (first, end), (start, stop) in zip(pairwise(starts), pairwise(new_starts), strict=True):
+        following = [*source[start + 1 : stop], end][: stop - start]
+        entries += [None if at is None or at == first else at - 1 for at in following]
+    return entries
