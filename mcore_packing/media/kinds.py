@@ -27,8 +27,8 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> int:
         number = _index(value)
     except TypeError:
         raise PackingError(f"{name} is {value!r}, expected an int") from None
-    if minimum is not None and number < minimum:
-        raise PackingError(f"{name} is {number}, expected at least {minimum}")
+    fits = minimum is None or number >= minimum
+    require(fits, f"{name} is {number}, expected at least {minimum}")
     return number
 
 
@@ -46,9 +46,9 @@ def as_token(value: Any, name: str) -> int | None:
 
 def as_flag(value: Any, name: str) -> bool:
     """A switch; the string "false" and arrays are none, and would be true or crash."""
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise PackingError(f"{name} is {value!r}, expected True or False")
+    known = value is None or isinstance(value, bool)
+    require(known, f"{name} is {value!r}, expected True or False")
+    return bool(value)
 
 
 def as_list(values: Any, name: str) -> list:
@@ -91,35 +91,34 @@ def as_row(values: Any, name: str, num_tokens: int) -> list:
     if shape is not None:
         row = values[0] if len(shape) == 2 and shape[0] == 1 else values
         values = row.tolist() if row.ndim == 1 else None
-    if isinstance(values, (list, tuple)):
-        if len(values) == num_tokens:
-            return list(values)
-        found = f"{len(values)} entries"
-    raise PackingError(f"{name} is {found}, but the row has {num_tokens} tokens, one entry each")
+    found = f"{len(values)} entries" if isinstance(values, (list, tuple)) else found
+    require(
+        isinstance(values, (list, tuple)) and len(values) == num_tokens,
+        f"{name} is {found}, but the row has {num_tokens} tokens, one entry each",
+    )
+    return list(values)
 
 
 def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
     """Ints of at least ``minimum``, from a sequence, a tensor or an array."""
     counts = as_ids(values, name)
     for i, count in enumerate(counts):
-        if count < minimum:
-            raise PackingError(f"{name}[{i}] is {count}, expected at least {minimum}")
+        require(count >= minimum, f"{name}[{i}] is {count}, expected at least {minimum}")
     return counts
 
 
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
     """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
     bounds = as_ids(cu_seqlens, "cu_seqlens")
-    if not bounds or bounds[0] != 0:
-        raise PackingError(f"cu_seqlens starts at {bounds[0] if bounds else None}, expected 0")
+    first = bounds[0] if bounds else None
+    require(first == 0, f"cu_seqlens starts at {first}, expected 0")
     for seq, (start, stop) in enumerate(pairwise(bounds)):
-        if stop < start:
-            raise PackingError(f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
-    if bounds[-1] > num_tokens:
-        raise PackingError(
-            f"cu_seqlens ends at {bounds[-1]}, past the end of the row at {num_tokens}; boundaries "
-            f"that count expanded rows do not fit a row of placeholders"
-        )
+        require(start <= stop, f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
+    require(
+        bounds[-1] <= num_tokens,
+        f"cu_seqlens ends at {bounds[-1]}, past the end of the row at {num_tokens}; boundaries "
+        f"that count expanded rows do not fit a row of placeholders",
+    )
     return bounds
 
 
@@ -137,8 +136,8 @@ def check_fits(values: Sequence, dtype: Any) -> None:
         return
     limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
     for value in (min(values), max(values)):
-        if not limits.min <= value <= limits.max:
-            raise PackingError(f"{value} does not fit {dtype}; pass a wider dtype")
+        fits = limits.min <= value <= limits.max
+        require(fits, f"{value} does not fit {dtype}; pass a wider dtype")
 
 
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:

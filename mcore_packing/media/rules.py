@@ -13,9 +13,8 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import PackingError
 from .kinds import as_flag as flag
-from .kinds import as_int
+from .kinds import as_int, require
 
 MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.23.0
 GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
@@ -34,8 +33,8 @@ def not_negative(value: Any, name: str) -> int:
 
 
 def ratio(value: Any, name: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not value > 0:
-        raise PackingError(f"{name} is {value!r}, expected a positive number")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    require(number and value > 0, f"{name} is {value!r}, expected a positive number")
     return value
 
 
@@ -43,9 +42,12 @@ def sides(value: Any, name: str) -> tuple[int, int]:
     """``(height, width)`` of a setting that is an int or has both by name."""
     if not isinstance(value, Mapping):
         return (positive(value, name),) * 2
-    if {"height", "width"} - set(value):
-        raise PackingError(f"{name} is {dict(value)}, expected an int or height and width")
+    both = {"height", "width"} <= set(value)
+    require(both, f"{name} is {dict(value)}, expected an int or height and width")
     return positive(value["height"], f"{name}: height"), positive(value["width"], f"{name}: width")
+
+
+_READERS = (positive, not_negative, ratio, sides, flag)
 
 
 @lru_cache
@@ -60,11 +62,8 @@ def settings_of(rule: Callable, num_sizes: int) -> tuple[dict, dict] | None:
         p.kind is p.VAR_POSITIONAL for p in parameters
     ):
         return None
-    readers = (positive, not_negative, ratio, sides, flag)
-    return (
-        {p.name: p.default for p in declared},
-        {p.name: p.annotation for p in declared if p.annotation in readers},
-    )
+    readers = {p.name: p.annotation for p in declared if p.annotation in _READERS}
+    return {p.name: p.default for p in declared}, readers
 
 
 def apply_rule(rule: Callable, size: tuple[int, ...], settings: Mapping[str, Any]) -> Any:
@@ -78,31 +77,19 @@ def apply_rule(rule: Callable, size: tuple[int, ...], settings: Mapping[str, Any
 
 
 def qwen_vl(
-    height: int,
-    width: int,
-    *,
-    patch_size: positive = 14,
-    merge_size: positive = 2,
-    min_pixels: positive = 56 * 56,
-    max_pixels: positive = 28 * 28 * 1280,
-) -> int:
+    height: int, width: int, *, patch_size: positive = 14, merge_size: positive = 2,
+    min_pixels: positive = 56 * 56, max_pixels: positive = 28 * 28 * 1280,
+) -> int:  # fmt: skip
     """Both sides to multiples of a merged patch, then between min and max pixels."""
     return _smart_resize(height, width, patch_size * merge_size, min_pixels, max_pixels)
 
 
 def volume_video(
-    frames: int,
-    height: int,
-    width: int,
-    *,
-    patch_size: positive = 16,
-    merge_size: positive = 2,
-    temporal_patch_size: positive = 2,
-    min_pixels: positive = 128 * 32 * 32,
-    max_pixels: positive = 768 * 32 * 32,
-    cap_pixels_per_frame: flag = False,
+    frames: int, height: int, width: int, *, patch_size: positive = 16, merge_size: positive = 2,
+    temporal_patch_size: positive = 2, min_pixels: positive = 128 * 32 * 32,
+    max_pixels: positive = 768 * 32 * 32, cap_pixels_per_frame: flag = False,
     max_video_tokens: positive = 768,
-) -> int:
+) -> int:  # fmt: skip
     """Qwen3 and GLM: all frames together between min and max pixels, or each under a cap."""
     unit = patch_size * merge_size
     if cap_pixels_per_frame:
@@ -116,17 +103,13 @@ def volume_video(
 def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> int:
     """Merged patches of one frame, rounded half to even; ``temporal`` where all frames count."""
     if temporal is not None:
-        if frames < temporal:
-            raise PackingError(f"a video of {frames} frames, expected at least {temporal}")
+        require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
         if min(height, width) < unit:
             scale = max(unit / height, unit / width)
             height, width = int(height * scale), int(width * scale)
     aspect = max(height, width) / min(height, width)
-    if aspect > MAX_ASPECT_RATIO:
-        raise PackingError(
-            f"{height} x {width} has an aspect ratio of {aspect:.1f}, expected at most "
-            f"{MAX_ASPECT_RATIO}"
-        )
+    found = f"{height} x {width} has an aspect ratio of {aspect:.1f}"
+    require(aspect <= MAX_ASPECT_RATIO, f"{found}, expected at most {MAX_ASPECT_RATIO}")
     rows, columns = round(height / unit), round(width / unit)  # may be 0: there is no clamp here
     depth = 1 if temporal is None else round(frames / temporal) * temporal
     pixels = depth * rows * unit * columns * unit
@@ -141,14 +124,9 @@ def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> in
 
 
 def kimi_vl(
-    height: int,
-    width: int,
-    *,
-    patch_size: positive = 14,
-    merge_size: positive = 2,
-    max_patches: positive = 16384,
-    max_size_per_side: positive = 512,
-) -> int:
+    height: int, width: int, *, patch_size: positive = 14, merge_size: positive = 2,
+    max_patches: positive = 16384, max_size_per_side: positive = 512,
+) -> int:  # fmt: skip
     """Shrunk to a budget of patches and of patches a side, then padded to merged patches."""
     patches = max(1.0, height // patch_size) * max(1.0, width // patch_size)
     longest = max_size_per_side * patch_size
@@ -160,15 +138,10 @@ def kimi_vl(
 
 
 def nemotron_omni(
-    height: int,
-    width: int,
-    *,
-    patch_size: positive = 16,
-    downsample_ratio: ratio = 0.5,
-    min_num_patches: positive = 1024,
-    max_num_patches: not_negative = 13312,
+    height: int, width: int, *, patch_size: positive = 16, downsample_ratio: ratio = 0.5,
+    min_num_patches: positive = 1024, max_num_patches: not_negative = 13312,
     max_model_len: positive = 16384,
-) -> int:
+) -> int:  # fmt: skip
     """RADIO's dynamic resolution: the image's own grid, scaled between two numbers of patches."""
     merge = round(1 / downsample_ratio)
     budget = max((max_model_len - 4) * merge**2, min_num_patches)
@@ -188,15 +161,10 @@ def nemotron_omni(
 
 
 def nemotron_video(
-    frames: int,
-    height: int,
-    width: int,
-    *,
-    downsample_ratio: ratio = 0.5,
-    video_target_num_patches: positive = 1024,
-    video_maintain_aspect_ratio: flag = True,
+    frames: int, height: int, width: int, *, downsample_ratio: ratio = 0.5,
+    video_target_num_patches: positive = 1024, video_maintain_aspect_ratio: flag = True,
     video_temporal_patch_dim: positive = 2,
-) -> int:
+) -> int:  # fmt: skip
     """One tile of about so many patches for every few frames."""
     merge, target = round(1 / downsample_ratio), video_target_num_patches
     grid = [int(math.sqrt(target))] * 2
@@ -210,44 +178,30 @@ def nemotron_video(
 
 
 def gemma4(
-    height: int,
-    width: int,
-    *,
-    patch_size: positive = 16,
-    pooling_kernel_size: positive = 3,
+    height: int, width: int, *, patch_size: positive = 16, pooling_kernel_size: positive = 3,
     max_soft_tokens: positive = 280,
-) -> int:
+) -> int:  # fmt: skip
     """The largest grid of pooled patches that keeps the aspect ratio and fits the budget."""
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
     unit = pooling_kernel_size * patch_size
     scale = math.sqrt(pixels / (height * width))
     rows, columns = math.floor(scale * height / unit), math.floor(scale * width / unit)
-    if rows == 0 and columns == 0:
-        raise PackingError(
-            f"{height} x {width} is resized to nothing at max_soft_tokens {max_soft_tokens}"
-        )
+    what, budget = f"{height} x {width} is resized to", f"max_soft_tokens {max_soft_tokens}"
+    require(rows or columns, f"{what} nothing at {budget}")
     if rows == 0:  # the long side alone decides, and the budget is its limit
         rows, columns = 1, min(math.floor(width / height), max_soft_tokens)
     elif columns == 0:
         rows, columns = min(math.floor(height / width), max_soft_tokens), 1
-    if rows * columns > max_soft_tokens:
-        raise PackingError(
-            f"{height} x {width} is resized to {rows * columns} tokens, more than max_soft_tokens "
-            f"{max_soft_tokens}"
-        )
-    return rows * columns
+    tokens = rows * columns
+    require(tokens <= max_soft_tokens, f"{what} {tokens} tokens, more than {budget}")
+    return tokens
 
 
 def gemma3(
-    height: int,
-    width: int,
-    *,
-    image_seq_length: positive = 256,
-    do_pan_and_scan: flag = False,
-    pan_and_scan_min_crop_size: positive = 256,
-    pan_and_scan_max_num_crops: positive = 4,
+    height: int, width: int, *, image_seq_length: positive = 256, do_pan_and_scan: flag = False,
+    pan_and_scan_min_crop_size: positive = 256, pan_and_scan_max_num_crops: positive = 4,
     pan_and_scan_min_ratio_to_activate: ratio = 1.2,
-) -> int:
+) -> int:  # fmt: skip
     """One sequence for the image, one more for each crop of pan and scan along its long side."""
     long, short = max(height, width), min(height, width)
     if not do_pan_and_scan or long / short < pan_and_scan_min_ratio_to_activate:
@@ -261,14 +215,9 @@ def gemma3(
 
 
 def llava15(
-    height: int,
-    width: int,
-    *,
-    crop_size: sides = 336,
-    patch_size: positive = 14,
-    vision_feature_select_strategy: str = "default",
-    num_additional_image_tokens: not_negative = 1,
-) -> int:
+    height: int, width: int, *, crop_size: sides = 336, patch_size: positive = 14,
+    vision_feature_select_strategy: str = "default", num_additional_image_tokens: not_negative = 1,
+) -> int:  # fmt: skip
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
     grid = (crop_size[0] // patch_size) * (crop_size[1] // patch_size)
@@ -283,15 +232,9 @@ def llava_onevision_video(
 
 
 def internvl3(
-    height: int,
-    width: int,
-    *,
-    image_seq_length: positive = 256,
-    crop_to_patches: flag = True,
-    min_patches: positive = 1,
-    max_patches: positive = 12,
-    size: sides = 448,
-) -> int:
+    height: int, width: int, *, image_seq_length: positive = 256, crop_to_patches: flag = True,
+    min_patches: positive = 1, max_patches: positive = 12, size: sides = 448,
+) -> int:  # fmt: skip
     """Tiles of the best grid, and a thumbnail where there is more than one."""
     if not crop_to_patches or max_patches == 1:
         return image_seq_length
@@ -300,24 +243,13 @@ def internvl3(
 
 
 def megatron_llava(
-    height: int,
-    width: int,
-    *,
-    img_h: positive = 336,
-    img_w: positive = 336,
-    patch_dim: positive = 14,
-    vision_model_type: str = "clip",
-    disable_vision_class_token: flag = False,
-    class_token_len: not_negative = 1,
-    pixel_shuffle: flag = False,
-    use_tile_tags: flag = False,
-    tokenizer_type: str | None = None,
-    use_tiling: flag = True,
-    max_num_tiles: not_negative = 1,
-    use_thumbnail: flag = False,
-    use_area_weighted_aspect_ratio: flag = False,
-    dynamic_resolution: flag = False,
-) -> int:
+    height: int, width: int, *, img_h: positive = 336, img_w: positive = 336,
+    patch_dim: positive = 14, vision_model_type: str = "clip",
+    disable_vision_class_token: flag = False, class_token_len: not_negative = 1,
+    pixel_shuffle: flag = False, use_tile_tags: flag = False, tokenizer_type: str | None = None,
+    use_tiling: flag = True, max_num_tiles: not_negative = 1, use_thumbnail: flag = False,
+    use_area_weighted_aspect_ratio: flag = False, dynamic_resolution: flag = False,
+) -> int:  # fmt: skip
     """Rows of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic tiling.
 
     With ``dynamic_resolution`` the image is one tile of the size that it has already been given.
@@ -326,21 +258,14 @@ def megatron_llava(
 
     tile = (height, width) if dynamic_resolution else (img_h, img_w)
     rows = get_num_image_embeddings(
-        img_h=tile[0],
-        img_w=tile[1],
-        patch_dim=patch_dim,
-        vision_model_type=vision_model_type,
-        disable_vision_class_token=disable_vision_class_token,
-        class_token_len=class_token_len,
-        pixel_shuffle=pixel_shuffle,
-        use_tile_tags=use_tile_tags,
-        max_num_tiles=max_num_tiles,
+        img_h=tile[0], img_w=tile[1], patch_dim=patch_dim, vision_model_type=vision_model_type,
+        disable_vision_class_token=disable_vision_class_token, class_token_len=class_token_len,
+        pixel_shuffle=pixel_shuffle, use_tile_tags=use_tile_tags, max_num_tiles=max_num_tiles,
         tokenizer_type=tokenizer_type,
-    )
+    )  # fmt: skip
     if dynamic_resolution or not use_tiling or max_num_tiles <= 1:
         return rows
-    if img_h != img_w:
-        raise PackingError(f"img_h is {img_h} and img_w {img_w}, but tiles are square")
+    require(img_h == img_w, f"img_h is {img_h} and img_w {img_w}, but tiles are square")
     choose = _most_covering_grid if use_area_weighted_aspect_ratio else _closest_grid
     tiles = choose(height, width, 1, max_num_tiles, img_h * img_w)
     return rows * (tiles + (use_thumbnail and tiles > 1))
@@ -411,18 +336,9 @@ def _declaring(rule: Callable, other: Callable, num_sizes: int) -> Callable:
     return rule
 
 
+_BY_NAME = (gemma3, gemma4, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl)
 RULES: Mapping[str, Callable] = MappingProxyType(
-    {
-        "gemma3": gemma3,
-        "gemma4": gemma4,
-        "glm_vl": _still(volume_video),
-        "internvl3": internvl3,
-        "kimi_vl": kimi_vl,
-        "llava15": llava15,
-        "megatron_llava": megatron_llava,
-        "nemotron_omni": nemotron_omni,
-        "qwen_vl": qwen_vl,
-    }
+    {rule.__name__: rule for rule in _BY_NAME} | {"glm_vl": _still(volume_video)}
 )
 VIDEO_RULES: Mapping[str, Callable] = MappingProxyType(
     {
