@@ -7,20 +7,7 @@ from .slicing import split_samples, take_samples
 from .truncation import Truncation, reconcile, truncate
 
 __all__ = [
-    "FAMILIES",
-    "Family",
-    "Placement",
-    "Truncation",
-    "check_placeholders",
-    "count_with_processor",
-    "get_family",
-    "num_image_tokens",
-    "num_video_tokens",
-    "place_image_blocks",
-    "reconcile",
-    "register_family",
-    "splice_image_blocks",
-    "split_samples",
-    "take_samples",
-    "truncate",
-]
+    "FAMILIES", "Family", "Placement", "Truncation", "check_placeholders", "count_with_processor",
+    "get_family", "num_image_tokens", "num_video_tokens", "place_image_blocks", "reconcile",
+    "register_family", "splice_image_blocks", "split_samples", "take_samples", "truncate",
+]  # fmt: skip

@@ -103,7 +103,8 @@ def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
     """Ints of at least ``minimum``, from a sequence, a tensor or an array."""
     counts = as_ids(values, name)
     for i, count in enumerate(counts):
-        require(count >= minimum, f"{name}[{i}] is {count}, expected at least {minimum}")
+        if count < minimum:  # a message for each of many would cost more than the check
+            raise PackingError(f"{name}[{i}] is {count}, expected at least {minimum}")
     return counts
 
 

@@ -442,9 +442,9 @@ class _Stream:
 
 
 # What each token is, one letter each: "(" and ")" markers, "|" a marker that is both, "<" and ">"
-# those of a whole video, "b" a break, "p" a placeholder that stays, "l" one that is
-# lost, "v" one of a lost video, "." text.
-# An image is its placeholders with the breaks and markers around them; a begin marker may be long.
+# those of a whole video, "b" a break, "p" a placeholder that stays, "l" one that is lost, "v" one
+# of a lost video, "." text. An image is its placeholders with the breaks and markers around them;
+# a begin marker may be long: text up to a break.
 _CHUNKS = re.compile(
     r"(?:[(|](?:[.b]*b)?|b+)?p+(?:b+p+)*(?:b*[)|])?"
     r"|(?P<lost>(?:[(|](?:[.b]*(?=b))?)?b*[lv]+(?:b+[lv]+)*b*(?:\)|\|(?!b*p))?)"
@@ -497,8 +497,8 @@ class _Row:
             ("vision_end_id", (end, outer[1])),
             ("pad_token_id", (one.pad_token_id,)),
         ):
-            for token in placeholders.intersection(tokens):
-                require(False, f"{name}: {token} is a placeholder")
+            both = placeholders.intersection(tokens)
+            require(not both, f"{name}: {min(both, default=None)} is a placeholder")
         letters = {outer[0]: "<", outer[1]: ">", begin: "(", end: "|" if begin == end else ")"}
         letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "."}
         marked = zip(ids, self.kinds, strict=True)
@@ -547,12 +547,9 @@ class _Row:
             ]
             token, tail = self.tokens.get(kind, ""), sum(map(len, positions[self.num_seqs :]))
             if tail:
-                raise PlaceholderMismatch(
-                    actual=0,
-                    expected=tail,
-                    message=f"{tail} {kind} placeholders ({token}) lie past the last boundary at "
-                    f"{self.starts[self.num_seqs]}, in no sequence",
-                )
+                message = f"{tail} {kind} placeholders ({token}) lie past the last boundary at "
+                message += f"{self.starts[self.num_seqs]}, in no sequence"
+                raise PlaceholderMismatch(actual=0, expected=tail, message=message)
             counts, first = [*map(len, positions[: self.num_seqs])], 0
             for seq, items in enumerate(self._items(spec, kind, counts, whole)):
                 streams.append(_Stream(seq, kind, token, first, items, positions[seq]))
@@ -594,8 +591,7 @@ class _Row:
     def result(self, input_ids, cu_seqlens, streams, windows) -> Truncation:
         """Drop what is not whole inside the windows, with all that belongs to it, and renumber."""
         seen = windows or list(pairwise(self.starts))
-        kept: dict[str, list[int]] = {kind: [] for kind in _KINDS}
-        dropped: dict[str, list[int]] = {kind: [] for kind in _KINDS}
+        kept, dropped = ({kind: [] for kind in _KINDS} for _ in range(2))
         lost: dict[int, list[tuple[_Stream, int]]] = {}
         for stream in streams:
             low, high = (bisect_left(stream.positions, edge) for edge in seen[stream.seq])
@@ -627,10 +623,8 @@ class _Row:
             output_ids=kinds.like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
             orphan_positions=[p for p, what in enumerate(state) if what == _ORPHAN],
-            kept_images=kept["image"],
-            dropped_images=dropped["image"],
-            kept_videos=kept["video"],
-            dropped_videos=dropped["video"],
+            **{f"kept_{kind}s": kept[kind] for kind in _KINDS},
+            **{f"dropped_{kind}s": dropped[kind] for kind in _KINDS},
             position_ids=like(input_ids, [p for n in lengths for p in range(n)], torch.int64),
             cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, bounds),
             kept_sequences=seqs,
@@ -654,10 +648,10 @@ class _Row:
         if self.named:  # then the text between two runs is known to be a label
             for stream, item in items:
                 mine = [position - start for position in stream.of(item)]
-                if mine and not stream.unsure:
+                if mine and (not stream.unsure or len(stream.items) == 1):
                     edges = (chunks[bisect_left(chunks, (p + 1,)) - 1] for p in (mine[0], mine[-1]))
                     (low, _), (_, high) = edges
-                    if at_edges and len(stream.items[item]) > 1:
+                    if at_edges and len(stream.items[item]) > 1 and not stream.unsure:
                         low = 0 if stream.starts[item] < stream.first else low
                         end = stream.first + len(stream.positions)
                         high = size if stream.starts[item + 1] > end else high
@@ -682,6 +676,8 @@ class _Row:
                 whole = not opens and m["close"] == ">" if closes else opens and begun
             if whole and (opens or cut[0]) and (closes or cut[1]):
                 spans.append((low + m.start(), low + m.end()))
+            elif m["clip"] and own and not opens and cut[0]:  # its last marker alone was cut off
+                spans.append((low + m.start(), low + m.start("clip") + m["clip"].rindex("v") + 1))
         return ((start + low, start + high) for low, high in spans)
 
 
