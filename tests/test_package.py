@@ -1,6 +1,5 @@
 """The wheel, and what imports without Megatron, Triton or a GPU."""
 
-import re
 import subprocess
 import sys
 import zipfile
@@ -90,10 +89,3 @@ def test_kernels_are_found_as_mcore_packing_kernels(wheel, place):
     folder = wheel if place == "wheel" else ROOT
     code = "import mcore_packing.kernels.layout as kernel; print(kernel.__file__)"
     assert str(folder) in run(code, folder, names=("megatron",))
-
-
-def test_the_worked_example_of_the_readme_prints_what_it_says():
-    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (example,) = (i for i, (_, text) in enumerate(blocks) if "mp.media" in text)
-    assert [kind for kind, _ in blocks[example : example + 2]] == ["python", "text"]
-    assert run(blocks[example][1], ROOT) == blocks[example + 1][1]

@@ -6,10 +6,19 @@ from numbers import Integral
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import PackingError
+
+IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
+
+
+def require(condition: Any, message: str) -> None:
+    """What a caller has to see to, in a sentence."""
+    if not condition:
+        raise PackingError(message)
 
 
 def as_int(value: Any, name: str, minimum: int | None = None) -> int:
@@ -18,8 +27,8 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> int:
         number = _index(value)
     except TypeError:
         raise PackingError(f"{name} is {value!r}, expected an int") from None
-    if minimum is not None and number < minimum:
-        raise PackingError(f"{name} is {number}, expected at least {minimum}")
+    fits = minimum is None or number >= minimum
+    require(fits, f"{name} is {number}, expected at least {minimum}")
     return number
 
 
@@ -33,6 +42,13 @@ def _index(value: Any) -> int:
 def as_token(value: Any, name: str) -> int | None:
     """A token id, or None where there is none."""
     return None if value is None else as_int(value, name)
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """A switch; the string "false" and arrays are none, and would be true or crash."""
+    known = value is None or isinstance(value, bool)
+    require(known, f"{name} is {value!r}, expected True or False")
+    return bool(value)
 
 
 def as_list(values: Any, name: str) -> list:
@@ -70,28 +86,41 @@ def as_ids(values: Any, name: str) -> list[int]:
 
 def as_row(values: Any, name: str, num_tokens: int) -> list:
     """One entry of any kind for every token, from a list, a tensor or an array."""
-    row = values
-    if getattr(values, "shape", None) is not None:
-        row = values[0] if values.ndim == 2 and values.shape[0] == 1 else values
-        row = row.tolist() if row.ndim == 1 else None
-    elif not isinstance(values, (list, tuple)):
-        row = None
-    if row is None or len(row) != num_tokens:
-        found = list(values.shape) if hasattr(values, "shape") else f"a {type(values).__name__}"
-        found = f"{len(row)} entries" if row is not None else found
-        raise PackingError(
-            f"{name} is {found}, but the row has {num_tokens} tokens, one entry each"
-        )
-    return list(row)
+    shape = getattr(values, "shape", None)
+    found = f"a {type(values).__name__}" if shape is None else list(shape)
+    if shape is not None:
+        row = values[0] if len(shape) == 2 and shape[0] == 1 else values
+        values = row.tolist() if row.ndim == 1 else None
+    found = f"{len(values)} entries" if isinstance(values, (list, tuple)) else found
+    require(
+        isinstance(values, (list, tuple)) and len(values) == num_tokens,
+        f"{name} is {found}, but the row has {num_tokens} tokens, one entry each",
+    )
+    return list(values)
 
 
 def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
     """Ints of at least ``minimum``, from a sequence, a tensor or an array."""
     counts = as_ids(values, name)
     for i, count in enumerate(counts):
-        if count < minimum:
+        if count < minimum:  # a message for each of many would cost more than the check
             raise PackingError(f"{name}[{i}] is {count}, expected at least {minimum}")
     return counts
+
+
+def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
+    """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
+    bounds = as_ids(cu_seqlens, "cu_seqlens")
+    first = bounds[0] if bounds else None
+    require(first == 0, f"cu_seqlens starts at {first}, expected 0")
+    for seq, (start, stop) in enumerate(pairwise(bounds)):
+        require(start <= stop, f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
+    require(
+        bounds[-1] <= num_tokens,
+        f"cu_seqlens ends at {bounds[-1]}, past the end of the row at {num_tokens}; boundaries "
+        f"that count expanded rows do not fit a row of placeholders",
+    )
+    return bounds
 
 
 def holds_ints(values: Any) -> bool:
@@ -106,31 +135,10 @@ def check_fits(values: Sequence, dtype: Any) -> None:
     """Refuse what a small integer dtype of torch or NumPy would wrap around."""
     if not values or "int" not in str(dtype):
         return
-    if isinstance(dtype, torch.dtype):
-        limits = torch.iinfo(dtype)
-    else:
-        import numpy as np
-
-        limits = np.iinfo(dtype)
+    limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
     for value in (min(values), max(values)):
-        if not limits.min <= value <= limits.max:
-            raise PackingError(f"{value} does not fit {dtype}; pass a wider dtype")
-
-
-def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
-    """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
-    bounds = as_ids(cu_seqlens, "cu_seqlens")
-    if not bounds or bounds[0] != 0:
-        raise PackingError(f"cu_seqlens starts at {bounds[0] if bounds else None}, expected 0")
-    for seq, (start, stop) in enumerate(pairwise(bounds)):
-        if stop < start:
-            raise PackingError(f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
-    if bounds[-1] > num_tokens:
-        raise PackingError(
-            f"cu_seqlens ends at {bounds[-1]}, past the end of the row at {num_tokens}; boundaries "
-            f"that count expanded rows do not fit a row of placeholders"
-        )
-    return bounds
+        fits = limits.min <= value <= limits.max
+        require(fits, f"{value} does not fit {dtype}; pass a wider dtype")
 
 
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
@@ -143,8 +151,6 @@ def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
         check_fits(values, dtype)
         row = torch.tensor(values, dtype=dtype, device=template.device)
     elif hasattr(template, "__array__"):
-        import numpy as np
-
         dtype = np.dtype(np.int64) if dtype else template.dtype
         check_fits(values, dtype)
         row = np.asarray(values, dtype=dtype)
@@ -181,22 +187,25 @@ def take(values: Any, positions: list[int], dim: int = 0) -> Any:
 
 def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
     """The rows in ``[start, stop)`` spans, in the order of the spans; a view where they adjoin."""
-    merged: list[list[int]] = []
-    for start, stop in spans:
-        if merged and merged[-1][1] == start:
-            merged[-1][1] = stop
-        elif start < stop:
-            merged.append([start, stop])
-    parts = [values[start:stop] for start, stop in merged] or [values[:0]]
+    parts = [values[start:stop] for start, stop in merge_spans(spans)] or [values[:0]]
     if len(parts) == 1:
         return parts[0]
     if isinstance(values, Tensor):
         return torch.cat(parts)
     if hasattr(values, "__array__"):
-        import numpy as np
-
         return np.concatenate(parts)
     return type(values)(row for part in parts for row in part)
+
+
+def merge_spans(spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same rows in as few spans as their order allows, none of them empty."""
+    merged: list[list[int]] = []
+    for start, stop in spans:
+        if start < stop and merged and merged[-1][1] == start:
+            merged[-1][1] = stop
+        elif start < stop:
+            merged.append([start, stop])
+    return merged
 
 
 def shorten(values: Sequence, limit: int = 8) -> str:

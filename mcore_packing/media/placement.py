@@ -1,4 +1,4 @@
-"""Where an image's tokens go in the prompt: into the user's turn, or where its placeholder stands.
+"""Where image and video tokens go in the prompt: into the user's turn, or to their placeholders.
 
 A block (begin marker, placeholders, end marker) that stands outside the user's turn, after BOS say,
 makes a model answer that it sees no image.
@@ -13,20 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import PackingError, PlaceholderMismatch
-from .kinds import (
-    as_boundaries,
-    as_counts,
-    as_ids,
-    as_list,
-    as_row,
-    as_token,
-    like,
-    like_ids,
-    nested,
-    shorten,
-)
-
-IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
+from . import kinds
+from .families import Family, resolve
+from .kinds import IGNORE_INDEX, as_counts, as_ids, as_list, like, like_ids, require, shorten
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +27,14 @@ class Placement:
     Attributes:
         output_ids: the prompt with all blocks in it.
         insert_at: the index in ``prompt_ids`` that the blocks stand before, an int, where they were
-            spliced in one place; otherwise a list with one index per block (packed rows, given
-            turns, placeholders expanded in place).
+            spliced in one place; otherwise a list with one index per block.
         block_spans: ``[start, stop)`` of every block in ``output_ids``.
         labels: with -100 where they are about a token of a block, None if none were given.
         loss_mask: with 0 there, None if none was given.
         position_ids: restarting in every sequence.
         cu_seqlens: the moved boundaries, None if none were given.
-        mm_token_type_ids: 1 at every ``image_token_id``, 0 elsewhere; None where that is unknown.
+        mm_token_type_ids: 1 at every placeholder of an image, 2 at every one of a video, 0
+            elsewhere; None where neither is known.
     """
 
     output_ids: Any
@@ -66,10 +55,9 @@ def splice_image_blocks(
 ) -> Any:
     """Put all image blocks, in order, right after the last user-turn opener.
 
-    Without an opener to be found (empty, absent, longer than the prompt) they go after the first
-    token; with ``bos_token_id`` given, after it if the prompt begins with it and else to the front,
-    because the first token of a prompt that was cut on the left is nobody's BOS. An empty prompt
-    gives the blocks alone.
+    Without an opener to be found they go after the first token; with ``bos_token_id`` given, after
+    it if the prompt begins with it and else to the front, because the first token of a prompt that
+    was cut on the left is nobody's BOS. An empty prompt gives the blocks alone.
 
     Args:
         prompt_ids: token ids ``[T]``: a list, or an integer tensor ``[T]`` or ``[1, T]``.
@@ -91,62 +79,62 @@ def splice_image_blocks(
         >>> splice_image_blocks(prompt, [[900, 258880, 901]], [105, 2364, 107])
         [2, 105, 2364, 107, 900, 258880, 901, 555, 106, 107]
     """
-    placement = place_image_blocks(prompt_ids, blocks, turn_opener, bos_token_id=bos_token_id)
-    return placement.output_ids
+    ids = as_ids(prompt_ids, "prompt_ids")
+    opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
+    bos_token_id = kinds.as_token(bos_token_id, "bos_token_id")
+    ends = _opener_ends(ids, opener, 0)
+    at = ends[-1] if ends else int(bool(ids) and bos_token_id in (None, ids[0]))
+    spliced = [token for block in _as_blocks(blocks) for token in block]
+    return like_ids(prompt_ids, ids[:at] + spliced + ids[at:])
 
 
 def place_image_blocks(
     prompt_ids: Any,
     blocks: Sequence[Any],
-    turn_opener: Any,
+    turn_opener: Any = None,
     *,
-    bos_token_id: int | None = None,
-    image_token_id: int | None = None,
+    family: str | Family | None = None,
     images_per_turn: Sequence | None = None,
-    blocks_per_seq: Sequence[int] | None = None,
     labels: Any = None,
     loss_mask: Any = None,
     cu_seqlens: Any = None,
-    prompt_token_id: int | None = None,
-    shifted: bool = False,
+    **overrides: Any,
 ) -> Placement:
-    """Put every image block where it belongs, and move labels, loss mask and boundaries along.
+    """Put every block where it belongs, and move labels, loss mask and boundaries along.
 
-    Each sequence by itself: where it already holds one placeholder per image, each placeholder
-    becomes its block, in place, as Hugging Face processors do it. The markers of a block, where all
-    of them already surround its placeholder, are not repeated. A sequence without placeholders gets
-    its blocks after the last turn opener, or after the openers that ``images_per_turn`` says, or
-    where ``splice_image_blocks`` falls back to.
+    Each sequence by itself: where it already holds one placeholder per image and video, each
+    placeholder becomes its block, in place, as Hugging Face processors do it. The markers of a
+    block that already surround its placeholder are not repeated. A sequence without placeholders
+    gets its blocks after the last turn opener, or after the openers that ``images_per_turn`` says.
 
     Args:
         prompt_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row.
-        blocks: the token ids of each image, in the order of the images in the row.
-        turn_opener: the token ids that open a user's turn; tool results open user turns too.
-        bos_token_id: the id a whole prompt begins with.
-        image_token_id: the placeholder. Without it nothing is expanded in place.
-        images_per_turn: how many images each user turn holds, one entry for every occurrence of
-            the opener; for a packed row all turns of the row, or one list per sequence. Where
-            placeholders say where the images are, it is only checked against them.
-        blocks_per_seq: how many images each sequence of a packed row has. Left out, it follows from
-            ``images_per_turn`` or from the placeholders, if these are one per image.
+        blocks: the token ids of each image or video, in their order in the row.
+        turn_opener: the token ids that open a user's turn, where no family says them; tool results
+            open user turns too.
+        family: a registered family, or a ``Family``: its opener and its placeholders.
+        images_per_turn: how many blocks each user turn holds, one entry for every occurrence of
+            the opener in the row. Where placeholders say where the images are, it is only checked
+            against them.
         labels: ``[T]``, one for every token.
         loss_mask: ``[T]``.
         cu_seqlens: ``[B + 1]``, boundaries of the packed row; tokens past the last one stay last.
-        prompt_token_id: what stands for an image in the prompt, where that is another token than
-            the placeholder in the blocks (Gemma 3 writes begin-of-image there).
-        shifted: labels and loss mask are shifted, as Megatron's are: entry ``t`` is about token
-            ``t + 1``. The entry before a block is not trained then, and that of the block's last
-            token takes over what stood there: it predicts the same token.
+        **overrides: what to use instead of what the family says: ``image_token_id``,
+            ``video_token_id``, ``prompt_token_id``, ``video_prompt_token_id``, and ``shifted=True``
+            where entry ``t`` of labels and loss mask is about token ``t + 1``, as Megatron's: the
+            entry before a block is not trained then, and that of its last token predicts what it
+            did. Also ``blocks_per_seq``, how many blocks each sequence of a packed row has, where
+            neither ``images_per_turn`` nor placeholders say it.
 
     Returns:
         A ``Placement``.
 
     Raises:
-        PlaceholderMismatch: a sequence has placeholders, but not one per image; or
-            ``blocks_per_seq`` or ``images_per_turn`` add up to another number than there are
-            blocks.
-        PackingError: ``images_per_turn`` has another number of entries than the row has turns; it
-            is unknown which sequence a block belongs to; an argument is not a row of ints.
+        PlaceholderMismatch: placeholders, ``blocks_per_seq`` or ``images_per_turn`` are for another
+            number of blocks.
+        PackingError: a sequence has neither placeholders nor the opener, so that its blocks could
+            only go after its BOS; a block is an image where the prompt has a video; it is unknown
+            which turn or sequence a block belongs to; or an argument is not a row of ints.
 
     Example:
         Two turns, one image in the first and two in the second:
@@ -164,62 +152,72 @@ def place_image_blocks(
         >>> place_image_blocks([5, 6, 10, 9], [[7, 9, 9, 8]], opener, image_token_id=9).output_ids
         [5, 6, 10, 7, 9, 9, 8]
     """
-    ids = as_ids(prompt_ids, "prompt_ids")
-    opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
-    bos_token_id = as_token(bos_token_id, "bos_token_id")
-    image_token_id = as_token(image_token_id, "image_token_id")
-    prompt_token_id = as_token(prompt_token_id, "prompt_token_id")
-    blocks = [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
-    bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
+    ids, blocks_per_seq = as_ids(prompt_ids, "prompt_ids"), overrides.pop("blocks_per_seq", None)
+    if turn_opener is not None:
+        overrides = {"turn_opener": turn_opener, **overrides}
+    one, blocks = resolve(family, overrides), _as_blocks(blocks)
+    bounds = [0, len(ids)] if cu_seqlens is None else kinds.as_boundaries(cu_seqlens, len(ids))
     starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
-    seqs = list(pairwise(starts))
-    stands_for_image = image_token_id if prompt_token_id is None else prompt_token_id
+    seqs, num_seqs = list(pairwise(starts)), len(bounds) - 1
 
-    turn_ends = [_opener_ends(ids[start:stop], opener, start) for start, stop in seqs]
-    placeholders = [_find(ids, stands_for_image, start, stop) for start, stop in seqs]
-    num_seqs = len(bounds) - 1
+    stand_ins = _stand_ins(one)
+    turn_ends = [_opener_ends(ids[a:b], list(one.turn_opener), a) for a, b in seqs]
+    places = [[p for p in range(a, b) if ids[p] in stand_ins] for a, b in seqs]
     turns = _turns_per_seq(images_per_turn, turn_ends[:num_seqs], len(blocks))
-    counts = _blocks_per_seq(blocks_per_seq, turns, placeholders[:num_seqs], len(blocks))
+    counts = _blocks_per_seq(blocks_per_seq, turns, places[:num_seqs], len(blocks))
+    counts, turns = [*counts, 0], [*turns, None]  # of the tail
 
     edits: list[_Edit] = []
-    for seq, (start, stop) in enumerate(seqs):
-        num_blocks = counts[seq] if seq < num_seqs else 0
-        turn = turns[seq] if seq < num_seqs else None
-        mine = range(len(edits), len(edits) + num_blocks)
-        found = placeholders[seq]
+    for seq, (bounds_of, found, ends) in enumerate(zip(seqs, places, turn_ends, strict=True)):
+        where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
+        mine, turn = range(len(edits), len(edits) + counts[seq]), turns[seq]
         if found:
-            where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
-            _check_one_per_image(where, len(found), num_blocks, stands_for_image)
-            if turn is not None:
-                _check_turns(seq, found, turn, turn_ends[seq])
-            edits += _expand_in_place(ids, found, blocks, mine, image_token_id, start, stop, seq)
+            if len(found) != len(mine):
+                raise _mismatch(
+                    len(found),
+                    len(mine),
+                    f"{where}: {len(found)} placeholders (id {ids[found[0]]}) but {len(mine)} "
+                    f"blocks; pass one block for each placeholder, or a prompt without "
+                    f"placeholders",
+                )
+            _check_turns(where, found, turn, ends)
+            edits += _expand_in_place(ids, found, blocks, mine, one, bounds_of, seq)
             continue
-        if turn is None:
-            places = [
-                _splice_at(ids, opener, turn_ends[seq], bos_token_id, start, stop)
-            ] * num_blocks
-        else:
-            places = [e for e, n in zip(turn_ends[seq], turn, strict=True) for _ in range(n)]
-        edits += [_Edit(at, at, i, seq) for at, i in zip(places, mine, strict=True)]
+        what = "the turn opener does not occur" if one.turn_opener else "no turn opener is known"
+        text = f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
+        require(
+            ends or not mine,
+            f"{where}: {what}{text}, and there is no placeholder, so the blocks would go after "
+            f"BOS, outside the user's turn; pass the turn_opener of this prompt's tokenizer, or "
+            f"use splice_image_blocks, which falls back to that",
+        )
+        if turn is None:  # all of them into the last turn
+            turn = [0] * (len(ends) - 1) + [len(mine)] * bool(ends)
+        into = [end for end, number in zip(ends, turn, strict=True) for _ in range(number)]
+        edits += [_Edit(at, at, i, seq) for at, i in zip(into, mine, strict=True)]
 
     insert_at: int | list[int] = [edit.start for edit in edits]
-    if num_seqs == len(seqs) == 1 and not placeholders[0] and turns[0] is None:
-        insert_at = _splice_at(ids, opener, turn_ends[0], bos_token_id, 0, len(ids))
-    output, spans, new_starts = _apply(ids, edits, blocks, starts)
-    moved = len(ids), edits, blocks, new_starts, shifted
+    if num_seqs == len(seqs) == 1 and not places[0] and turns[0] is None:
+        insert_at = turn_ends[0][-1] if turn_ends[0] else 0
+    output, source, spans, new_starts = _apply(ids, edits, blocks, starts)
+    entries = _about(source, starts, new_starts) if one.shifted else source
+
+    def moved(values, name: str, fill: int):
+        if values is None:
+            return None
+        row = kinds.as_row(values, name, len(ids))
+        return like(values, [fill if at is None else row[at] for at in entries])
+
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
-    types = None
-    if image_token_id is not None:
-        types = like_ids(prompt_ids, [int(token == image_token_id) for token in output])
     return Placement(
         output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
         block_spans=spans,
-        labels=_edit_tokens(labels, "labels", IGNORE_INDEX, *moved),
-        loss_mask=_edit_tokens(loss_mask, "loss_mask", 0, *moved),
+        labels=moved(labels, "labels", IGNORE_INDEX),
+        loss_mask=moved(loss_mask, "loss_mask", 0),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),
-        mm_token_type_ids=types,
+        mm_token_type_ids=_types(prompt_ids, output, spans, edits, one),
     )
 
 
@@ -231,209 +229,162 @@ class _Edit:
     stop: int
     block: int
     seq: int
+    video: bool = False
+
+
+def _mismatch(expected: int, actual: int, message: str) -> PlaceholderMismatch:
+    return PlaceholderMismatch(actual=actual, expected=expected, message=message)
+
+
+def _as_blocks(blocks) -> list[list[int]]:
+    return [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
+
+
+def _stand_ins(family: Family) -> dict[int, bool]:
+    """What stands for an image or a video in the prompt, and whether it is a video."""
+    image, video = family.prompt_token_id, family.video_prompt_token_id
+    image = family.image_token_id if image is None else image
+    video = family.video_token_id if video is None else video
+    return {token: kind for token, kind in ((video, True), (image, False)) if token is not None}
 
 
 def _opener_ends(ids: list[int], opener: list[int], offset: int) -> list[int]:
-    """Where each occurrence of the opener ends, overlapping ones too, in time linear in the row."""
-    if not opener:
-        return []
-    fallback, k = [0], 0  # Knuth-Morris-Pratt: openers such as [7, 7, 7, ...] stay linear
-    for token in opener[1:]:
-        while k and token != opener[k]:
-            k = fallback[k - 1]
-        k += token == opener[k]
-        fallback.append(k)
-    ends, k = [], 0
-    for position, token in enumerate(ids, offset + 1):
-        while k and (k == len(opener) or token != opener[k]):
-            k = fallback[k - 1]
-        k += token == opener[k]
-        if k == len(opener):
-            ends.append(position)
-    return ends
+    """Where each occurrence of the opener ends, overlapping ones too."""
+    size = len(opener)
+    starts = range(len(ids) - size + 1) if size else ()
+    return [at + size + offset for at in starts if ids[at : at + size] == opener]
 
 
-def _find(ids: list[int], token_id: int | None, start: int, stop: int) -> list[int]:
-    if token_id is None:
-        return []
-    return [position for position in range(start, stop) if ids[position] == token_id]
-
-
-def _splice_at(ids, opener, ends, bos_token_id, start, stop) -> int:
-    """After the last opener; without one after the first token, or where a BOS says."""
-    if ends:
-        return ends[-1]
-    if start == stop:
-        return start
-    return start + (bos_token_id is None or ids[start] == bos_token_id)
+def _types(prompt_ids, output, spans, edits, family: Family) -> Any:
+    """1 for images and 2 for videos; a video may be written with the image's placeholder."""
+    if family.image_token_id is None and family.video_token_id is None:
+        return None
+    of_token = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
+    types = [of_token.get(token, 0) for token in output]
+    for edit, (start, stop) in zip(edits, spans, strict=True):
+        own_marker = {family.video_start_id} - {family.vision_start_id, None}
+        if edit.video or own_marker & set(output[start:stop]):
+            types[start:stop] = [2 if kind else 0 for kind in types[start:stop]]
+    return like_ids(prompt_ids, types)
 
 
 def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | None]:
     """``images_per_turn`` as one list per sequence, None where nothing was said."""
-    num_turns = [len(ends) for ends in turn_ends]
     if images_per_turn is None:
         return [None] * len(turn_ends)
-    images_per_turn = as_list(images_per_turn, "images_per_turn")
-    if not any(entry is None or nested(entry) for entry in images_per_turn):
-        flat = as_counts(images_per_turn, "images_per_turn")
-        if len(flat) != sum(num_turns):
-            raise PackingError(
-                f"images_per_turn has {len(flat)} entries, but the turn opener occurs "
-                f"{sum(num_turns)} times; pass one for each (tool results open user turns too)"
-            )
-        stops = [0, *accumulate(num_turns)]
-        turns = [flat[start:stop] for start, stop in pairwise(stops)]
-    else:
-        if len(images_per_turn) != len(turn_ends):
-            raise PackingError(
-                f"images_per_turn has {len(images_per_turn)} lists, but the row has "
-                f"{len(turn_ends)} sequences"
-            )
-        turns = [
-            None if entry is None else as_counts(entry, f"images_per_turn[{seq}]")
-            for seq, entry in enumerate(images_per_turn)
-        ]
-        for seq, turn in enumerate(turns):
-            if turn is not None and len(turn) != num_turns[seq]:
-                raise PackingError(
-                    f"sequence {seq}: images_per_turn has {len(turn)} entries, but the turn opener "
-                    f"occurs {num_turns[seq]} times; pass one for each (tool results open user "
-                    f"turns too)"
-                )
-    total = sum(sum(turn) for turn in turns if turn is not None)
-    if None not in turns and total != num_blocks:
-        raise PlaceholderMismatch(
-            actual=num_blocks,
-            expected=total,
-            message=f"images_per_turn adds up to {total} images, but there are {num_blocks} blocks",
+    flat = as_counts(as_list(images_per_turn, "images_per_turn"), "images_per_turn")
+    stops = [0, *accumulate(len(ends) for ends in turn_ends)]
+    require(
+        len(flat) == stops[-1],
+        f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} times; "
+        f"pass one for each (tool results open user turns too)",
+    )
+    if sum(flat) != num_blocks:
+        message = (
+            f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} blocks"
         )
-    return turns
+        raise _mismatch(sum(flat), num_blocks, message)
+    return [flat[start:stop] for start, stop in pairwise(stops)]
 
 
-def _blocks_per_seq(blocks_per_seq, turns, placeholders, num_blocks) -> list[int]:
+def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks) -> list[int]:
     """How many blocks each sequence gets: said, or the only possibility."""
-    num_seqs, found = len(placeholders), [len(positions) for positions in placeholders]
-    said = [None if turn is None else sum(turn) for turn in turns]
+    num_seqs, found = len(places), [len(positions) for positions in places]
+    said, hint = [sum(turn) for turn in turns if turn is not None], ""
     if blocks_per_seq is not None:
         counts = as_counts(blocks_per_seq, "blocks_per_seq")
-        if len(counts) != num_seqs:
-            raise PackingError(
-                f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences"
-            )
-        if sum(counts) != num_blocks:
-            raise PlaceholderMismatch(
-                actual=num_blocks,
-                expected=sum(counts),
-                message=f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images, but "
-                f"there are {num_blocks} blocks",
-            )
-    elif num_seqs == 1:
-        counts = [num_blocks]
-    elif num_seqs and None not in said:
-        counts = said
-    elif sum(found) == num_blocks:
-        counts = found
-    elif any(found):
-        raise PlaceholderMismatch(
-            actual=num_blocks,
-            expected=sum(found),
-            message=f"the row has {sum(found)} placeholders, {shorten(found)} in its sequences, "
-            f"but there are {num_blocks} blocks; pass one for each, or say blocks_per_seq",
+        what = f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images"
+        require(
+            len(counts) == num_seqs,
+            f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences",
         )
+    elif said or num_seqs == 1:
+        counts, what = said or [num_blocks], ""  # checked above
     else:
-        raise PackingError(
+        counts, what = found, f"the row has {sum(found)} placeholders, {shorten(found)} in its"
+        what, hint = f"{what} sequences", "; pass one for each, or say blocks_per_seq"
+        require(
+            any(found) or not num_blocks,
             f"{num_blocks} blocks for a row of {num_seqs} sequences without placeholders; say "
-            f"blocks_per_seq"
+            f"blocks_per_seq",
         )
-    for seq, (count, turn) in enumerate(zip(counts, said, strict=True)):
-        if turn is not None and turn != count:
-            raise PlaceholderMismatch(
-                actual=count,
-                expected=turn,
-                message=f"sequence {seq}: images_per_turn adds up to {turn} images, but the "
-                f"sequence has {count} blocks",
-            )
+    if sum(counts) != num_blocks:
+        message = f"{what}, but there are {num_blocks} blocks{hint}"
+        raise _mismatch(sum(counts), num_blocks, message)
+    for seq, (count, turn) in enumerate(zip(counts, said, strict=False)):
+        if turn != count:
+            message = f"sequence {seq}: images_per_turn adds up to {turn} images, but the sequence"
+            raise _mismatch(turn, count, f"{message} has {count} blocks")
     return counts
 
 
-def _check_one_per_image(where: str, found: int, num_blocks: int, token_id: int) -> None:
-    if found != num_blocks:
-        raise PlaceholderMismatch(
-            actual=num_blocks,
-            expected=found,
-            message=f"{where}: {found} placeholders (id {token_id}) but {num_blocks} "
-            f"blocks; pass one block for each placeholder, or a prompt without placeholders",
-        )
-
-
-def _check_turns(seq: int, placeholders: list[int], turn: list[int], ends: list[int]) -> None:
+def _check_turns(where: str, places: list[int], turn: list[int] | None, ends: list[int]) -> None:
     """Placeholders say where the images are: ``images_per_turn`` must say the same."""
+    if turn is None:
+        return
     found = [0] * len(turn)
-    for position in placeholders:
+    for position in places:
         at = bisect_right(ends, position) - 1
         if at >= 0:
             found[at] += 1
     if found != turn:
-        raise PlaceholderMismatch(
-            actual=sum(turn),
-            expected=sum(found),
-            message=f"sequence {seq}: the turns hold {shorten(found)} placeholders, but "
-            f"images_per_turn says {shorten(turn)}; leave it out where the prompt has placeholders",
-        )
+        message = f"{where}: the turns hold {shorten(found)} placeholders, but images_per_turn "
+        message += f"says {shorten(turn)}; leave it out where the prompt has placeholders"
+        raise _mismatch(sum(found), sum(turn), message)
 
 
-def _expand_in_place(ids, placeholders, blocks, mine, image_token_id, start, stop, seq):
+def _expand_in_place(ids, places, blocks, mine, family: Family, bounds, seq: int) -> list[_Edit]:
     """Each placeholder becomes its block, together with the markers that already surround it."""
-    edits, last = [], start
-    limits = [*placeholders[1:], stop]
-    for position, limit, i in zip(placeholders, limits, mine, strict=True):
-        block = blocks[i]
-        first, end = position, position + 1
-        if image_token_id in block:
-            before = block.index(image_token_id)
-            after = block[::-1].index(image_token_id)
-            low, high = position - before, position + 1 + after
-            inside = low >= last and high <= limit
-            same_end = ids[end:high] == block[len(block) - after :]
-            if inside and same_end and ids[low:position] == block[:before]:
-                first, end = low, high
-        edits.append(_Edit(first, end, i, seq))
-        last = end
+    stand_ins, edits, last = _stand_ins(family), [], bounds[0]
+    for position, limit, i in zip(places, [*places[1:], bounds[1]], mine, strict=True):
+        video = stand_ins[ids[position]]
+        wanted, other = family.image_token_id, family.video_token_id
+        if video and other is not None:
+            wanted, other = other, wanted
+        if other in blocks[i] and wanted not in blocks[i]:
+            there, here = ("a video", "an image") if video else ("an image", "a video")
+            message = f"blocks[{i}] holds {here} (id {other}), but the prompt has {there} there; "
+            raise PackingError(message + "pass images and videos in their order in the row")
+        low, high = _surrounded(ids, blocks[i], position, wanted)
+        if low < last or high > limit:
+            low, high = position, position + 1
+        edits.append(_Edit(low, high, i, seq, video))
+        last = high
     return edits
 
 
-def _apply(ids, edits, blocks, starts) -> tuple[list[int], list[list[int]], list[int]]:
-    """The edited row, the span of every block in it, and where its sequences now start."""
-    output, spans, last = [], [], 0
+def _surrounded(ids: list[int], block: list[int], position: int, token: int | None):
+    """What a block replaces: its placeholder, and either all of its markers or the outermost."""
+    if token in block:
+        before, after = block.index(token), block[::-1].index(token)
+        for left, right in ((before, after), (min(before, 1), min(after, 1))):
+            low, high = position - left, position + 1 + right
+            same_end = ids[position + 1 : high] == block[len(block) - right :]
+            if low >= 0 and same_end and ids[low:position] == block[:left] and left + right:
+                return low, high
+    return position, position + 1
+
+
+def _apply(ids, edits, blocks, starts):
+    """The row, where each of its tokens stood (None in a block), spans of the blocks, starts."""
+    output, source, spans, last = [], [], [], 0
     lengths = [stop - start for start, stop in pairwise(starts)]
     for edit in edits:
-        block = blocks[edit.block]
         output += ids[last : edit.start]
-        spans.append([len(output), len(output) + len(block)])
-        output += block
+        source += range(last, edit.start)
+        spans.append([len(output), len(output) + len(blocks[edit.block])])
+        output += blocks[edit.block]
+        source += [None] * len(blocks[edit.block])
+        lengths[edit.seq] += len(blocks[edit.block]) - (edit.stop - edit.start)
         last = edit.stop
-        lengths[edit.seq] += len(block) - (edit.stop - edit.start)
-    return output + ids[last:], spans, [0, *accumulate(lengths)]
+    source += range(last, len(ids))
+    return output + ids[last:], source, spans, [0, *accumulate(lengths)]
 
 
-def _edit_tokens(values, name, fill, num_tokens, edits, blocks, new_starts, shifted):
-    """A per-token array after the edits, with ``fill`` for every token of a block.
-
-    Shifted, the block's last token predicts what the token before it, or the last one that it
-    replaces, predicted; a sequence has no entry about its first token.
-    """
-    if values is None:
-        return None
-    row = as_row(values, name, num_tokens)
-    output, last = [], 0
-    for edit in edits:
-        output += row[last : edit.start]
-        entries = [fill] * len(blocks[edit.block])
-        if shifted:
-            begins = len(output) == new_starts[edit.seq]
-            before = fill if begins else output.pop()
-            entries.append(row[edit.stop - 1] if edit.stop > edit.start else before)
-            entries = entries[begins:]
-        output += entries
-        last = edit.stop
-    return like(values, output + row[last:])
+def _about(source, starts, new_starts) -> list[int | None]:
+    """Where the entries come from that are about the next token, None before one of a block."""
+    entries = []
+    for (first, end), (start, stop) in zip(pairwise(starts), pairwise(new_starts), strict=True):
+        following = [*source[start + 1 : stop], end][: stop - start]
+        entries += [None if at is None or at == first else at - 1 for at in following]
+    return entries

@@ -1,35 +1,21 @@
 """Which images survive when a prompt is cut: placeholders vanish, pixel tensors do not."""
 
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..errors import AmbiguousTruncation, PackingError, PlaceholderMismatch
-from .kinds import (
-    as_boundaries,
-    as_counts,
-    as_ids,
-    as_int,
-    as_list,
-    as_token,
-    check_fits,
-    holds_ints,
-    length,
-    like,
-    like_ids,
-    nested,
-    shorten,
-    take,
-    take_spans,
-)
-from .placement import IGNORE_INDEX
+from ..errors import AmbiguousTruncation, PlaceholderMismatch
+from . import kinds
+from .families import Family, resolve
+from .kinds import IGNORE_INDEX, as_counts, as_flag, as_ids, as_int, as_list, like, require, shorten
 
-_SIDES = ("left", "right")
-_IMAGE, _VIDEO = 1, 2  # as mm_token_type_ids of transformers has them
+_KINDS = ("image", "video")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 _CUT, _KEPT, _ORPHAN, _DANGLING = range(4)  # what became of a token
 
@@ -44,14 +30,11 @@ class Truncation:
     Attributes:
         output_ids: the ids that stay, of the same kind as those given.
         keep_positions: where they stood.
-        orphan_positions: placeholders (and break tokens) that were removed because their image or
-            video is not whole.
-        kept_images, dropped_images: whose features stay, whose go.
-        kept_videos, dropped_videos: likewise.
+        orphan_positions: placeholders and break tokens removed because their image is not whole.
+        kept_images, dropped_images, kept_videos, dropped_videos: whose features stay, whose go.
         position_ids: of ``output_ids``, restarting in every sequence.
         cu_seqlens: boundaries of the sequences that still have tokens, None if none were given.
-        kept_sequences: which sequences these are.
-        max_seqlen: the length of the longest.
+        kept_sequences, max_seqlen: which sequences these are, and the length of the longest.
     """
 
     output_ids: Any
@@ -65,14 +48,14 @@ class Truncation:
     cu_seqlens: Any
     kept_sequences: list[int]
     max_seqlen: int
-    _num_tokens: int
+    _starts: list[int]  # where the sequences, and the tail, began
     _all_sequences: bool  # no boundary is gone: an empty sequence leaves no other trace
     _holes: list[int]  # entries of keep_positions that something inside the cut was removed after
 
     @property
     def noop(self) -> bool:
         """True where the row stays as it was, with all its images, videos and boundaries."""
-        whole = self._all_sequences and len(self.keep_positions) == self._num_tokens
+        whole = self._all_sequences and len(self.keep_positions) == self._starts[-1]
         return whole and not self.dropped_images and not self.dropped_videos
 
     def kept_row_ranges(self, rows_per_image: Sequence[int], per: str = "image") -> list[list[int]]:
@@ -81,9 +64,6 @@ class Truncation:
         Args:
             rows_per_image: how many rows each image (each video) has, for all of them in order.
             per: "image" or "video".
-
-        Returns:
-            The ranges, in order.
 
         Raises:
             PackingError: ``rows_per_image`` has another number of entries than there are images.
@@ -94,19 +74,12 @@ class Truncation:
             [[0, 16]]
         """
         kept, total = self._kept(per)
-        rows = as_counts(rows_per_image, f"rows_per_{per}")
-        if len(rows) != total:
-            raise PackingError(
-                f"rows_per_{per} has {len(rows)} entries, but there were {total} {per}s"
-            )
+        rows, name = as_counts(rows_per_image, f"rows_per_{per}"), f"rows_per_{per}"
+        require(
+            len(rows) == total, f"{name} has {len(rows)} entries, but there were {total} {per}s"
+        )
         starts = [0, *accumulate(rows)]
-        ranges: list[list[int]] = []
-        for item in kept:
-            if ranges and ranges[-1][1] == starts[item]:
-                ranges[-1][1] = starts[item + 1]
-            else:
-                ranges.append([starts[item], starts[item + 1]])
-        return ranges
+        return kinds.merge_spans([starts[item : item + 2] for item in kept])
 
     def apply(
         self,
@@ -123,17 +96,17 @@ class Truncation:
         Args:
             values: a list, tensor or array with one entry per token, image, video or row; or a dict
                 of them.
-            per: what the first dimension counts: "token", "image" or "video". Tokens may also be
-                the second dimension of ``[1, T]``, or ``dim``.
+            per: what the first dimension counts: "token", "image" or "video"; or "position" for
+                position ids, M-RoPE's too: they close up behind what was removed, and start at 0 in
+                every sequence. Keys of a dict that end in "position_ids" are known by name.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``. Never true
                 of an ``attention_mask`` among them.
             fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
-                that comes without its name cannot be told from labels: give 0 for it, and for
-                advantages and log-probabilities.
-            dim: the dimension of the tokens, where it is another: 1 for the position ids ``[3, T]``
-                of M-RoPE.
+                without its name cannot be told from labels: give 0 for it, and for advantages.
+            dim: the dimension of the tokens, where it is neither the first nor the second of
+                ``[1, T]``: 1 for the position ids ``[3, T]`` of M-RoPE.
 
         Returns:
             What is left, of the same kind. Where no image (no video), or no row of one, is left,
@@ -141,99 +114,119 @@ class Truncation:
 
         Raises:
             PackingError: ``values`` has another length than the row or the images, or holds no
-                signed ints and ``fill`` is left out.
+                signed ints and ``fill`` is left out; or looks like M-RoPE's position ids, which a
+                mere cut would leave with an offset.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
-            >>> cut.keep_positions, cut.apply([0, 1, 2, 3, 4, 5])
-            ([3, 4, 5], [3, 4, 5])
-            >>> cut.apply({"image_grid_thw": ["first", "second"]}, per="image")
-            {'image_grid_thw': ['second']}
+            >>> cut.keep_positions, cut.apply({"image_grid_thw": ["first", "second"]}, per="image")
+            ([3, 4, 5], {'image_grid_thw': ['second']})
         """
+        shifted = as_flag(shifted, "shifted")
         if isinstance(values, Mapping):
             cut = {}
             for key, value in values.items():
-                its_fill = 0 if fill is None and "mask" in str(key) else fill
-                about_next = shifted and key != "attention_mask"
+                positions = per == "token" and str(key).endswith("position_ids")
                 cut[key] = self.apply(
-                    value, per, rows=rows, shifted=about_next, fill=its_fill, dim=dim
+                    value,
+                    "position" if positions else per,
+                    rows=rows,
+                    shifted=shifted and key != "attention_mask",
+                    fill=0 if fill is None and "mask" in str(key) else fill,
+                    dim=dim,
                 )
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
-        if per == "token":
-            return self._apply_to_tokens(values, shifted, fill, dim)
-        if dim is not None:
-            raise PackingError(f"dim is for tokens; {per}s are always the first dimension")
+        if per in ("token", "position"):
+            return self._apply_to_tokens(values, shifted, fill, dim, per == "position")
+        require(dim is None, f"dim is for tokens; {per}s are always the first dimension")
         _, total = self._kept(per)
         ranges = self.kept_row_ranges([1] * total if rows is None else rows, per)
         expected = total if rows is None else sum(as_counts(rows, "rows"))
-        found = length(values, "values")
-        if found != expected:
-            raise PackingError(
-                f"values have {found} entries, but the {total} {per}s have {expected} rows"
-            )
-        if all(start == stop for start, stop in ranges):
-            return None
-        return take_spans(values, ranges)
+        found = kinds.length(values, "values")
+        require(
+            found == expected,
+            f"values have {found} entries, but the {total} {per}s have {expected} rows",
+        )
+        return kinds.take_spans(values, ranges) if ranges else None
 
-    def _dim_of_tokens(self, shape) -> int:
-        batch_of_one = len(shape) > 1 and shape[0] == 1
-        if self._num_tokens == 1:  # [1, 1] is what the ids are
-            batch_of_one = batch_of_one and getattr(self.output_ids, "ndim", 1) == 2
-        return int(batch_of_one)
+    def _dim_of_tokens(self, shape, dim: int | None) -> int:
+        """Where the tokens are: where that was said, else where the row has them."""
+        total = self._starts[-1]
+        if dim is None:
+            dim = int(len(shape) > 1 and shape[0] == 1)
+            if total == 1:  # [1, 1] is what the ids are
+                dim = dim and int(getattr(self.output_ids, "ndim", 1) == 2)
+        dim, size = as_int(dim, "dim"), len(shape)
+        require(-size <= dim < size, f"dim is {dim}, but values have {size} dimensions")
+        found = shape[dim]
+        require(found == total, f"values have {found} entries, but the row has {total} tokens")
+        return dim % size
 
-    def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None):
-        shape = getattr(values, "shape", None)
-        dims = (length(values, "values"),) if shape is None or not len(shape) else shape
-        dim = self._dim_of_tokens(dims) if dim is None else as_int(dim, "dim")
-        if not -len(dims) <= dim < len(dims):
-            raise PackingError(f"dim is {dim}, but values have {len(dims)} dimensions")
-        dim, found = dim % len(dims), dims[dim]
-        if found != self._num_tokens:
-            raise PackingError(
-                f"values have {found} entries, but the row has {self._num_tokens} tokens"
+    def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None, positions: bool):
+        ints, shape = None, getattr(values, "shape", None)
+        if shape is None or not len(shape):
+            kinds.length(values, "values")
+            ints, given = kinds.holds_ints(values), type(values)
+            values = np.fromiter(values, dtype=object, count=len(values))
+        dim = self._dim_of_tokens(values.shape, dim)
+        ints = kinds.holds_ints(values) if ints is None else ints
+        cut = kinds.take(values, self.keep_positions, dim)
+        if positions or (dim > 0 and values.shape[0] == 3 and ints):
+            require(ints, "position ids are no ints; pass them as the processor gave them")
+            offsets = self._offsets(values, dim)
+            require(
+                positions or shifted or not any(offsets),
+                "values look like position ids of M-RoPE, which would keep an offset where tokens "
+                'were removed; pass per="position", or move the tokens to dimension 0',
             )
-        cut = take(values, self.keep_positions, dim)
-        if not shifted or not self._holes:
-            return cut
-        if fill is None:
-            if not holds_ints(values) or "uint" in str(getattr(values, "dtype", "")):
-                raise PackingError("values are no signed ints, so they are no labels; pass fill=0")
-            fill = IGNORE_INDEX
-        check_fits([fill], getattr(values, "dtype", None))
-        if shape is None:
-            cut = list(cut)
-            for hole in self._holes:
-                cut[hole] = fill
-            return cut if isinstance(values, list) else type(values)(cut)
-        cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
-        cut[(slice(None),) * dim + (self._holes,)] = fill
-        return cut
+            if positions:
+                cut = cut - like(cut.reshape(-1), offsets).reshape(-1, *[1] * (cut.ndim - dim - 1))
+        if shifted and self._holes and not positions:
+            signed = ints and "uint" not in str(values.dtype)
+            require(
+                fill is not None or signed,
+                "values are no signed ints, so they are no labels; pass fill=0",
+            )
+            fill = IGNORE_INDEX if fill is None else fill
+            kinds.check_fits([fill], values.dtype)
+            cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
+            cut[(slice(None),) * dim + (self._holes,)] = fill
+        return given(cut.tolist()) if shape is None else cut
+
+    def _offsets(self, values, dim: int) -> list[int]:
+        """By how much each position that stays moves forward, from all that was removed before."""
+        if not self.keep_positions:
+            return []
+        rows = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)
+        at = np.moveaxis(rows, dim, -1).reshape(-1, self._starts[-1]).min(axis=0)
+        kept, offsets = np.array(self.keep_positions), []
+        for start, stop in pairwise(self._starts):
+            mine = kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)]
+            if len(mine):
+                expected = np.concatenate(([start], mine[:-1] + 1))
+                moved = np.cumsum(at[mine] - at[expected])
+                offsets += (moved + (at[mine] - moved).min()).tolist()
+        return offsets
 
     def _kept(self, per: str) -> tuple[list[int], int]:
-        if per == "image":
-            return self.kept_images, len(self.kept_images) + len(self.dropped_images)
-        if per == "video":
-            return self.kept_videos, len(self.kept_videos) + len(self.dropped_videos)
-        raise PackingError(f"per is {per!r}, expected 'token', 'image' or 'video'")
+        require(per in _KINDS, f"per is {per!r}, expected 'token', 'position', 'image' or 'video'")
+        kept, dropped = getattr(self, f"kept_{per}s"), getattr(self, f"dropped_{per}s")
+        return kept, len(kept) + len(dropped)
 
 
 def truncate(
     input_ids: Any,
     tokens_per_image: Any,
     max_length: int | Sequence[int],
-    image_token_id: int | None,
+    image_token_id: int | None = None,
     *,
     side: str | Sequence[str] = "right",
-    vision_start_id: int | None = None,
-    vision_end_id: int | None = None,
-    drop_dangling: bool = True,
-    break_token_ids: Sequence[int] = (),
+    family: str | Family | None = None,
     tokens_per_video: Any = None,
-    video_token_id: int | None = None,
-    mm_token_type_ids: Any = None,
     cu_seqlens: Any = None,
+    **overrides: Any,
 ) -> Truncation:
     """Cut a row to a length, and drop every image that the cut went through.
 
@@ -241,27 +234,21 @@ def truncate(
 
     Args:
         input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
-        tokens_per_image: how many placeholders each image has, in order. An image whose
-            placeholders stand in several runs can be given as the list of its runs; runs that
-            adjoin are one run: give their sum. For a packed row flat ints, or one such list per
-            sequence: there a list among the entries is always a sequence's, never runs, which are
-            one level deeper, ``[[[2, 2]], [[2, 2]]]``.
+        tokens_per_image: how many placeholders each image has, in order; for an image whose
+            placeholders stand in several runs the list of its runs (runs that adjoin are one). For
+            a packed row flat ints, or one list per sequence: there a list is always a sequence's,
+            and runs are one level deeper, ``[[[2, 2]], [[2, 2]]]``.
         max_length: how many tokens may stay. For a packed row an int is the length of the whole
             row; a list cuts each sequence to its own length.
-        image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
-        vision_start_id: the marker in front of an image.
-        vision_end_id: the marker behind an image.
-        drop_dangling: also drop a begin marker that no kept placeholder follows, and an end marker
-            that follows none.
-        break_token_ids: tokens that stand between the placeholders of one image (Pixtral's
-            ``[IMG_BREAK]``); they go with their image.
-        tokens_per_video: the same as ``tokens_per_image`` for videos; a video of several runs stays
-            or goes whole.
-        video_token_id: their placeholder. Needed wherever the row has videos and markers.
-        mm_token_type_ids: ``[T]``, 1 for placeholders of images and 2 for those of videos, instead
-            of their ids.
+        family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
+        tokens_per_video: the same as ``tokens_per_image``; a video of several runs stays or goes
+            whole, with the timestamps between its outer markers.
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
+        image_token_id, **overrides: what to use instead of what the family says:
+            ``image_token_id``, ``video_token_id``, ``vision_start_id``, ``vision_end_id``,
+            ``video_start_id``, ``video_end_id``, ``break_token_ids``, ``drop_dangling``; or
+            ``mm_token_type_ids`` ``[T]`` instead of both placeholders, 1 for images, 2 for videos.
 
     Returns:
         A ``Truncation``; its row is at most ``max_length`` long.
@@ -269,7 +256,8 @@ def truncate(
     Raises:
         PlaceholderMismatch: the whole row does not have the placeholders that ``tokens_per_image``
             says, in number or in order.
-        PackingError: an argument makes no sense, or a marker or break token is a placeholder.
+        PackingError: an argument makes no sense, a marker or break token is a placeholder, or
+            markers stand around placeholders of which nothing was said.
 
     Example:
         >>> row = [1, 7, 9, 9, 8, 2, 7, 9, 9, 9, 8, 3]
@@ -277,35 +265,26 @@ def truncate(
         >>> cut.output_ids, cut.kept_images
         ([1, 7, 9, 9, 8, 2], [0])
     """
-    row = _Row.parse(input_ids, cu_seqlens, image_token_id, video_token_id, mm_token_type_ids)
-    row.read_options(break_token_ids, vision_start_id, vision_end_id, drop_dangling, None)
+    row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=True)
-    windows = _windows(row, max_length, side)
     for stream in streams:
-        start, stop = row.bounds(stream.seq)
-        if len(stream.positions) != stream.total:
-            raise _mismatch(stream)
-        _align(row, stream, start, stop, None)  # the whole row has them in the order given
-        low, high = (bisect_left(stream.positions, edge) for edge in windows[stream.seq])
-        stream.first, stream.positions = low, stream.positions[low:high]
-    return row.result(input_ids, cu_seqlens, streams, windows)
+        if len(stream.positions) != stream.starts[-1]:
+            raise stream._mismatch()
+        stream.align(row.only_breaks, row.starts[stream.seq : stream.seq + 2], None)
+    sides = _per_seq(side, row, ("left", "right"))
+    return row.result(input_ids, cu_seqlens, streams, _windows(row, max_length, sides))
 
 
 def reconcile(
     input_ids: Any,
     tokens_per_image: Any,
-    image_token_id: int | None,
+    image_token_id: int | None = None,
     *,
     side: str | Sequence[str | None] | None = None,
-    vision_start_id: int | None = None,
-    vision_end_id: int | None = None,
-    drop_dangling: bool = True,
-    break_token_ids: Sequence[int] = (),
+    family: str | Family | None = None,
     tokens_per_video: Any = None,
-    video_token_id: int | None = None,
-    mm_token_type_ids: Any = None,
-    pad_token_id: int | None = None,
     cu_seqlens: Any = None,
+    **overrides: Any,
 ) -> Truncation:
     """Find out which images survived a cut that somebody else made, and repair the row.
 
@@ -315,18 +294,14 @@ def reconcile(
 
     Args:
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
-        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``:
-            runs that adjoin are one run, give their sum. For a packed row one list per sequence; a
-            list among its entries is always a sequence's, never runs, which are one level deeper,
-            ``[[[2, 2]], [[2, 2]]]``.
-        image_token_id: the placeholder; None where ``mm_token_type_ids`` say it.
+        tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``; for
+            a packed row one list per sequence.
         side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
             For a packed row also one per sequence.
-        vision_start_id, vision_end_id, drop_dangling, break_token_ids: as for ``truncate``.
-        tokens_per_video, video_token_id, mm_token_type_ids: as for ``truncate``.
-        pad_token_id: padding at either end of a sequence is not its edge: give it where a row was
-            padded after the cut.
+        family, tokens_per_video: as for ``truncate``.
         cu_seqlens: ``[B + 1]``, boundaries of what is left of a packed row.
+        image_token_id, **overrides: as for ``truncate``, and ``pad_token_id``: padding at either
+            end of a sequence is not its edge, so give it where a row was padded after the cut.
 
     Returns:
         A ``Truncation``.
@@ -334,295 +309,376 @@ def reconcile(
     Raises:
         PlaceholderMismatch: no window fits; the images are others, or in another order.
         AmbiguousTruncation: more than one set of images, or of orphaned placeholders, fits. The
-            attribute ``candidates`` lists the first few. Say ``side``, or cut with ``truncate``.
-        PackingError: an argument makes no sense, or a marker, break token or padding is a
-            placeholder.
+            first few are in its ``candidates``.
+        PackingError: an argument makes no sense, as for ``truncate``.
 
     Example:
-        The cut went through the first image; counting from the front would keep it:
-
-        >>> left = [9, 9, 8, 7, 9, 9, 9, 8, 3]
-        >>> found = reconcile(left, [4, 3], 9, vision_start_id=7, vision_end_id=8)
-        >>> found.kept_images, found.output_ids
-        ([1], [7, 9, 9, 9, 8, 3])
+        >>> row = [9, 9, 8, 2, 7, 9, 9, 9, 8, 3]
+        >>> cut = reconcile(row, [4, 3], 9, side="left", vision_start_id=7, vision_end_id=8)
+        >>> cut.kept_images, cut.output_ids
+        ([1], [2, 7, 9, 9, 9, 8, 3])
     """
-    row = _Row.parse(input_ids, cu_seqlens, image_token_id, video_token_id, mm_token_type_ids)
-    row.read_options(break_token_ids, vision_start_id, vision_end_id, drop_dangling, pad_token_id)
+    row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=False)
-    sides = _per_seq(side, row)
+    sides = _per_seq(side, row, ("left", "right", None))
     for stream in streams:
-        start, stop = row.bounds(stream.seq)
-        stream.first = _align(row, stream, start, stop, sides[stream.seq])
-    windows = list(pairwise(row.starts))
-    return row.result(input_ids, cu_seqlens, streams, windows)
+        stream.align(row.only_breaks, row.bounds(stream.seq), sides[stream.seq])
+    return row.result(input_ids, cu_seqlens, streams, None)
 
 
 @dataclass
 class _Stream:
     """The placeholders of one modality in one sequence, and the images (videos) they are for.
 
-    What is left of them is ``positions``, beginning with number ``first`` of the whole stream.
+    What the row has of them is ``positions``, beginning with number ``first`` of the whole stream.
     """
 
     seq: int
     kind: str
     token: str
     first_item: int  # number of the first image in the whole row
-    starts: list[int]  # image boundaries in the whole stream, from 0 to the number of placeholders
-    runs: list[int]  # these, and the boundaries of the runs inside images
+    items: list[list[int]]  # the runs of every image
     positions: list[int]
     first: int = 0
+    unsure: bool = False  # nothing says which end was cut
 
-    @property
-    def total(self) -> int:
-        return self.starts[-1]
+    def __post_init__(self):
+        self.starts = [0, *accumulate(sum(runs) for runs in self.items)]
 
-    def survivors(self, first: int) -> tuple[int, int]:
-        """The images ``[i, j)`` that lie wholly in the window that begins at ``first``."""
-        i = bisect_left(self.starts, first)
-        j = bisect_right(self.starts, first + len(self.positions)) - 1
+    def survivors(self, first: int, count: int) -> tuple[int, int]:
+        """The images ``[i, j)`` that lie wholly in the window of ``count`` from ``first``."""
+        i, j = bisect_left(self.starts, first), bisect_right(self.starts, first + count) - 1
         return (i, j) if i < j else (0, 0)
 
-    def orphans(self, first: int) -> list[int]:
-        """The positions of that window whose image is not whole."""
-        i, j = self.survivors(first)
-        if i == j:
-            return self.positions
-        return self.positions[: self.starts[i] - first] + self.positions[self.starts[j] - first :]
+    def of(self, item: int) -> list[int]:
+        """What the row has of an image's placeholders."""
+        start, stop = (max(0, edge - self.first) for edge in self.starts[item : item + 2])
+        return self.positions[start:stop]
 
+    @property
+    def cut(self) -> tuple[bool, bool]:
+        """Whether placeholders are, or may be, missing on the left and on the right."""
+        missing = self.starts[-1] - self.first - len(self.positions)
+        return self.unsure or self.first > 0, self.unsure or missing > 0
 
-@dataclass
-class _Row:
-    """A row as lists: what kind each token is, and where its sequences (and its tail) begin."""
+    @property
+    def next_lost(self) -> list[int]:
+        """The runs of the image behind the last one that the row has whole, or of the last."""
+        after = bisect_right(self.starts, self.first + len(self.positions)) - 1
+        return self.items[min(after, len(self.items) - 1)]
 
-    ids: list[int]
-    kinds: list[int]  # 0 for text, _IMAGE and _VIDEO for placeholders
-    starts: list[int]
-    num_seqs: int  # without the tail
-    packed: bool
-    tokens: dict[int, str]
-    placeholders: set[int]
-    breaks: list[int] | None = None  # how many break tokens stand before each position
-    vision_start_id: int | None = None
-    vision_end_id: int | None = None
-    pad_token_id: int | None = None
+    def align(self, only_breaks: Callable, bounds: Sequence[int], side: str | None) -> None:
+        """Find the number of the first placeholder left, from what the row says of boundaries."""
+        positions, left, last = self.positions, len(self.positions), self.starts[-1]
+        if left > last:
+            raise self._mismatch()
+        gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
+        breaks = [k for k in gaps if not only_breaks(positions[k - 1] + 1, positions[k])]
+        if left:
+            breaks += [0] * (not only_breaks(bounds[0], positions[0]))
+            breaks += [left] * (not only_breaks(positions[-1] + 1, bounds[1]))
+        edges, apart = {0, *accumulate(run for runs in self.items for run in runs)}, set(gaps)
+        inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
 
-    @classmethod
-    def parse(cls, input_ids, cu_seqlens, image_token_id, video_token_id, mm_token_type_ids):
-        ids = as_ids(input_ids, "input_ids")
-        if mm_token_type_ids is not None:
-            if image_token_id is not None or video_token_id is not None:
-                raise PackingError("pass image_token_id=None where mm_token_type_ids are given")
-            kinds = as_ids(mm_token_type_ids, "mm_token_type_ids")
-            if len(kinds) != len(ids):
-                raise PackingError(
-                    f"mm_token_type_ids has {len(kinds)} entries, but the row {len(ids)} tokens"
-                )
-            tokens = {kind: f"type {kind}" for kind in (_IMAGE, _VIDEO)}
-            placeholders = {ids[p] for p, kind in enumerate(kinds) if kind in tokens}
+        def fits(first: int) -> bool:
+            low, high = bisect_right(inner, first), bisect_left(inner, first + left)
+            return all(first + k in edges for k in breaks) and all(
+                inner[i] - first in apart for i in range(low, high)
+            )
+
+        candidates = range(last - left + 1)
+        if side is not None or not left:
+            candidates = candidates[-1:] if side == "left" else candidates[:1]
+        keepers, others = [], []
+        for first in filter(fits, candidates):
+            i, j = self.survivors(first, left)
+            (keepers if i < j else others).append(first)
+            if len(keepers) == _MAX_CANDIDATES:
+                break
+        if not keepers and not others:
+            raise self._mismatch(gaps, side)
+        # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
+        if keepers and len(keepers) + len(others) > 1:
+            raise self._ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
+        self.first = (keepers or others)[0]
+        self.unsure = side is None and last > 0 and (not left or len(others) > 1)
+
+    def _mismatch(self, gaps=None, side=None) -> PlaceholderMismatch:
+        """The error for placeholders that cannot come from these images."""
+        found, total = len(self.positions), self.starts[-1]
+        message = (
+            f"sequence {self.seq}: {found} {self.kind} placeholders ({self.token}), but "
+            f"tokens_per_{self.kind} {shorten([sum(i) for i in self.items])} adds up to {total}"
+        )
+        if gaps is None:
+            message += "; pass the images of this row, all of them"
         else:
-            modality = {}
-            for kind, name, token_id in (
-                (_IMAGE, "image_token_id", image_token_id),
-                (_VIDEO, "video_token_id", video_token_id),
-            ):
-                if token_id is not None:
-                    modality[as_int(token_id, name)] = kind
-            if image_token_id is not None and image_token_id == video_token_id:
-                raise PackingError(
-                    f"image_token_id and video_token_id are both {image_token_id}; count their "
-                    f"images and videos in tokens_per_image, in their order in the row"
-                )
-            kinds = [modality.get(token, 0) for token in ids]
-            tokens = {kind: f"id {token}" for token, kind in modality.items()}
-            placeholders = set(modality)
-        bounds = [0, len(ids)] if cu_seqlens is None else as_boundaries(cu_seqlens, len(ids))
-        starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
-        num_seqs, packed = len(bounds) - 1, cu_seqlens is not None
-        return cls(ids, kinds, starts, num_seqs, packed, tokens, placeholders)
+            runs = [stop - start for start, stop in pairwise([0, *gaps, found])]
+            message += (
+                f", and runs of {shorten(runs)} are no part of them"
+                f"{f' after a cut on the {side}' if side else ''}; check which images belong to "
+                f"this row, their order and the side; give one that stands in several runs as the "
+                f"list of its runs, or say break_token_ids"
+            )
+        return PlaceholderMismatch(actual=total, expected=found, message=message)
 
-    def read_options(self, break_ids, vision_start_id, vision_end_id, drop_dangling, pad_token_id):
-        inside = set(as_ids(break_ids, "break_token_ids"))
-        if inside:
-            self.breaks = [0, *accumulate(token in inside for token in self.ids)]
-        vision_start_id = as_token(vision_start_id, "vision_start_id")
-        vision_end_id = as_token(vision_end_id, "vision_end_id")
-        if drop_dangling:
-            self.vision_start_id, self.vision_end_id = vision_start_id, vision_end_id
-        self.pad_token_id = as_token(pad_token_id, "pad_token_id")
+    def _ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
+        """The error for a row that several sets of images explain, with the first few of them."""
+        found, size = [], len(self.positions)
+        for first in candidates:
+            i, j = self.survivors(first, size)
+            low, high = (self.starts[i] - first, self.starts[j] - first) if i < j else (size, size)
+            kept = list(range(self.first_item + i, self.first_item + j))
+            orphans = self.positions[:low] + self.positions[high:]
+            found.append({f"kept_{self.kind}s": kept, "orphan_positions": orphans})
+        sets = " or ".join(shorten(one[f"kept_{self.kind}s"]) for one in found)
+        error = AmbiguousTruncation(
+            f"sequence {self.seq}: what is left, {size} {self.kind} placeholders ({self.token}) of "
+            f"{self.starts[-1]}, could be of {self.kind}s {sets}; say which side was cut, or cut "
+            f"with truncate"
+        )
+        error.candidates = found
+        return error
+
+
+# What each token is, one letter each: "(" and ")" markers, "|" a marker that is both, "<" and ">"
+# those of a whole video, "b" a break, "p" a placeholder that stays, "l" one that is lost, "v" one
+# of a lost video, "." text. An image is its placeholders with the breaks and markers around them;
+# a begin marker may be long: text up to a break.
+_CHUNKS = re.compile(
+    r"(?:[(|](?:[.b]*b)?|b+)?p+(?:b+p+)*(?:b*[)|])?"
+    r"|(?P<lost>(?:[(|](?:[.b]*(?=b))?)?b*[lv]+(?:b+[lv]+)*b*(?:\)|\|(?!b*p))?)"
+)
+
+
+class _Row:
+    """A row as lists: what each token is, and where its sequences (and its tail) begin."""
+
+    def __init__(self, input_ids, image_token_id, family, cu_seqlens, overrides):
+        types = overrides.pop("mm_token_type_ids", None)
+        if image_token_id is not None:
+            overrides = {"image_token_id": image_token_id, **overrides}
+        self.family = one = resolve(family, overrides)
+        self.named = family is not None  # its family is known, so text inside a video is too
+        self.ids = ids = as_ids(input_ids, "input_ids")
+        if types is None:
+            found = {"image": one.image_token_id, "video": one.video_token_id}
+            self.tokens = {
+                kind: f"id {token}" for kind, token in found.items() if token is not None
+            }
+            kind_of, kinds_by = {token: kind for kind, token in found.items()}, ids
+            require(
+                len(self.tokens) < 2 or len(kind_of) == 2,
+                f"image_token_id and video_token_id are both {one.image_token_id}; count their "
+                f"images and videos in tokens_per_image, in their order in the row",
+            )
+        else:
+            both = (overrides.get(f"{kind}_token_id") for kind in _KINDS)
+            require({*both} == {None}, "pass image_token_id=None where mm_token_type_ids are given")
+            kinds_by, kind_of = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}
+            self.tokens = {"image": "type 1", "video": "type 2"}
+            require(
+                len(kinds_by) == len(ids),
+                f"mm_token_type_ids has {len(kinds_by)} entries, but the row {len(ids)} tokens",
+            )
+        self.kinds = [kind_of.get(what) for what in kinds_by]
+        bounds = [0, len(ids)] if cu_seqlens is None else kinds.as_boundaries(cu_seqlens, len(ids))
+        self.starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
+        self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
+
+        begin, end = one.vision_start_id, one.vision_end_id
+        outer = begin if one.video_start_id is None else one.video_start_id
+        outer = outer, end if one.video_end_id is None else one.video_end_id
+        placeholders = {token for token, kind in zip(ids, self.kinds, strict=True) if kind}
+        placeholders |= set(found.values()) - {None} if types is None else set()
         for name, tokens in (
-            ("break_token_ids", inside),
-            ("vision_start_id", {vision_start_id}),
-            ("vision_end_id", {vision_end_id}),
-            ("pad_token_id", {self.pad_token_id}),
+            ("break_token_ids", one.break_token_ids),
+            ("vision_start_id", (begin, outer[0])),
+            ("vision_end_id", (end, outer[1])),
+            ("pad_token_id", (one.pad_token_id,)),
         ):
-            for token in tokens & self.placeholders:
-                raise PackingError(f"{name}: {token} is a placeholder")
+            both = placeholders.intersection(tokens)
+            require(not both, f"{name}: {min(both, default=None)} is a placeholder")
+        letters = {outer[0]: "<", outer[1]: ">", begin: "(", end: "|" if begin == end else ")"}
+        letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "."}
+        marked = zip(ids, self.kinds, strict=True)
+        self.letters = ["p" if kind else letters.get(token, ".") for token, kind in marked]
+        # A whole video, from one outer marker, or the edge of the row, to the other; the outer
+        # markers may be those around its frames.
+        first, last = ("(?!)" if m is None else re.escape(letters[m]) for m in outer)
+        self.clips = re.compile(rf"(?P<open>{first}|^)[.b]*(?P<clip>v[v.b]*)?(?P<close>{last}|$)")
+        if one.drop_dangling and "video" not in self.tokens and None not in (begin, end):
+            self._refuse_unknown_media(begin, end)
+
+    def _refuse_unknown_media(self, begin: int, end: int) -> None:
+        """Markers around one token, repeated, mark an image or video of which nothing was said."""
+        ids, size = self.ids, len(self.ids)
+        for start in (p + 1 for p, token in enumerate(ids) if token == begin):
+            stop = start
+            while stop < size and ids[stop] == ids[start] and self.letters[stop] == ".":
+                stop += 1
+            require(
+                stop - start < 2 or stop == size or ids[stop] != end,
+                f"position {start - 1}: markers stand around {stop - start} tokens of id "
+                f"{ids[start] if start < size else None}, which is no image_token_id; a video "
+                f"needs video_token_id and tokens_per_video, or its family",
+            )
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
-        start, stop = self.starts[seq], self.starts[seq + 1]
-        if self.pad_token_id is not None:
-            while start < stop and self.ids[start] == self.pad_token_id:
-                start += 1
-            while start < stop and self.ids[stop - 1] == self.pad_token_id:
-                stop -= 1
+        (start, stop), pad = self.starts[seq : seq + 2], self.family.pad_token_id
+        while pad is not None and start < stop and self.ids[start] == pad:
+            start += 1
+        while pad is not None and start < stop and self.ids[stop - 1] == pad:
+            stop -= 1
         return start, stop
 
     def only_breaks(self, start: int, stop: int) -> bool:
         """Whether nothing but break tokens stands in ``[start, stop)``."""
-        if start == stop or self.breaks is None:
-            return start == stop
-        return self.breaks[stop] - self.breaks[start] == stop - start
+        return all(letter == "b" for letter in self.letters[start:stop])
 
     def streams(self, tokens_per_image, tokens_per_video, whole: bool) -> list[_Stream]:
-        """One stream for each modality of each sequence that has any."""
+        """One stream for each modality of each sequence."""
         streams = []
-        for kind, name, spec in (
-            (_IMAGE, "image", tokens_per_image),
-            (_VIDEO, "video", tokens_per_video),
-        ):
-            positions: list[list[int]] = []
-            for start, stop in pairwise(self.starts):
-                positions.append([p for p in range(start, stop) if self.kinds[p] == kind])
-            tail = sum(len(found) for found in positions[self.num_seqs :])
+        for kind, spec in zip(_KINDS, (tokens_per_image, tokens_per_video), strict=True):
+            positions = [
+                [p for p in range(start, stop) if self.kinds[p] == kind]
+                for start, stop in pairwise(self.starts)
+            ]
+            token, tail = self.tokens.get(kind, ""), sum(map(len, positions[self.num_seqs :]))
             if tail:
-                raise PlaceholderMismatch(
-                    actual=0,
-                    expected=tail,
-                    message=f"{tail} {name} placeholders ({self.tokens[kind]}) lie past the last "
-                    f"boundary at {self.starts[self.num_seqs]}, in no sequence",
-                )
-            counts = [len(found) for found in positions[: self.num_seqs]]
-            first_item = 0
-            for seq, items in enumerate(self._items(spec, kind, name, counts, whole)):
-                starts, runs = [0], [0]
-                for item in items:
-                    runs += [runs[-1] + stop for stop in accumulate(item)]
-                    starts.append(runs[-1])
-                token = self.tokens.get(kind, "")
-                streams.append(_Stream(seq, name, token, first_item, starts, runs, positions[seq]))
-                first_item += len(items)
+                message = f"{tail} {kind} placeholders ({token}) lie past the last boundary at "
+                message += f"{self.starts[self.num_seqs]}, in no sequence"
+                raise PlaceholderMismatch(actual=0, expected=tail, message=message)
+            counts, first = [*map(len, positions[: self.num_seqs])], 0
+            for seq, items in enumerate(self._items(spec, kind, counts, whole)):
+                streams.append(_Stream(seq, kind, token, first, items, positions[seq]))
+                first += len(items)
         return streams
 
-    def _items(
-        self, spec, kind: int, name: str, counts: list[int], whole: bool
-    ) -> list[list[list[int]]]:
+    def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list]:
         """The runs of every image of every sequence."""
-        where = f"tokens_per_{name}"
+        where, num_seqs = f"tokens_per_{kind}", len(counts)
         entries = [] if spec is None else as_list(spec, where)
-        if entries and kind not in self.tokens:
-            raise PackingError(f"{where} is given, but no {name}_token_id to find them by")
-        flat = not any(entry is None or nested(entry) for entry in entries)
+        require(
+            not entries or kind in self.tokens,
+            f"{where} is given, but no {kind}_token_id to find them by; a family that writes its "
+            f"videos with the image's needs mm_token_type_ids",
+        )
         if not self.packed:
             return [_as_items(entries, where)]
-        if not entries:
-            return [[] for _ in counts]
-        if not flat or not counts:
-            if len(entries) != len(counts):
-                raise PackingError(
-                    f"{where} has {len(entries)} entries, but the row has {len(counts)} sequences"
-                )
-            return [
-                _as_items([] if entry is None else entry, f"{where}[{seq}]")
-                for seq, entry in enumerate(entries)
-            ]
-        items = _as_items(entries, where)
-        if len(counts) == 1:
-            return [items]
-        if not whole:
-            raise PackingError(
-                f"{where} is one list for {len(counts)} sequences, and what was cut off does not "
-                f"say whose images they were; pass one list per sequence"
+        if any(e is None or kinds.nested(e) for e in entries) or (entries and not counts):
+            require(
+                len(entries) == num_seqs,
+                f"{where} has {len(entries)} entries, but the row has {num_seqs} sequences",
             )
-        split, at = [], 0
-        for count in counts:
-            first = at
-            while at < len(items) and count > 0:
-                count -= sum(items[at])
-                at += 1
-            split.append(items[first:at])
-        split[-1] += items[at:]  # one too many, or a sequence that does not fit: said below
+            named = (([] if e is None else e, f"{where}[{seq}]") for seq, e in enumerate(entries))
+            return [_as_items(*one) for one in named]
+        items, split = _as_items(entries, where), [[] for _ in counts]
+        require(
+            not items or num_seqs == 1 or whole,
+            f"{where} is one list for {num_seqs} sequences, and what was cut off does not say "
+            f"whose images they were; pass one list per sequence",
+        )
+        seq = 0
+        for item in items:  # one too many, or a sequence that it does not fit, is said by align
+            while seq < num_seqs - 1 and counts[seq] <= 0:
+                seq += 1
+            split[seq].append(item)
+            counts[seq] -= sum(item)
         return split
 
     def result(self, input_ids, cu_seqlens, streams, windows) -> Truncation:
-        """Drop orphans and dangling markers inside the windows, and renumber what is left."""
-        state = bytearray(len(self.ids))  # _CUT
-        for start, stop in windows:
-            state[start:stop] = bytes([_KEPT]) * (stop - start)
-        kept: dict[str, list[int]] = {"image": [], "video": []}
-        dropped: dict[str, list[int]] = {"image": [], "video": []}
-        survives = bytearray(len(self.ids) + 1)  # one more: nothing survives behind the row
+        """Drop what is not whole inside the windows, with all that belongs to it, and renumber."""
+        seen = windows or list(pairwise(self.starts))
+        kept, dropped = ({kind: [] for kind in _KINDS} for _ in range(2))
+        lost: dict[int, list[tuple[_Stream, int]]] = {}
         for stream in streams:
-            i, j = stream.survivors(stream.first)
-            numbers = range(stream.first_item, stream.first_item + len(stream.starts) - 1)
-            kept[stream.kind] += numbers[i:j]
-            dropped[stream.kind] += [*numbers[:i], *numbers[j:]]
-            for position in stream.positions:
-                survives[position] = 1
-            for position in stream.orphans(stream.first):
-                survives[position], state[position] = 0, _ORPHAN
-            for position in self._orphaned_breaks(stream, state, *windows[stream.seq]):
-                state[position] = _ORPHAN
-        for start, stop in windows:
-            self._drop_dangling(state, survives, start, stop)
+            low, high = (bisect_left(stream.positions, edge) for edge in seen[stream.seq])
+            i, j = stream.survivors(stream.first + low, high - low)
+            for item in range(len(stream.items)):
+                (kept if i <= item < j else dropped)[stream.kind].append(stream.first_item + item)
+            for item in (*range(i), *range(j, len(stream.items))):
+                lost.setdefault(stream.seq, []).append((stream, item))
+                clip = stream.kind == "video" or len(stream.items[item]) > 1
+                for position in stream.of(item):
+                    self.letters[position] = "v" if clip else "l"
+        state = bytearray(len(self.ids))  # _CUT
+        for start, stop in seen:
+            state[start:stop] = bytes([_KEPT]) * (stop - start)
+        for seq, items in lost.items():
+            at_edges = [s for s in streams if s.seq == seq] if windows is None else []
+            for start, stop in self._gone(seq, items, at_edges):
+                for position in range(start, stop):
+                    orphan = self.letters[position] in "lvb"
+                    if state[position] == _KEPT and (orphan or self.family.drop_dangling):
+                        state[position] = _ORPHAN if orphan else _DANGLING
 
         lengths = [state.count(_KEPT, start, stop) for start, stop in pairwise(self.starts)]
         keep = [position for position, what in enumerate(state) if what == _KEPT]
         seqs = [seq for seq in range(self.num_seqs) if lengths[seq]]
         bounds = [0, *accumulate(lengths[seq] for seq in seqs)]
-        ends = {stop - 1 for _, stop in windows}
-        holes = [
-            entry
-            for entry, position in enumerate(keep)
-            if position not in ends and state[position + 1] != _KEPT
-        ]
+        ends = {stop - 1 for _, stop in seen}
         return Truncation(
-            output_ids=like_ids(input_ids, [self.ids[position] for position in keep]),
+            output_ids=kinds.like_ids(input_ids, [self.ids[position] for position in keep]),
             keep_positions=keep,
             orphan_positions=[p for p, what in enumerate(state) if what == _ORPHAN],
-            kept_images=kept["image"],
-            dropped_images=dropped["image"],
-            kept_videos=kept["video"],
-            dropped_videos=dropped["video"],
-            position_ids=like(
-                input_ids, [p for number in lengths for p in range(number)], torch.int64
-            ),
+            **{f"kept_{kind}s": kept[kind] for kind in _KINDS},
+            **{f"dropped_{kind}s": dropped[kind] for kind in _KINDS},
+            position_ids=like(input_ids, [p for n in lengths for p in range(n)], torch.int64),
             cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, bounds),
             kept_sequences=seqs,
             max_seqlen=max(lengths[: self.num_seqs], default=0),
-            _num_tokens=len(self.ids),
+            _starts=self.starts,
             _all_sequences=cu_seqlens is None or len(seqs) == self.num_seqs,
-            _holes=holes,
+            _holes=[n for n, p in enumerate(keep) if p not in ends and state[p + 1] != _KEPT],
         )
 
-    def _orphaned_breaks(self, stream: _Stream, state: bytearray, start: int, stop: int):
-        """Break tokens between orphans, or between an orphan and the cut."""
-        if self.breaks is None or not stream.positions:
-            return
-        inner_start, inner_stop = self.bounds(stream.seq)
-        start, stop = max(start, inner_start), min(stop, inner_stop)
-        for before, after in pairwise([start - 1, *stream.positions, stop]):
-            if after - before < 2 or not self.only_breaks(before + 1, after):
-                continue
-            beside = [p for p in (before, after) if start <= p < stop]
-            if all(state[p] == _ORPHAN for p in beside):
-                yield from range(before + 1, after)
+    def _gone(self, seq: int, items, at_edges: list[_Stream]) -> Iterator[tuple[int, int]]:
+        """Spans of all that belongs to the lost images and videos of a sequence.
 
-    def _drop_dangling(self, state: bytearray, survives: bytearray, start: int, stop: int) -> None:
-        """Begin markers that no surviving placeholder follows, end markers that follow none."""
-        markers = (self.vision_start_id, self.vision_end_id)
-        if markers == (None, None):
-            return
-        left = [position for position in range(start, stop) if state[position] == _KEPT]
-        beyond = len(self.ids)
-        around = zip([beyond, *left], left, [*left[1:], beyond], strict=False)
-        for before, position, after in around:
-            begins, ends = (self.ids[position] == marker for marker in markers)
-            if not begins and not ends:
-                continue
-            if not (begins and survives[after]) and not (ends and survives[before]):
-                state[position] = _DANGLING
+        ``at_edges`` are its streams where the row is what somebody else's cut has left: then an
+        image may be known by its last marker alone, and a video reach to the edge of the row.
+        """
+        start, stop = self.bounds(seq)
+        row = "".join(self.letters[start:stop])
+        chunks = [m.span() for m in _CHUNKS.finditer(row) if m["lost"]]
+        rest = _CHUNKS.sub(lambda m: "xv"[bool(m["lost"]) and "v" in m[0]] * len(m[0]), row)
+        spans, size = [*chunks], len(row)
+        if self.named:  # then the text between two runs is known to be a label
+            for stream, item in items:
+                mine = [position - start for position in stream.of(item)]
+                if mine and (not stream.unsure or len(stream.items) == 1):
+                    edges = (chunks[bisect_left(chunks, (p + 1,)) - 1] for p in (mine[0], mine[-1]))
+                    (low, _), (_, high) = edges
+                    if at_edges and len(stream.items[item]) > 1 and not stream.unsure:
+                        low = 0 if stream.starts[item] < stream.first else low
+                        end = stream.first + len(stream.positions)
+                        high = size if stream.starts[item + 1] > end else high
+                    spans.append((low, high))
+
+        # What a cut has left, at an edge, of images and videos without any of their placeholders.
+        cut = [any(stream.cut[side] for stream in at_edges) for side in (0, 1)]
+        low = re.match(r"[)|>b]*", rest).end() if cut[0] else 0
+        high = size - re.match(r"[(|<b]*", rest[low:][::-1]).end() if cut[1] else size
+        spans += [(0, low), (high, size)]
+        # Whole videos, from one outer marker to the other, or to an edge that was cut.
+        own = self.family.video_start_id is not None
+        several = own or any(len(stream.items[item]) > 1 for stream, item in items)
+        begun = (self.named and self.family.break_token_ids) or any(
+            s.cut[1] and s.kind == "video" and (own or len(s.next_lost) > 1) for s in at_edges
+        )
+        for m in self.clips.finditer(rest[low:high]):
+            opens, closes = bool(m["open"]), bool(m["close"])
+            if m["clip"]:
+                whole = closes or own or (opens and several)
+            else:
+                whole = not opens and m["close"] == ">" if closes else opens and begun
+            if whole and (opens or cut[0]) and (closes or cut[1]):
+                spans.append((low + m.start(), low + m.end()))
+            elif m["clip"] and own and not opens and cut[0]:  # its last marker alone was cut off
+                spans.append((low + m.start(), low + m.start("clip") + m["clip"].rindex("v") + 1))
+        return ((start + low, start + high) for low, high in spans)
 
 
 def _as_items(entries, where: str) -> list[list[int]]:
@@ -630,182 +686,44 @@ def _as_items(entries, where: str) -> list[list[int]]:
     items = []
     for i, entry in enumerate(as_list(entries, where)):
         name = f"{where}[{i}]"
-        runs = as_ids(entry, name) if nested(entry) else [as_int(entry, name)]
-        if not runs or min(runs) < 1:
-            raise PackingError(
-                f"{where}[{i}] is {entry}, expected at least 1; leave out an image that has no "
-                f"placeholders"
-            )
-        items.append(runs)
+        items.append(as_ids(entry, name) if kinds.nested(entry) else [as_int(entry, name)])
+        require(
+            items[-1] and min(items[-1]) > 0,
+            f"{name} is {entry}, expected at least 1; leave out an image that has no placeholders",
+        )
     return items
 
 
-def _windows(row: _Row, max_length, side) -> list[tuple[int, int]]:
+def _windows(row: _Row, max_length, sides: list) -> list[tuple[int, int]]:
     """What stays of every sequence, and of the tail, before anything is repaired."""
     seqs = list(pairwise(row.starts))
-    if not nested(max_length):
+    if not kinds.nested(max_length):
         limit = min(as_int(max_length, "max_length", minimum=0), len(row.ids))
-        first = 0 if _as_side(side) == "right" else len(row.ids) - limit
+        first = 0 if sides[0] == "right" else len(row.ids) - limit
         last = first + limit
         return [(min(max(first, a), last), max(min(last, b), first)) for a, b in seqs]
     limits = as_counts(max_length, "max_length")
-    if len(limits) != row.num_seqs:
-        raise PackingError(f"max_length has {len(limits)} entries for {row.num_seqs} sequences")
-    windows = []
-    for (start, stop), limit, one_side in zip(seqs, limits, _per_seq(side, row), strict=False):
-        limit = min(limit, stop - start)
-        right = _as_side(one_side) == "right"
-        windows.append((start, start + limit) if right else (stop - limit, stop))
-    return windows + seqs[row.num_seqs :]
-
-
-def _per_seq(side, row: _Row) -> list:
-    sides = (
-        [side] * row.num_seqs if side is None or isinstance(side, str) else as_list(side, "side")
+    require(
+        len(limits) == row.num_seqs,
+        f"max_length has {len(limits)} entries for {row.num_seqs} sequences",
     )
-    if len(sides) != row.num_seqs:
-        raise PackingError(f"side has {len(sides)} entries for {row.num_seqs} sequences")
+    cuts = zip(seqs, limits, sides, strict=False)
+    return [(a, min(a + n, b)) if s == "right" else (max(a, b - n), b) for (a, b), n, s in cuts] + (
+        seqs[row.num_seqs :]
+    )
+
+
+def _per_seq(side, row: _Row, known: tuple) -> list:
+    """The side that was cut off, one for each sequence."""
+    one = side is None or isinstance(side, str)
+    sides = [side] * max(row.num_seqs, 1) if one else as_list(side, "side")
+    require(
+        len(sides) == row.num_seqs or one,
+        f"side has {len(sides)} entries for {row.num_seqs} sequences",
+    )
+    for each in sides:
+        require(
+            (each is None or isinstance(each, str)) and each in known,
+            f"side is {each!r}, expected 'left' or 'right', the side that is cut off",
+        )
     return sides
-
-
-def _as_side(side) -> str:
-    if not isinstance(side, str) or side not in _SIDES:
-        raise PackingError(
-            f"side is {side!r}, expected 'left' or 'right', the side that is cut off"
-        )
-    return side
-
-
-def _align(row: _Row, stream: _Stream, start: int, stop: int, side: str | None) -> int:
-    """The number of the first placeholder left, from all that the row says about boundaries.
-
-    Candidates are the bits of one int, and every constraint is a shift and an AND, so that a row of
-    many images costs words, not candidates times constraints.
-    """
-    if side is not None:
-        _as_side(side)
-    positions, total = stream.positions, stream.total
-    left = len(positions)
-    if left > total:
-        raise _mismatch(stream)
-    if not left:
-        return 0
-    gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
-    breaks = [k for k in gaps if not row.only_breaks(positions[k - 1] + 1, positions[k])]
-    if not row.only_breaks(start, positions[0]):
-        breaks.append(0)
-    if not row.only_breaks(positions[-1] + 1, stop):
-        breaks.append(left)
-
-    candidates = (1 << (total - left + 1)) - 1
-    if side == "right":
-        candidates = 1
-    elif side == "left":
-        candidates = 1 << (total - left)
-    if candidates & (candidates - 1) == 0:  # one window: ask it, in time linear in the row
-        first = candidates.bit_length() - 1
-        if not _fits(stream, first, left, breaks, gaps):
-            raise _mismatch(stream, positions, gaps, side)
-        return first
-    boundaries = _bits(stream.runs, total + 1)
-    for offset in breaks:
-        candidates &= boundaries >> offset
-        if not candidates:
-            raise _mismatch(stream, positions, gaps, side)
-
-    # Runs of one image never adjoin: where they would, the candidate is wrong.
-    inner = sorted(set(stream.runs) - set(stream.starts))
-    if inner:
-        adjoin = set(range(1, left)) - set(gaps)
-        mirrored = _bits([left - offset for offset in adjoin], left)
-        for boundary in inner:
-            at = boundary - left
-            candidates &= ~(mirrored << at if at >= 0 else mirrored >> -at)
-        if not candidates:
-            raise _mismatch(stream, positions, gaps, side)
-
-    lowest = (candidates & -candidates).bit_length() - 1
-    if candidates == 1 << lowest:
-        return lowest
-    # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
-    keeps = _keeping(stream, left)
-    if candidates & keeps:
-        raise _ambiguous(stream, candidates, keeps)
-    return lowest
-
-
-def _fits(stream: _Stream, first: int, left: int, breaks: list[int], gaps: list[int]) -> bool:
-    """Whether the ``left`` placeholders from number ``first`` on break where the row breaks."""
-    runs = set(stream.runs)
-    adjoin = set(range(1, left)) - set(gaps)
-    inner = runs - set(stream.starts)
-    return runs.issuperset(first + offset for offset in breaks) and adjoin.isdisjoint(
-        boundary - first for boundary in inner
-    )
-
-
-def _bits(numbers, size: int) -> int:
-    """An int with these bits set, in time linear in its size."""
-    digits = bytearray(b"0") * (size + 1)
-    for number in numbers:
-        digits[size - number] = ord("1")
-    return int(digits, 2)
-
-
-def _keeping(stream: _Stream, left: int) -> int:
-    """The windows of ``left`` placeholders that hold at least one whole image, as bits."""
-    edges = [0] * (stream.total + 2)
-    for start, stop in pairwise(stream.starts):
-        if stop - start <= left:
-            edges[max(0, stop - left)] += 1
-            edges[start + 1] -= 1
-    return _bits((a for a, depth in enumerate(accumulate(edges)) if depth), stream.total + 1)
-
-
-def _mismatch(stream: _Stream, positions=None, gaps=(), side=None) -> PlaceholderMismatch:
-    """The error for placeholders that cannot come from these images."""
-    found, total = len(stream.positions), stream.total
-    sizes = [stop - start for start, stop in pairwise(stream.starts)]
-    message = (
-        f"sequence {stream.seq}: {found} {stream.kind} placeholders ({stream.token}), but "
-        f"tokens_per_{stream.kind} {shorten(sizes)} adds up to {total}"
-    )
-    if positions is not None:
-        runs = [stop - start for start, stop in pairwise([0, *gaps, found])]
-        cut = f" after a cut on the {side}" if side else ""
-        message += (
-            f", and runs of {shorten(runs)} are no part of them{cut}; check which images "
-            f"belong to this row, their order and the side; give one that stands in several runs "
-            f"as the list of its runs, or say break_token_ids"
-        )
-    else:
-        message += "; pass the images of this row, all of them"
-    return PlaceholderMismatch(actual=total, expected=found, message=message)
-
-
-def _ambiguous(stream: _Stream, candidates: int, keeps: int) -> AmbiguousTruncation:
-    """The error for a row that several sets of images explain, with the first few of them."""
-    found = []
-    for some in (candidates & keeps, candidates & ~keeps):
-        limit = _MAX_CANDIDATES if some & keeps else 1  # all that keep nothing are the same
-        while some and limit and len(found) < _MAX_CANDIDATES:
-            lowest = some & -some
-            first = lowest.bit_length() - 1
-            i, j = stream.survivors(first)
-            found.append(
-                {
-                    f"kept_{stream.kind}s": list(
-                        range(stream.first_item + i, stream.first_item + j)
-                    ),
-                    "orphan_positions": stream.orphans(first),
-                }
-            )
-            some, limit = some ^ lowest, limit - 1
-    sets = " or ".join(shorten(one[f"kept_{stream.kind}s"]) for one in found)
-    error = AmbiguousTruncation(
-        f"sequence {stream.seq}: what is left, {len(stream.positions)} {stream.kind} placeholders "
-        f"({stream.token}) of {stream.total}, could be of {stream.kind}s {sets}; say which side "
-        f"was cut, or cut with truncate"
-    )
-    error.candidates = found
-    return error

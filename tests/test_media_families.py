@@ -1,0 +1,272 @@
+"""Every family against its real processor: images, videos, ids; and the table that says so."""
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mcore_packing.media import (
+    FAMILIES,
+    count_with_processor,
+    get_family,
+    num_image_tokens,
+    num_video_tokens,
+    place_image_blocks,
+    truncate,
+)
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "media.md"
+QWEN3 = {"patch_size": 16, "min_pixels": 256**2, "max_pixels": 4096**2}
+# What the processor is made with, where its class has other defaults than the family's checkpoint.
+MADE_WITH = {
+    "qwen2_5_vl": {"max_pixels": 28 * 28 * 16384},
+    "qwen3_vl": QWEN3,
+    "qwen3_5": QWEN3,
+    "kimi_vl": {"max_patches": 4096},
+    "llava15": {
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+    "llava_onevision": {"num_image_tokens": 729, "vision_feature_select_strategy": "full"},
+    "gemma3_pan_and_scan": {"do_pan_and_scan": True},
+}
+CHECKED = (
+    "gemma3", "gemma4", "glm4_5v", "glm4v", "internvl3", "internvl3_5", "kimi_k2_5", "kimi_vl",
+    "llama4", "llava15", "llava_onevision", "mistral3", "nemotron_omni", "pixtral", "qwen2_5_omni",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_omni", "qwen3_vl",
+)  # fmt: skip
+# The same rule and layout as another, or Megatron's own function for an oracle.
+ELSEWHERE = {
+    "gemma3_pan_and_scan": ("Gemma3Processor, test_media_counts", 225),
+    "megatron_llava": ("Megatron's get_num_image_embeddings, test_media_counts", 3000),
+    "nemotron_nano_vl_v2": ("Megatron's function, GotOcr2ImageProcessorPil for its tiles", 40),
+}
+NUM_IMAGES, NUM_VIDEOS = 40, 12
+
+
+def sizes(number, seed, longest):
+    draw = random.Random(seed)
+    return [(draw.randint(8, longest), draw.randint(8, longest)) for _ in range(number)]
+
+
+def frames_and_sizes(number):
+    draw = random.Random(7)
+    spans = (draw.randint(2, 9) for _ in range(number))
+    return [(frames, *size) for frames, size in zip(spans, sizes(number, 8, 300), strict=True)]
+
+
+def make(family):
+    pytest.importorskip("transformers")
+    from .hf_processors import make_processor
+
+    return make_processor(family, **MADE_WITH.get(family, {}))
+
+
+@pytest.mark.parametrize("family", CHECKED)
+def test_images_against_the_real_processor(family):
+    """By its own defaults: the rule, where there is one, and the processor that is asked."""
+    processor = make(family)
+    from .hf_processors import placeholder_of, write
+
+    compared = 0
+    for size in sizes(NUM_IMAGES, 4, 1200 if get_family(family).count else 700):
+        try:
+            expected = write(processor, placeholder_of(family), *size)[0]
+        except ValueError:
+            with pytest.raises(ValueError):
+                num_image_tokens(family, *size)
+            continue
+        if get_family(family).count:
+            assert num_image_tokens(family, *size) == expected, size
+        assert count_with_processor(processor, [size]) == [expected], size
+        compared += 1
+    assert compared >= NUM_IMAGES - 4
+
+
+@pytest.mark.parametrize("family", [name for name in CHECKED if FAMILIES[name].video_count])
+def test_videos_against_the_real_processor(family):
+    processor = make(family)
+    from .hf_processors import placeholder_of, write_video
+
+    placeholder = processor.video_token
+    if get_family(family).video_token_id is None or family.startswith("internvl"):
+        placeholder = placeholder_of(family)
+    for size in frames_and_sizes(NUM_VIDEOS):
+        expected = write_video(processor, *size).count(placeholder)
+        assert num_video_tokens(family, *size) == expected, size
+
+
+def test_the_cap_of_qwen3_videos():
+    processor = make("qwen3_vl")
+    from .hf_processors import write_video
+
+    processor.video_processor.cap_pixels_per_frame = True
+    for size in ((4, 700, 900), (8, 300, 200)):
+        expected = write_video(processor, *size).count("<|video_pad|>")
+        assert num_video_tokens("qwen3_vl", *size, cap_pixels_per_frame=True) == expected
+
+
+def test_llama4_counts_its_patches_not_its_image_token():
+    processor = make("llama4")
+    counted = count_with_processor(processor, [(300, 600), (100, 100), (200, 900)])
+    alone = [
+        count_with_processor(processor, [size])[0] for size in ((300, 600), (100, 100), (200, 900))
+    ]
+    assert counted == alone and min(counted) >= 144
+    patch = processor.tokenizer.convert_tokens_to_ids("<|patch|>")
+    assert count_with_processor(processor, [(300, 600)], image_token_id=patch) == counted[:1]
+
+
+def test_nemotron_nano_vl_tiles():
+    """256 rows a tile, up to 12 tiles of 512 and a thumbnail."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("megatron.core")
+    from .hf_processors import image_class
+
+    images = image_class("got_ocr2.image_processing_pil_got_ocr2.GotOcr2ImageProcessorPil")
+    images = images(size={"height": 512, "width": 512}, crop_to_patches=True)
+    for size in sizes(NUM_IMAGES, 3, 2500):
+        tiles = images.get_number_of_image_patches(*size)
+        assert num_image_tokens("nemotron_nano_vl_v2", *size) == 256 * tiles, size
+
+
+def test_dynamic_resolution_of_the_llava_model():
+    """One tile of the image's own size, as LLaVAModel counts it from imgs_sizes."""
+    pytest.importorskip("megatron.core")
+    for height, width in ((512, 768), (1024, 32)):
+        rows = (height // 16) * (width // 16) // 4
+        found = num_image_tokens("nemotron_nano_vl_v2", height, width, dynamic_resolution=True)
+        assert found == rows
+
+
+CONFIGS = {
+    "qwen2_5_omni": ("qwen2_5_omni.Qwen2_5OmniThinkerConfig", "token_index", ""),
+    "qwen3_omni": ("qwen3_omni_moe.Qwen3OmniMoeThinkerConfig", "token_id", ""),
+    "qwen3_5": ("qwen3_5.Qwen3_5Config", "token_id", "vision"),
+    "kimi_k2_5": ("kimi_k25.Kimi_K25Config", "token_id", "vision"),
+    "glm4v": ("glm4v.Glm4vConfig", "token_id", "image"),
+    "glm4_5v": ("glm4v_moe.Glm4vMoeConfig", "token_id", "image"),
+    "llama4": ("llama4.Llama4Config", "token_index", "boi"),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_ids_are_those_of_the_configs(family):
+    pytest.importorskip("transformers")
+    from .hf_processors import image_class
+
+    path, ending, markers = CONFIGS[family]
+    module, cls = path.split(".")
+    config = image_class(f"{module}.configuration_{module}.{cls}")()
+    known = get_family(family)
+    assert known.image_token_id == getattr(config, f"image_{ending}")
+    video = known.video_prompt_token_id or known.video_token_id
+    assert video in (None, getattr(config, f"video_{ending}", None))
+    if markers == "boi":
+        assert known.vision_start_id == config.boi_token_index
+        assert known.vision_end_id == config.eoi_token_index
+    elif markers:
+        assert known.vision_start_id == getattr(config, f"{markers}_start_token_id")
+        assert known.vision_end_id == getattr(config, f"{markers}_end_token_id")
+    if family.startswith("glm"):
+        assert known.video_start_id == config.video_start_token_id
+        assert known.video_end_id == config.video_end_token_id
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "glm4v"])
+def test_a_real_video_row_is_placed_and_cut(family):
+    """The row that the processor writes stays whole, or loses the video with its timestamps."""
+    processor = make(family)
+    from .hf_processors import placeholder_of, write_video
+
+    tokens = processor.tokenizer
+    ids = tokens.convert_tokens_to_ids
+    one = get_family(family)
+    if family == "qwen3_vl":
+        outer = ids(["<|vision_start|>", "<|vision_end|>"])
+        names = {"image_token_id": 2, "video_token_id": 3}
+        assert ids(["<|image_pad|>", "<|video_pad|>"]) == [2, 3]
+        markers = dict(zip(("vision_start_id", "vision_end_id"), outer, strict=True))
+        markers |= dict(zip(("video_start_id", "video_end_id"), outer, strict=True))
+    else:
+        outer = ids(["<|begin_of_video|>", "<|end_of_video|>"])
+        inner = ids(["<|begin_of_image|>", "<|end_of_image|>"])
+        names = {"image_token_id": ids("<|image|>"), "video_prompt_token_id": ids("<|video|>")}
+        markers = dict(zip(("vision_start_id", "vision_end_id"), inner, strict=True))
+        markers |= dict(zip(("video_start_id", "video_end_id"), outer, strict=True))
+    block = ids(write_video(processor, 6, 64, 96))
+    placeholder = ids(processor.video_token if family == "qwen3_vl" else placeholder_of(family))
+    prompt = [20, outer[0], ids(processor.video_token), outer[1], 21, 22]
+    placed = place_image_blocks(prompt, [block], family=family, **names, **markers)
+    row = [20, outer[0], *block, outer[1], 21, 22]
+    assert placed.output_ids == row
+    types = [2 * (token == placeholder) for token in row]
+    assert placed.mm_token_type_ids == types
+    runs, total = [], 0
+    for kind in [*types, 0]:
+        total += kind > 0
+        if not kind and total:
+            runs, total = [*runs, total], 0
+    assert len(runs) == 3 and sum(runs) == num_video_tokens(one, 6, 64, 96)
+
+    def cut(length, side="right"):
+        return truncate(
+            row, [], length, side=side, family=family, tokens_per_video=[runs], **markers,
+            mm_token_type_ids=types, image_token_id=None, video_token_id=None,
+        )  # fmt: skip
+
+    whole = cut(len(row))
+    assert whole.noop and whole.output_ids == row and whole.kept_videos == [0]
+    first, last = types.index(2), len(types) - 1 - types[::-1].index(2)
+    for length in range(1, last + 1):  # the cut is before the last placeholder
+        assert cut(length).output_ids == [20], length
+    for length in range(2, len(row) - first):
+        assert cut(length, "left").output_ids == [21, 22], length
+
+
+def table():
+    """The families, as docs/media.md shows them."""
+    lines = [
+        "| family | images | videos | opener | first dimension of its tensors | checked against |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in sorted(FAMILIES.items()):
+        if name.startswith(("test_", "my_")):
+            continue
+        how = "rule" if one.count else "processor"
+        video = "rule" if one.video_count else ""
+        opener = " ".join(map(str, one.turn_opener)) or "text only"
+        keys = [k for k, word in one.layout.items() if word != "sample" and k in SHOWN]
+        layout = ", ".join(f"`{key}`: {one.layout[key]}" for key in keys) or "sample"
+        against = "its layout alone"
+        if name in CHECKED:
+            from .hf_processors import processor_name
+
+            against = f"`{processor_name(name)}`, {NUM_IMAGES} images"
+            against += f", {NUM_VIDEOS} videos" if video else ""
+        elif name in ELSEWHERE:
+            against = "{}, {} sizes".format(*ELSEWHERE[name])
+        lines.append(f"| `{name}` | {how} | {video} | {opener} | {layout} | {against} |")
+    return "\n".join(lines)
+
+
+SHOWN = ("pixel_values", "pixel_values_videos", "images", "image_grid_thw", "image_grid_hw")
+
+
+def test_the_table_in_the_docs_is_this_one():
+    pytest.importorskip("transformers")
+    assert table() in DOCS.read_text()
+    assert {*CHECKED, *ELSEWHERE} <= set(FAMILIES)
+
+
+def test_the_walkthrough_prints_what_the_docs_say():
+    command = [sys.executable, "-W", "ignore", "examples/media_walkthrough.py"]
+    environment = {"PATH": "/bin", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in re.findall(r"```text\n(.*?)```", DOCS.read_text(), re.DOTALL)
