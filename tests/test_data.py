@@ -1,7 +1,6 @@
 """Packing: every sample in one row or in the report, rows that fit, samples as they were."""
 
 import pickle
-import random
 import time
 from dataclasses import fields
 
@@ -15,6 +14,7 @@ from mcore_packing import ops, parity
 from mcore_packing.data import algorithms
 from mcore_packing.data import rows as rows_room
 from mcore_packing.testing import tiny
+from mcore_packing.testing.lengths import llava_mix
 
 from . import packs
 
@@ -60,18 +60,6 @@ def same(a: dict, b: dict) -> bool:
         return x == y
 
     return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
-
-
-def llava_mix(count: int, seed: int = 0) -> list[int]:
-    """Expanded lengths like those of LLaVA-1.5's 665k samples: most with one image of 576 rows and
-    a few questions, 6 % text only."""
-    rng = random.Random(seed)
-    return [
-        min(2048, max(16, int(rng.lognormvariate(6.6, 0.7))))
-        if rng.random() < 0.06
-        else 576 + min(1472, max(20, int(rng.lognormvariate(5.3, 0.6))))
-        for _ in range(count)
-    ]
 
 
 # Laws of rows

@@ -505,7 +505,7 @@ def _as_ints(sample: dict, name: str) -> list[int] | None:
         return None
     if isinstance(values, Tensor):
         values = values.tolist()
-    is_right = isinstance(values, list | tuple) and all(type(x) is int for x in values)
+    is_right = isinstance(values, list | tuple) and {*map(type, values)} <= {int}
     if not is_right or (values and min(values) < 1):
         raise PackingError(f"{name} is {sample[name]!r}, expected positive ints [n]")
     return list(values)
