@@ -173,11 +173,12 @@ class Training:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(entry) + "\n" for entry in log)
             (self.folder / "log.jsonl").write_text(lines)
-        options, last = self.options, self.options.steps
+        options, first, last = self.options, self.step, self.options.steps
         while self.step < last:
             rows = self.loader.take(self.num_rows, self.dp_rank, self.dp_size)
             rows = [row.to(tiny.DEVICE, tiny.DTYPE) for row in rows]
-            if options.verify_packing and self.step % options.verify_packing == 0:
+            every = options.verify_packing
+            if every and (self.step == first or self.step % every == 0):
                 self.verify(rows[0])
             begin = time.perf_counter()
             entry = self.train(rows)
@@ -445,7 +446,7 @@ def parse() -> argparse.Namespace:
     add("--evaluate-every", type=int, default=20, metavar="N")
     add("--save-every", type=int, default=50, metavar="N")
     add("--verify-packing", type=int, default=0, metavar="N",
-        help="before the first and every N-th step, compare a row with its samples alone",
+        help="at the start and every N steps, compare a row with its samples alone",
     )  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--seed", type=int, default=0, help="of the weights")
@@ -463,6 +464,7 @@ def main() -> int:
     options = parse()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # the model is too small for more
     if "RANK" in os.environ:
         if tiny.HAVE_GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
