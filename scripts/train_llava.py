@@ -180,11 +180,14 @@ class Training:
             every = options.verify_packing
             if every and (self.step == first or self.step % every == 0):
                 self.verify(rows[0])
+            batches = [
+                batch for row in rows for batch in micro_batches(self.packing, row, self.packer)
+            ]
             begin = time.perf_counter()
-            entry = self.train(rows)
-            self.step += 1
+            sums = self.train(batches)
             seconds = time.perf_counter() - begin
-            entry = {"step": self.step, **entry, "seconds": seconds}
+            self.step += 1
+            entry = {"step": self.step, **self.describe(rows, sums), "seconds": seconds}
             if self.step % options.evaluate_every == 0 or self.step == last:
                 entry["accuracy"] = self.evaluate()
             self.report(entry)
@@ -193,21 +196,20 @@ class Training:
                 self.save()
         return log
 
-    def train(self, rows: list[Row]) -> dict:
-        """One optimizer step."""
-        batches = [batch for row in rows for batch in micro_batches(self.packing, row, self.packer)]
+    def train(self, batches: list[dict]) -> torch.Tensor:
+        """One optimizer step; the summed loss and the number of trained tokens."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.schedule(train_step, batches)
         self.update()
         self.scheduler.step(1)
-        counts = torch.tensor(
-            [
-                sum(len(row.indices) for row in rows),
-                sum(int(row.layout.cu_seqlens_expanded[-1]) for row in rows),
-            ],
-            device=tiny.DEVICE,
-        )
+        return sums
+
+    def describe(self, rows: list[Row], sums: torch.Tensor) -> dict:
+        """The loss of a step, and what its rows held on all replicas."""
+        num_samples = sum(len(row.indices) for row in rows)
+        num_filled = sum(int(row.layout.cu_seqlens_expanded[-1]) for row in rows)
+        counts = torch.tensor([num_samples, num_filled], device=tiny.DEVICE)
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         num_samples, num_filled = counts.tolist()
         loss, num_tokens = sums.tolist()
