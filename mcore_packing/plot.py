@@ -1,5 +1,6 @@
 """Pictures: one packed row in both spaces, where packed differs from one by one, and learning."""
 
+import itertools
 from itertools import pairwise
 
 import matplotlib
@@ -18,6 +19,12 @@ SEQUENCE_COLOURS = plt.get_cmap("tab10").colors
 TAIL_COLOUR = "0.9"
 WRONG, RIGHT = "#d62728", "black"
 SMALLEST = 1e-8  # where a log axis ends; equal tokens are drawn there
+RUN_STYLES = (  # lines that coincide stay visible
+    {"color": "#1f77b4", "linewidth": 5},
+    {"color": "black", "linewidth": 1.5, "linestyle": "dashed"},
+    {"color": WRONG, "linewidth": 2},
+    {"color": "#2ca02c", "linewidth": 1.5, "linestyle": "dotted"},
+)
 IMAGE_WIDTH = 20  # in text tokens: true to scale, images would leave no room for text
 
 
@@ -124,14 +131,10 @@ def draw_training(logs: dict[str, list[dict]], path) -> None:
         path: of the PNG.
     """
     figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    for number, (name, log) in enumerate(logs.items()):
-        # Lines that coincide stay visible: the first is the widest and lies below.
-        style = {"label": name, "linewidth": 1.5 + 1.5 * (len(logs) - 1 - number)}
-        losses.plot([entry["step"] for entry in log], [entry["loss"] for entry in log], **style)
+    for (name, log), style in zip(logs.items(), itertools.cycle(RUN_STYLES)):
         graded = [entry for entry in log if "accuracy" in entry]
-        accuracies.plot(
-            [entry["step"] for entry in graded], [entry["accuracy"] for entry in graded], **style
-        )
+        for axis, entries, key in (losses, log, "loss"), (accuracies, graded, "accuracy"):
+            axis.plot([e["step"] for e in entries], [e[key] for e in entries], label=name, **style)
     losses.set_title("Training loss, per token", loc="left")
     accuracies.set_title("Held-out questions answered right", loc="left")
     accuracies.set_ylim(0, 1.03)

@@ -31,6 +31,9 @@ def checks(output: Path) -> list[Check]:
     return [
         Check("tests marked gpu", [*python, "-m", "pytest", "-q", "-m", "gpu", "--durations=5"]),
         Check("demo", [*python, "scripts/demo.py", *results]),
+        Check(
+            "train_llava", [*python, "scripts/train_llava.py", "--verify-packing", "50", *results]
+        ),
         Check("parity, TE in bf16", [*python, "-m", "mcore_packing.cli", "parity"], needs_te=True),
         Check("bench_layout", [*python, "scripts/bench_layout.py", *results]),
         Check("bench_expand", [*python, "scripts/bench_expand.py", *results]),

@@ -173,17 +173,21 @@ class Training:
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(entry) + "\n" for entry in log)
             (self.folder / "log.jsonl").write_text(lines)
-        options, last = self.options, self.options.steps
+        options, first, last = self.options, self.step, self.options.steps
         while self.step < last:
             rows = self.loader.take(self.num_rows, self.dp_rank, self.dp_size)
             rows = [row.to(tiny.DEVICE, tiny.DTYPE) for row in rows]
-            if options.verify_packing and self.step % options.verify_packing == 0:
+            every = options.verify_packing
+            if every and (self.step == first or self.step % every == 0):
                 self.verify(rows[0])
+            batches = [
+                batch for row in rows for batch in micro_batches(self.packing, row, self.packer)
+            ]
             begin = time.perf_counter()
-            entry = self.train(rows)
-            self.step += 1
+            sums = self.train(batches)
             seconds = time.perf_counter() - begin
-            entry = {"step": self.step, **entry, "seconds": seconds}
+            self.step += 1
+            entry = {"step": self.step, **self.describe(rows, sums), "seconds": seconds}
             if self.step % options.evaluate_every == 0 or self.step == last:
                 entry["accuracy"] = self.evaluate()
             self.report(entry)
@@ -192,21 +196,20 @@ class Training:
                 self.save()
         return log
 
-    def train(self, rows: list[Row]) -> dict:
-        """One optimizer step."""
-        batches = [batch for row in rows for batch in micro_batches(self.packing, row, self.packer)]
+    def train(self, batches: list[dict]) -> torch.Tensor:
+        """One optimizer step; the summed loss and the number of trained tokens."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.schedule(train_step, batches)
         self.update()
         self.scheduler.step(1)
-        counts = torch.tensor(
-            [
-                sum(len(row.indices) for row in rows),
-                sum(int(row.layout.cu_seqlens_expanded[-1]) for row in rows),
-            ],
-            device=tiny.DEVICE,
-        )
+        return sums
+
+    def describe(self, rows: list[Row], sums: torch.Tensor) -> dict:
+        """The loss of a step, and what its rows held on all replicas."""
+        num_samples = sum(len(row.indices) for row in rows)
+        num_filled = sum(int(row.layout.cu_seqlens_expanded[-1]) for row in rows)
+        counts = torch.tensor([num_samples, num_filled], device=tiny.DEVICE)
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         num_samples, num_filled = counts.tolist()
         loss, num_tokens = sums.tolist()
@@ -445,7 +448,7 @@ def parse() -> argparse.Namespace:
     add("--evaluate-every", type=int, default=20, metavar="N")
     add("--save-every", type=int, default=50, metavar="N")
     add("--verify-packing", type=int, default=0, metavar="N",
-        help="before the first and every N-th step, compare a row with its samples alone",
+        help="at the start and every N steps, compare a row with its samples alone",
     )  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--seed", type=int, default=0, help="of the weights")
@@ -463,6 +466,7 @@ def main() -> int:
     options = parse()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # the model is too small for more
     if "RANK" in os.environ:
         if tiny.HAVE_GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
