@@ -25,17 +25,14 @@ setup(
         "mcore_packing.testing",
     ],
     package_dir={"mcore_packing.kernels": "kernels"},
-    install_requires=[
-        "torch",
-        "numpy",
-        "megatron-core>=0.12",
-        'triton; platform_system == "Linux"',
-    ],
+    package_data={"mcore_packing": ["py.typed"]},
+    # Not Triton: torch for CUDA brings the one that it was made with, torch for CPUs needs none.
+    install_requires=["torch", "numpy", "megatron-core>=0.12"],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "energon": ["megatron-energon"],
         "plot": ["matplotlib"],
-        "dev": ["hypothesis", "matplotlib", "pre-commit", "pytest", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pre-commit", "pytest", "ruff", "triton"],
     },
     entry_points={"console_scripts": ["mcore-packing = mcore_packing.cli:main"]},
     classifiers=[

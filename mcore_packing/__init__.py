@@ -4,11 +4,23 @@ import importlib.util
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .context_parallel import alignment, cp_partition
 from .errors import AmbiguousTruncation, BoundarySpaceError, PackingError, PlaceholderMismatch
 from .expand import expand_embeddings, expand_labels
 from .layout import PackedLayout, remap_cu_seqlens
+
+if TYPE_CHECKING:  # what _LAZY imports later
+    from . import attention as attention
+    from . import cpu as cpu
+    from . import media as media
+    from . import parity as parity
+    from .llava import install as install
+    from .llava import layout_options as layout_options
+    from .packed_seq import packed_seq_params as packed_seq_params
+    from .packed_seq import remap_packed_seq_params as remap_packed_seq_params
+    from .parity import token_mult_prob_error as token_mult_prob_error
 
 __version__ = "0.1.0"
 

@@ -1,83 +1,195 @@
 """``mcore-packing parity | doctor | show``."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
-import inspect
+import importlib.util
 import json
+import logging
+import os
 import platform
+import runpy
 import sys
+import traceback
+import warnings
+from pathlib import Path
 
 import torch
+
+from . import __version__
+from .errors import PackingError
 
 EXAMPLE = {
     "input_ids": [11, 12, -200, 13, -200, 21, 22, 31, 32, 33],
     "cu_seqlens": [0, 4, 7, 10],
     "tokens_per_image": [6, 9],
-    "image_token_id": -200,
 }
+REQUIRED = tuple(EXAMPLE)
+OPTIONAL = "image_token_id", "space"
+SPACES = "auto", "collapsed", "expanded"
+
+# What it means that a package is missing.
+WITHOUT = {
+    "triton": "no kernels, which rows on a GPU need; it comes with torch for CUDA",
+    "megatron-core": "no hook and no parity: pip install megatron-core",
+    "transformer-engine": "PackedAttention takes the place of its attention",
+    "matplotlib": "no pictures: pip install matplotlib",
+}
+MODULES = {"transformer-engine": "transformer_engine"}
+
+
+class UserError(Exception):
+    """What the user can put right, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong command line with one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit status is 1 where a check failed."""
-    parser = argparse.ArgumentParser(prog="mcore-packing", description=main.__doc__)
+    """Run the command line. The exit status is 1 where a check failed, and 2 with one line that
+    says why where it could not run."""
+    parser = Parser(prog="mcore-packing", description=main.__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     parity = commands.add_parser("parity", help="run a LLaVAModel packed and one by one")
     parity.add_argument(
         "--model",
         metavar="MODULE:FUNCTION",
-        help="a function that builds a model and a list of samples for parity.compare; by "
-        "default a small model with random weights",
+        help="a function that returns a model and a list of samples for parity.compare; the "
+        "current folder is searched first; by default a small model with random weights",
     )
-    parity.add_argument("--samples", type=int, nargs="+", default=[1, 4, 16], metavar="N")
+    parity.add_argument("--samples", type=_count, nargs="+", metavar="N",
+                        help="samples of the small model in a row, by default 1 4 16")  # fmt: skip
     parity.add_argument("--without-hook", action="store_true", help="leave the model as it is")
-    parity.add_argument("--threshold", type=float, help="the error to fail at; by default 1.00001, "
-                        "1.05 in 16-bit precision")  # fmt: skip
+    parity.add_argument("--threshold", type=float, help="the error to fail above; by default "
+                        "1.00001, 1.05 in 16-bit precision")  # fmt: skip
     parity.set_defaults(run=_parity)
 
-    doctor = commands.add_parser("doctor", help="say what this machine has")
+    doctor = commands.add_parser("doctor", help="say what this machine has, and what is missing")
     doctor.set_defaults(run=_doctor)
 
     show = commands.add_parser("show", help="draw one packed row in both spaces")
-    show.add_argument(
-        "row", nargs="?", help="JSON with input_ids, cu_seqlens, tokens_per_image, image_token_id"
-    )
-    show.add_argument("--output", default="row.png", help="where to put the PNG")
+    show.add_argument("row", nargs="?", help=f"a JSON file with {', '.join(REQUIRED)} and, if you "
+                      f"like, {' and '.join(OPTIONAL)}; by default an example")  # fmt: skip
+    show.add_argument("--space", choices=SPACES, help="what the row's cu_seqlens count; by default "
+                      "what the row says, else auto")  # fmt: skip
+    show.add_argument("--output", default="row.png", help="where to put the picture")
     show.set_defaults(run=_show)
 
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        with _silent_megatron():
+            return options.run(options)
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (UserError, PackingError) as error:
+        said = str(error)
+    print(f"{parser.prog} {options.command}: {' '.join(said.split())}", file=sys.stderr)
+    return 2
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _silent_megatron():
+    """Without Megatron's remarks on what is not installed, which bury what we have to say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _parity(options) -> int:
+    if options.model and options.samples:
+        raise UserError("--samples is for the small model; the function of --model brings its own")
+    try:
+        from .testing import tiny
+    except ImportError as error:
+        raise UserError(f"it needs megatron-core ({error}): pip install megatron-core") from error
     from . import parity
     from .llava import install
-    from .testing import tiny
 
     failed = False
     with tiny.megatron():
         if options.model:
-            module, _, function = options.model.partition(":")
-            model, samples = getattr(importlib.import_module(module), function)()
+            model, samples = _build(options.model)
             batches = [samples]
         else:
             model = tiny.llava_model()
-            batches = [tiny.samples(count) for count in options.samples]
-        dtype = next(model.parameters()).dtype
-        threshold = options.threshold or (1.00001 if dtype == torch.float32 else 1.05)
+            batches = [tiny.samples(count) for count in options.samples or (1, 4, 16)]
+        threshold = options.threshold
+        if threshold is None:
+            threshold = 1.00001 if next(model.parameters()).dtype == torch.float32 else 1.05
         for samples in batches:
             alone = parity.run_alone(model, samples)
             if options.without_hook:
-                result = parity.compare(model, samples, alone)
+                try:
+                    result = parity.compare(model, samples, alone)
+                except RuntimeError as error:
+                    said = str(error).splitlines()[0]
+                    print(f"{len(samples)} samples: Megatron raises {type(error).__name__}: {said}")
+                    failed = True
+                    continue
             else:
-                with install(model):
+                with install(model, space="collapsed"):
                     result = parity.compare(model, samples, alone)
             print(result, flush=True)
-            failed |= not result.token_mult_prob_error <= threshold
+            failed |= not result.token_mult_prob_error <= threshold  # nan fails too
     if failed:
         print(f"FAILED: above {threshold}", file=sys.stderr)
     return int(failed)
+
+
+def _build(name: str):
+    """The model and the samples that ``MODULE:FUNCTION`` returns."""
+    from .llava import find_llava
+
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"--model {name}: expected MODULE:FUNCTION, for example my_module:build")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # theirs, whatever it is: say where
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"--model {name}: {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}, line {place.lineno})"
+        ) from error
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise UserError(f"--model {name} returned: {_kind(found)}; expected (model, samples)")
+    model, samples = found
+    find_llava(model)
+    if not isinstance(samples, list | tuple) or not samples:
+        raise UserError(f"--model {name}: samples: {_kind(samples)}; expected a list with samples")
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, dict) or not isinstance(sample.get("input_ids"), torch.Tensor):
+            raise UserError(
+                f"--model {name}: sample {index}: {_kind(sample)}; expected a dict with a tensor "
+                f"input_ids, see mcore_packing.parity.compare"
+            )
+    return model, samples
+
+
+def _kind(value) -> str:
+    """What was found in place of something else: "dict with a, b", "empty list", "NoneType"."""
+    name = type(value).__name__
+    if isinstance(value, dict | list | tuple) and not value:
+        return f"empty {name}"
+    return f"{name} with {', '.join(map(str, value))}" if isinstance(value, dict) else name
 
 
 def _doctor(options) -> int:
@@ -90,60 +202,132 @@ def _doctor(options) -> int:
 
 def doctor() -> dict[str, str]:
     """What this machine has, and what that means for packed rows."""
-    packages = ("mcore-packing", "torch", "triton", "megatron-core", "transformer-engine")
-    lines = {"python": platform.python_version()}
-    lines |= {package: _version(package) for package in packages}
-    lines["GPU"] = "none"
+    lines = {"python": platform.python_version(), "mcore-packing": __version__}
+    lines |= {"torch": torch.__version__, "triton": _package("triton")}
+    lines |= _megatron()
+    lines |= {name: _package(name) for name in ("transformer-engine", "matplotlib")}
+    lines["GPU"] = "none" if torch.version.cuda else "none, and this torch is built without CUDA"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         lines["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
-    lines["attention"] = _attention()
-    lines |= _llava()
+    with _silent_megatron():
+        lines["attention"] = _said_by("testing.tiny", "attention_name")
+        lines["LLaVAModel"] = _said_by("versions", "describe")
     return lines
 
 
-def _version(package: str) -> str:
+def _package(name: str) -> str:
+    """A version as pip recorded it, if the package is really there."""
+    module, recorded = MODULES.get(name, name), _recorded(name)
+    if _spec(module) is None:
+        return f"not installed: {WITHOUT[name]}"
+    return recorded or "found, without a record of its version"
+
+
+def _megatron() -> dict[str, str]:
+    """What is found by its files: a checkout on the path goes before what pip recorded."""
+    spec, recorded = _spec("megatron.core"), _recorded("megatron-core")
+    if spec is None or not spec.submodule_search_locations:
+        return {"megatron-core": f"not installed: {WITHOUT['megatron-core']}"}
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    try:
+        version = runpy.run_path(str(folder / "package_info.py"))["__version__"]
+    except (OSError, KeyError):
+        version = "unknown version"
+    differs = f"; pip recorded {recorded}" if recorded not in (None, version) else ""
+    return {"megatron-core": version + differs, "found in": str(folder)}
+
+
+def _spec(module: str):
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+
+
+def _recorded(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _attention() -> str:
-    from .testing import tiny
-
+def _said_by(room: str, function: str) -> str:
+    """What a room that needs Megatron says, or why it cannot be imported."""
     try:
-        return tiny.attention_name()
-    except ImportError as error:
-        return f"unknown: {error}"
-
-
-def _llava() -> dict[str, str]:
-    try:
-        from .versions import LLaVAModel, describe
-    except ImportError as error:
-        return {"LLaVAModel": f"cannot be imported: {error}"}
-    return {"LLaVAModel": describe(LLaVAModel), "found in": inspect.getfile(LLaVAModel)}
+        return getattr(importlib.import_module(f"mcore_packing.{room}"), function)()
+    except Exception as error:  # a broken Megatron raises anything
+        return f"unknown, {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _show(options) -> int:
     from .layout import PackedLayout
-    from .plot import draw_row
 
-    row = EXAMPLE
-    if options.row:
-        with open(options.row) as file:
-            row = json.load(file)
+    row, name = (_read(options.row), options.row) if options.row else (EXAMPLE, "the example")
+    space = options.space or row.get("space", "auto")
     layout = PackedLayout.build(
-        torch.tensor(row["input_ids"]),
-        torch.tensor(row["cu_seqlens"], dtype=torch.int32),
+        _integers(row, "input_ids", torch.int64, name),
+        _integers(row, "cu_seqlens", torch.int32, name),
         row["tokens_per_image"],
         row.get("image_token_id", -200),
+        space,
     )
-    draw_row(layout, options.output)
-    print(f"{layout}\ncu_seqlens {layout.cu_seqlens_collapsed.tolist()} -> "
-          f"{layout.cu_seqlens_expanded.tolist()}\nwrote {options.output}")  # fmt: skip
+    output = Path(options.output)
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    try:
+        from .plot import draw_row
+    except ModuleNotFoundError as error:
+        raise UserError(f"it needs {error.name}: pip install {error.name}") from error
+    try:
+        draw_row(layout, output)
+    except ValueError as error:  # matplotlib's, about the suffix
+        raise UserError(f"--output {output}: {error}") from error
+    rows = layout.cu_image_rows.diff().tolist()
+    found = f", found to be {layout.space or 'both'}" if space == "auto" else ""
+    longest = int(layout.cu_seqlens_expanded.diff().max())
+    print(
+        f"given      cu_seqlens {row['cu_seqlens']} (space: {space}{found}), "
+        f"tokens_per_image {rows}, image_token_id {layout.image_token_id}\n"
+        f"collapsed  {layout.num_collapsed} tokens, "
+        f"cu_seqlens {layout.cu_seqlens_collapsed.tolist()}\n"
+        f"expanded   {layout.num_expanded} rows, "
+        f"cu_seqlens {layout.cu_seqlens_expanded.tolist()}, longest sequence {longest}\n"
+        f"wrote {output}"
+    )
     return 0
+
+
+def _read(path: str) -> dict:
+    """A row from a JSON file."""
+    try:
+        row = json.loads(Path(path).read_text())
+    except ValueError as error:  # broken JSON, or no text at all
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{path} holds this: {_kind(row)}; expected an object with {', '.join(REQUIRED)}"
+        )
+    if missing := [key for key in REQUIRED if key not in row]:
+        raise UserError(f"{path} has no {', '.join(missing)}")
+    if unknown := [key for key in row if key not in REQUIRED + OPTIONAL]:
+        raise UserError(
+            f"{path}: {', '.join(unknown)} is no key of a row; it takes "
+            f"{', '.join(REQUIRED + OPTIONAL)}"
+        )
+    return row
+
+
+def _integers(row: dict, key: str, dtype: torch.dtype, name: str) -> torch.Tensor:
+    values = row[key]
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise UserError(f"{name}: {key} is not a list of whole numbers")
+    if not values:
+        raise UserError(f"{name}: {key} is empty; there is nothing to draw")
+    limits = torch.iinfo(dtype)
+    if outside := [value for value in values if not limits.min <= value <= limits.max]:
+        raise UserError(f"{name}: {key} holds {outside[0]}, more than {dtype} can count")
+    return torch.tensor(values, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -263,16 +263,11 @@ def _check_row(layout: PackedLayout, input_ids, tokens_per_image, image_token_id
             "the layout that came with this row holds boundaries only, but this stage has tokens: "
             "send it the whole layout (to_tensor without boundaries_only)"
         )
-    found = {
-        "tokens": input_ids.numel(),
-        "images": len(tokens_per_image),
-        "image_token_id": image_token_id,
-    }
-    expected = {
-        "tokens": layout.num_collapsed,
-        "images": layout.image_start.numel(),
-        "image_token_id": layout.image_token_id,
-    }
+    found = {"tokens": input_ids.numel(), "images": len(tokens_per_image)}
+    expected = {"tokens": layout.num_collapsed, "images": layout.image_start.numel()}
+    if len(tokens_per_image):
+        found["image_token_id"] = image_token_id
+        expected["image_token_id"] = layout.image_token_id
     for name, value in found.items():
         if value != expected[name]:
             raise PackingError(

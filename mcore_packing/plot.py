@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .expand import expand_tokens
 from .layout import PackedLayout
@@ -25,25 +26,29 @@ RUN_STYLES = (  # lines that coincide stay visible
     {"color": WRONG, "linewidth": 2},
     {"color": "#2ca02c", "linewidth": 1.5, "linestyle": "dotted"},
 )
+MOST_LABELS = 20  # more images than this would hide each other's numbers
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 IMAGE_WIDTH = 20  # in text tokens: true to scale, images would leave no room for text
 
 
 def draw_row(layout: PackedLayout, path) -> None:
-    """One packed row, collapsed above and expanded below: sequences as colours, images hatched.
+    """One packed row, collapsed above and expanded below: sequences as colours, images hatched and
+    numbered, what no sequence owns in grey.
 
     Args:
         layout: of the row, on the CPU.
-        path: of the PNG.
+        path: of the picture.
     """
     given = layout.cu_seqlens_collapsed.tolist()
     edges = layout.cu_seqlens_padded.tolist()
-    figure, (before, after) = plt.subplots(2, 1, figsize=(12, 4.6), layout="constrained")
+    figure, (before, after) = plt.subplots(2, 1, figsize=(12, 4.8), layout="constrained")
     tokens = (layout.input_ids == layout.image_token_id).nonzero().flatten().tolist()
+    real = (layout.cu_seqlens_padded[:-2] + layout.cu_seqlens_expanded.diff()).tolist()
     _draw_bar(before, layout.seq_start_collapsed.tolist(), [(t, t + 1) for t in tokens])
-    _draw_bar(after, edges, _image_spans(layout))
+    _draw_bar(after, edges, _image_spans(layout), real)
     _draw_boundaries(before, given, RIGHT, "solid")
     _draw_boundaries(after, edges[: len(given)], RIGHT, "solid")
-    _draw_boundaries(after, given[1:], WRONG, "dashed")
+    _draw_boundaries(after, sorted({*given} - {*edges}), WRONG, "dashed")
     before.set_title(
         f"Before the model: {layout.num_collapsed} tokens, one placeholder per image.  "
         f"cu_seqlens = {_short(given)}",
@@ -55,15 +60,17 @@ def draw_row(layout: PackedLayout, path) -> None:
         loc="left",
     )
     handles = [
-        Patch(facecolor=SEQUENCE_COLOURS[0], label="a sequence (one colour each)"),
+        Patch(facecolor=SEQUENCE_COLOURS[0], label="a sequence"),
         Patch(facecolor="white", edgecolor="0.2", hatch="////", label="an image"),
         plt.Line2D([], [], color=RIGHT, linewidth=2.5, label="boundaries that hold here"),
-        plt.Line2D(
-            [], [], color=WRONG, linewidth=2.5, linestyle="dashed",
-            label="the collapsed boundaries, if nobody moves them",
-        ),
+        plt.Line2D([], [], color=WRONG, linewidth=2.5, linestyle="dashed",
+                   label="the collapsed ones, if nobody moves them"),
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    if edges[-1] > edges[-2] or real != edges[1:-1]:
+        handles.insert(
+            2, Patch(facecolor=TAIL_COLOUR, label="padding, or behind the last sequence")
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -159,27 +166,36 @@ def _image_spans(layout: PackedLayout) -> list[tuple[int, int]]:
     return list(spans)
 
 
-def _draw_bar(axis, edges, images) -> None:
+def _draw_bar(axis, edges, images, real_ends=()) -> None:
+    """Sequences and images from ``(begin, end)``; behind its real end a sequence is padding."""
+    ends = [*(real_ends or edges[1:-1]), edges[-2]]  # the last sequence is the tail
     for seq, (begin, end) in enumerate(pairwise(edges)):
-        tail = seq == len(edges) - 2
-        colour = TAIL_COLOUR if tail else SEQUENCE_COLOURS[seq % len(SEQUENCE_COLOURS)]
-        axis.add_patch(Rectangle((begin, 0), end - begin, 1, facecolor=colour, linewidth=0))
-    for begin, end in images:
-        axis.add_patch(
-            Rectangle((begin, 0), end - begin, 1, fill=False, edgecolor="white", hatch="////")
-        )
+        colour = SEQUENCE_COLOURS[seq % len(SEQUENCE_COLOURS)]
+        for left, right, face in (begin, ends[seq], colour), (ends[seq], end, TAIL_COLOUR):
+            axis.add_patch(Rectangle((left, 0), right - left, 1, facecolor=face, linewidth=0))
+    few = len(images) <= MOST_LABELS
+    for index, (begin, end) in enumerate(images):
+        axis.add_patch(Rectangle((begin, 0), end - begin, 1, fill=False, edgecolor="white",
+                                 hatch="////", linewidth=1.0 if few else 0.4))  # fmt: skip
+        if few:
+            axis.text((begin + end) / 2, 0.5, f"image {index}", rotation=90, ha="center",
+                      va="center", fontsize=8, bbox=LABEL_BOX)  # fmt: skip
     axis.set_xlim(edges[0], edges[-1])
     axis.set_ylim(-0.15, 1.15)
     axis.set_yticks([])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for side in ("left", "right", "top"):
         axis.spines[side].set_visible(False)
 
 
 def _draw_boundaries(axis, edges, colour, style) -> None:
-    for edge in edges:
-        axis.plot(
-            [edge, edge], [-0.12, 1.12], color=colour, linewidth=2.5, linestyle=style, clip_on=False
-        )
+    """Across the bar; where that would hide it, right ones above it and wrong ones below."""
+    if len(edges) <= MOST_LABELS:
+        low, high, width = -0.12, 1.12, 2.5
+    else:
+        low, high, width = (1, 1.12, 1.2) if colour == RIGHT else (-0.12, 0, 1.2)
+        style = "solid"
+    axis.vlines(edges, low, high, colour, style, linewidth=width, clip_on=False)
 
 
 def _short(values: list[int]) -> str:

@@ -1,11 +1,13 @@
-"""What the benchmarks share: timing, the copy ceiling, and the JSON they leave."""
+"""What the benchmarks share: arguments, timing, and the JSON they leave."""
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,6 +20,29 @@ from mcore_packing import cli
 RESULTS = Path(__file__).parent / "results"
 HAVE_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAVE_GPU else "cpu"
+NOISE = 1.25  # between runs on one GPU
+# What says which case a row of a report is.
+CASE = "name", "tokens", "sequences", "num_tokens", "num_images", "hidden_size", "dtype"
+
+
+def folder(text: str) -> Path:
+    """An argument that names a folder; makes it where there is none."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return Path(text)
+
+
+def parser(doc: str, budget: float | None = None) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes; ``budget`` is the default where it is timed."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--output", type=folder, default="out", help="folder of the results")
+    made.add_argument("--update", action="store_true", help="write the results that git tracks, in "
+                      "scripts/results, instead")  # fmt: skip
+    if budget is not None:
+        made.add_argument("--budget", type=float, default=budget, help="seconds a measurement")
+    return made
 
 
 def measure(function, budget: float = 1.0, least: int = 5) -> dict:
@@ -106,13 +131,38 @@ def environment() -> dict:
     return found
 
 
-def save(name: str, rows: list[dict], output: Path | None, **more) -> Path:
-    """Write ``scripts/results/<name>-<device>.json``, or ``<name>.json`` into ``output``."""
-    path = RESULTS / f"{name}-{device_name()}.json" if output is None else output / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(name: str, rows: list[dict], options: argparse.Namespace, **more) -> Path:
+    """Write ``<name>.json`` into ``--output``, or the one that git tracks with ``--update``."""
+    path = tracked(name) if options.update else options.output / f"{name}.json"
     report = {"benchmark": name, "environment": environment(), **more, "rows": rows}
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
+
+
+def tracked(name: str) -> Path:
+    """Where git tracks the results of this kind of device."""
+    return RESULTS / f"{name}-{device_name()}.json"
+
+
+def slower(found: dict, before: dict) -> list[str]:
+    """Which measurements of a report are slower than those of another beyond noise: the median by
+    more than ``NOISE``, and even the p20 above the other's p80."""
+    old = dict(_timings(before))
+    return [
+        f"{name}: {new['median_us']:.1f} us, was {old[name]['median_us']:.1f}"
+        for name, new in _timings(found)
+        if name in old
+        and new["median_us"] > NOISE * old[name]["median_us"]
+        and new["p20_us"] > old[name]["p80_us"]
+    ]
+
+
+def _timings(report: dict) -> Iterator[tuple[str, dict]]:
+    for row in report["rows"]:
+        case = " ".join(str(row[key]) for key in CASE if key in row)
+        for name, value in row.items():
+            if isinstance(value, dict) and "median_us" in value:
+                yield f"{case}, {name}", value
 
 
 def device_name() -> str:

@@ -5,10 +5,8 @@ On a GPU the layout is timed as a CUDA graph, which leaves the host's share out;
 asserted.
 """
 
-import argparse
 import random
 import sys
-from pathlib import Path
 
 import bench
 import torch
@@ -43,10 +41,7 @@ def compose(ids, cu_seqlens, rows):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder of the JSON")
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds a measurement")
-    options = parser.parse_args()
+    options = bench.parser(__doc__, budget=0.5).parse_args()
     print(f"{'tokens':>9} {'seqs':>6} {'layout':>10} {'composed':>10} {'ratio':>6} {'host':>9}  us")
     rows = []
     for num_tokens in (1_024, 8_192, 32_768, 131_072, 1_048_576):
@@ -79,7 +74,7 @@ def main() -> int:
             print(f"{num_tokens:9} {num_seqs:6} {found['median_us']:10.1f} "
                   f"{composed['median_us']:10.1f} {row['ratio']:6.2f} {row['host_us']:9.1f}",
                   flush=True)  # fmt: skip
-    path = bench.save("bench_layout", rows, options.output)
+    path = bench.save("bench_layout", rows, options)
     print(f"wrote {path}")
     return 0
 

@@ -5,9 +5,9 @@ import json
 import logging
 import sys
 import time
-from pathlib import Path
 
 import torch
+from bench import folder
 
 import mcore_packing as mp
 from mcore_packing import cli
@@ -30,9 +30,8 @@ HEADER = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("."), help="folder of PNG and JSON")
+    parser.add_argument("--output", type=folder, default=".", help="folder of PNG and JSON")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.WARNING)
     exact = torch.float32 == tiny.DTYPE
     say(f"mcore_packing {mp.__version__}; attention: {tiny.attention_name()}")
@@ -212,7 +211,7 @@ def train(samples, options) -> list[float]:
     rows = [mp.parity.pack(samples)]
     if options is None:
         rows = [{**mp.parity.pack([sample]), "cu_seqlens": None} for sample in samples]
-    handle = None if options is None else mp.install(model, **options)
+    handle = None if options is None else mp.install(model, space="collapsed", **options)
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()

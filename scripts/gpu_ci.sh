@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: tests, demo, parity, benchmarks. Writes gpu_ci.json and gpu_ci.md.
-# --dry-run says what would run and what is missing; --output FOLDER says where results go.
+# Everything that needs a GPU: tests, demo, parity, benchmarks. See --help.
 set -eo pipefail
+caller=$PWD
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$PYTHON" -W ignore scripts/gpu_ci.py "$@"
+script=$PWD/scripts/gpu_ci.py
+cd "$caller"
+exec "$PYTHON" -W ignore "$script" "$@"

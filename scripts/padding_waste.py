@@ -1,9 +1,7 @@
 """How much of a row is padding, against context-parallel size and sequences per row."""
 
-import argparse
 import random
 import sys
-from pathlib import Path
 
 import bench
 import torch
@@ -34,9 +32,7 @@ def make_row(num_rows: int, num_seqs: int):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="folder of the JSON")
-    options = parser.parse_args()
+    options = bench.parser(__doc__).parse_args()
     header = "".join(f" cp {size} |" for size in CP_SIZES)
     print(f"| rows | sequences |{header}\n|---|---|{'---|' * len(CP_SIZES)}")
     results = []
@@ -55,7 +51,7 @@ def main() -> int:
                             "tp_size": TP_SIZE, "padded_rows": layout.num_expanded,
                             "waste": waste})  # fmt: skip
         print(f"| {real:,} | {num_seqs} |{''.join(cells)}", flush=True)
-    print(f"wrote {bench.save('padding_waste', results, options.output)}")
+    print(f"wrote {bench.save('padding_waste', results, options)}")
     return 0
 
 

@@ -4,11 +4,14 @@
 # launched for either, the worst of all ranks.
 # Arguments: the cases to run ("cp2 cp4 tp2sp ..."), or nothing for all of them.
 set -eo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 declare -A cases=(
     [cp2]="2 --cp 2" [cp4]="4 --cp 4" [tp2sp]="2 --tp 2 --sp" [cp2tp2sp]="4 --cp 2 --tp 2 --sp"
     [pp2]="2 --pp 2" [pp4]="4 --pp 4" [cp2pp2]="4 --cp 2 --pp 2"
 )
+for name; do
+    [ -n "${cases[$name]}" ] || { echo "unknown case $name; there are ${!cases[*]}" >&2 && exit 2; }
+done
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 results="$folder/results.jsonl"

@@ -7,4 +7,7 @@ if "$PYTHON" -c "import ruff" 2>/dev/null; then
     "$PYTHON" -m ruff check --quiet .
     "$PYTHON" -m ruff format --check --quiet .
 fi
+if "$PYTHON" -c "import mypy" 2>/dev/null; then
+    "$PYTHON" -m mypy --no-error-summary
+fi
 exec "$PYTHON" -W ignore -m pytest -q -m "not gpu and not slow" "$@"

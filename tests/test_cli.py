@@ -1,55 +1,234 @@
 """The command line, from the outside."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import mcore_packing as mp
 from mcore_packing import cli
+
+ROW = {"input_ids": [5, -200, 6, 7], "cu_seqlens": [0, 3, 4], "tokens_per_image": [20]}
+FILES = {
+    "broken.json": "{",
+    "list.json": "[]",
+    "key.json": {"input_ids": [5]},
+    "unknown.json": {**ROW, "spaec": "expanded"},
+    "words.json": {**ROW, "input_ids": ["five"]},
+    "empty.json": {**ROW, "input_ids": [], "cu_seqlens": [0, 0], "tokens_per_image": []},
+    "none.json": {**ROW, "cu_seqlens": []},
+    "counts.json": {**ROW, "tokens_per_image": [20, 30]},
+    "negative.json": {**ROW, "tokens_per_image": [-20]},
+    "decreases.json": {**ROW, "cu_seqlens": [0, -3, 4]},
+    "either.json": {**ROW, "cu_seqlens": [0, 3, 9]},
+    "row.json": ROW,
+    "mine.py": "def nothing(): pass\ndef fails(): 1 / 0\ndef no_llava(): return 1, []\n"
+    "def build():\n"
+    "    from mcore_packing.testing import tiny\n"
+    "    return tiny.llava_model('rope', img_size=28), tiny.samples(3, img_size=28)\n"
+    "def empty(): return build()[0], []\n"
+    "def strange(): return build()[0], [{'ids': [1]}]\n",
+}
+# What a user can get wrong, and the one line that answers it.
+ERRORS = {
+    "": "the following arguments are required: command; see --help",
+    "shwo": r"argument command: invalid choice: 'shwo' \(.*\); see --help",
+    "show no.json": "no.json: No such file or directory",
+    "show broken.json": "broken.json is not JSON: Expecting property name .*",
+    "show list.json": "list.json holds this: empty list; expected an object with input_ids, .*",
+    "show key.json": "key.json has no cu_seqlens, tokens_per_image",
+    "show unknown.json": "unknown.json: spaec is no key of a row; it takes input_ids, .*",
+    "show words.json": "words.json: input_ids is not a list of whole numbers",
+    "show empty.json": "empty.json: input_ids is empty; there is nothing to draw",
+    "show none.json": "none.json: cu_seqlens is empty; there is nothing to draw",
+    "show counts.json": "sequence 0: 1 placeholders .* but 2 entries in tokens_per_image; .*",
+    "show negative.json": "image 0: tokens_per_image is -20, expected at least 1; .*",
+    "show decreases.json": "sequence 0: cu_seqlens decreases by 3, expected never",
+    "show either.json": "the boundaries end at 9 and could count neither: .*",
+    "show row.json --space both": r"argument --space: invalid choice: 'both' \(.*\); see --help",
+    "show row.json --output no/row.png": "--output no/row.png: there is no folder no",
+    "show row.json --output row.xyz": "--output row.xyz: Format 'xyz' is not supported .*",
+    "parity --samples 0": ".*--samples: expected a whole number of at least 1, not 0; see --help",
+    "parity --samples x": ".*--samples: expected a whole number of at least 1, not x; see --help",
+    "parity --threshold x": "argument --threshold: invalid float value: 'x'; see --help",
+    "parity --model mine:build --samples 2": "--samples is for the small model; .*",
+    "parity --model mine": "--model mine: expected MODULE:FUNCTION, for example my_module:build",
+    "parity --model no:build": r"--model no:build: ModuleNotFoundError: .* 'no' \(.*\)",
+    "parity --model mine:no": r"--model mine:no: AttributeError: module 'mine' .*'no' \(.*\)",
+    "parity --model mine:fails": r"--model mine:fails: ZeroDivisionError: .* \(mine.py, line 2\)",
+    "parity --model mine:nothing": r"--model .* returned: NoneType; expected \(model, samples\)",
+    "parity --model mine:no_llava": ".*LLaVAModel.*",
+    "parity --model mine:empty": "--model mine:empty: samples: empty list; expected a list .*",
+    "parity --model mine:strange": "--model .*: sample 0: dict with ids; expected a dict with .*",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The current folder, with ``FILES``."""
+    for name, content in FILES.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return tmp_path
 
 
 def run(*arguments):
-    command = [sys.executable, "-W", "ignore", "-m", "mcore_packing.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mcore_packing.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_parity_passes_with_the_hook_and_fails_without():
+def answer(command, capsys):
+    """Exit status and what was said on both streams."""
+    try:
+        status = cli.main(command.split())
+    except SystemExit as error:  # argparse's
+        status = error.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ERRORS)
+def test_what_a_user_gets_wrong_is_answered_with_one_line_and_status_2(command, capsys):
+    if command.startswith("show"):
+        pytest.importorskip("matplotlib")
+    status, out, error = answer(command, capsys)
+    assert status == 2 and out == ""
+    assert re.fullmatch(rf"mcore-packing( \w+)?: {ERRORS[command]}\n", error), error
+
+
+@pytest.mark.parametrize(
+    "command, package, line",
+    [
+        ("show row.json", "matplotlib", "it needs matplotlib: pip install matplotlib"),
+        ("parity", "megatron", r"it needs megatron-core \(.*\): pip install megatron-core"),
+    ],
+)
+def test_a_missing_package_is_named(command, package, line):
+    done = run_without(package, *command.split())
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"mcore-packing {command.split()[0]}: {line}\n", done.stderr), done.stderr
+
+
+def run_without(package, *arguments):
+    """The command line where a package cannot be imported."""
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+from mcore_packing import cli
+sys.exit(cli.main({list(arguments)}))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_parity_passes_with_the_hook():
     done = run("parity", "--samples", 1, 2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr  # none of Megatron's remarks
     assert done.stdout.count("token_mult_prob_error 1.000000") == 2
-    done = run("parity", "--samples", 2, "--without-hook")
-    assert done.returncode == 1 and "FAILED" in done.stderr
 
 
-def test_parity_of_a_model_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "from mcore_packing.testing import tiny\n"
-        "def build():\n"
-        "    return tiny.llava_model('rope', img_size=28), tiny.samples(3, img_size=28)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    done = run("parity", "--model", "mine:build")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 samples, 4 images")
+def test_parity_fails_without_the_hook(capsys):
+    status, _, error = answer("parity --samples 2 --without-hook", capsys)
+    assert status == 1 and error == "FAILED: above 1.00001\n"
+
+
+def test_a_threshold_of_zero_counts(capsys):
+    status, _, error = answer("parity --samples 1 --threshold 0", capsys)
+    assert status == 1 and error == "FAILED: above 0.0\n"
+
+
+def test_parity_of_a_model_in_the_current_folder(capsys):
+    status, out, _ = answer("parity --model mine:build", capsys)
+    assert status == 0 and out.startswith("3 samples, 4 images")
+    status, out, _ = answer("parity --model mine:build --without-hook", capsys)
+    assert status == 1 and out.startswith("3 samples: Megatron raises RuntimeError: ")
 
 
 def test_doctor():
     found = cli.doctor()
-    assert found["torch"] == torch.__version__
+    assert found["torch"] == torch.__version__ and found["mcore-packing"] == mp.__version__
     assert "understood" in found["LLaVAModel"] and found["attention"].startswith("PackedAttention")
-    assert found["found in"].endswith("llava_model.py")
+    assert found["found in"].endswith(os.path.join("megatron", "core"))
     done = run("doctor")
-    assert done.returncode == 0 and "megatron-core" in done.stdout
+    assert done.returncode == 0 and "megatron-core" in done.stdout and done.stderr == ""
 
 
-def test_show(tmp_path, capsys):
+MISSING = {
+    "megatron": [
+        "megatron-core +not installed: no hook and no parity: pip install megatron-core",
+        "LLaVAModel +unknown, ModuleNotFoundError: No module named 'megatron'",
+    ],
+    "triton": ["triton +not installed: no kernels, which rows on a GPU need", "LLaVAModel +under"],
+    "matplotlib": ["matplotlib +not installed: no pictures", "LLaVAModel +understood"],
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_doctor_says_what_is_missing(package):
+    done = run_without(package, "doctor")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for line in MISSING[package]:
+        assert re.search(f"^{line}", done.stdout, re.M), done.stdout
+
+
+def test_doctor_reads_megatrons_files_before_pips_records(folder, monkeypatch):
+    core = folder / "megatron/core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise RuntimeError('broken')")
+    (core / "package_info.py").write_text("__version__ = '0.99.0'")
+    code = "from mcore_packing import cli; cli.main(['doctor'])"
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": path}, check=False)  # fmt: skip
+    assert re.search(r"^megatron-core +0\.99\.0; pip recorded \d", done.stdout, re.M), done.stdout
+    assert re.search("^LLaVAModel +unknown, RuntimeError: broken$", done.stdout, re.M)
+
+
+def test_version(capsys):
+    status, out, _ = answer("--version", capsys)
+    assert not status and out == f"mcore-packing {mp.__version__}\n"
+
+
+@pytest.mark.parametrize("space", ["collapsed", "expanded"])
+def test_show(space, folder, capsys):
     pytest.importorskip("matplotlib")
-    row = {"input_ids": [5, -1, 6, 7], "cu_seqlens": [0, 3, 4], "tokens_per_image": [20]}
-    (tmp_path / "row.json").write_text(json.dumps({**row, "image_token_id": -1}))
-    output = tmp_path / "row.png"
-    assert cli.main(["show", str(tmp_path / "row.json"), "--output", str(output)]) == 0
-    assert output.read_bytes().startswith(b"\x89PNG")
-    assert "[0, 3, 4] -> [0, 22, 23]" in capsys.readouterr().out
+    row = ROW if space == "collapsed" else {**ROW, "cu_seqlens": [0, 22, 23], "space": space}
+    (folder / "row.json").write_text(json.dumps(row))
+    assert cli.main(["show", "row.json"]) == 0
+    assert (folder / "row.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert f"given      cu_seqlens {row['cu_seqlens']}" in out and space in out
+    assert "collapsed  4 tokens, cu_seqlens [0, 3, 4]" in out
+    assert "expanded   23 rows, cu_seqlens [0, 22, 23], longest sequence 22" in out
+    assert "wrote row.png" in out
+
+
+def test_the_space_that_the_command_line_says_counts(capsys):
+    pytest.importorskip("matplotlib")
+    status, _, error = answer("show row.json --space expanded", capsys)
+    assert status == 2 and "expanded" in error
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3, 64])
+def test_a_picture_has_whole_ticks_and_names_the_grey_tail(num_seqs, monkeypatch, folder):
+    plot = pytest.importorskip("mcore_packing.plot")
+    seen = []
+    monkeypatch.setattr(plot.plt, "close", seen.append)
+    ids = torch.tensor([7, 8] * num_seqs + [9])
+    edges = torch.arange(num_seqs + 1, dtype=torch.int32) * 2
+    plot.draw_row(mp.PackedLayout.build(ids, edges, [], space="collapsed"), folder / "row.png")
+    (figure,) = seen
+    for axis in figure.axes:
+        assert all(tick == int(tick) for tick in axis.get_xticks())
+    (legend,) = figure.legends
+    assert "padding, or behind the last sequence" in [text.get_text() for text in legend.texts]

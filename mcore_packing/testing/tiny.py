@@ -14,7 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -106,6 +106,10 @@ def llava_model(
         "params_dtype": DTYPE,
     }
     heads = {"num_attention_heads": 4, **common}
+    if HAVE_GPU:
+        heads["kv_channels"] = 64  # smaller heads are not safe in every kernel
+    if HAVE_TE:  # cuDNN or an error: the unfused path takes its place in silence, and is wrong
+        heads["attention_backend"] = AttnBackend.fused
     text = {
         "num_layers": language_layers,
         "hidden_size": hidden_size,

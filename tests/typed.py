@@ -1,0 +1,51 @@
+"""What a type checker sees of the public names: mypy reads this file, nothing runs it."""
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+import mcore_packing as mp
+from mcore_packing.llava import Installation
+
+
+def layouts(ids: Tensor, cu_seqlens: Tensor) -> None:
+    layout = mp.PackedLayout.build(ids, cu_seqlens, [3, 4], space="collapsed")
+    assert_type(layout, mp.PackedLayout)
+    assert_type(layout.max_seqlen, int)
+    assert_type(layout.cu_seqlens_padded, Tensor)
+    assert_type(layout.to("cuda"), mp.PackedLayout)
+    assert_type(mp.PackedLayout.from_tensor(layout.to_tensor()), mp.PackedLayout)
+    assert_type(mp.remap_cu_seqlens(cu_seqlens, ids, [3, 4], -200), Tensor)
+    mp.packed_seq_params(layout)
+
+
+def expansion(layout: mp.PackedLayout, text: Tensor, images: Tensor) -> None:
+    assert_type(mp.expand_embeddings(layout, text, images, cp_size=2, cp_rank=1), Tensor)
+    assert_type(mp.expand_labels(layout, None, None), tuple[Tensor | None, Tensor | None])
+    assert_type(mp.alignment(cp_size=2), tuple[int, int])
+    assert_type(mp.cp_partition(layout.cu_seqlens_padded, 64, 2, 0), Tensor)
+
+
+def hook(model: torch.nn.Module) -> None:
+    with mp.install(model, space="collapsed", fused=True, on_missing="raise") as handle:
+        assert_type(handle, Installation)
+        handle.check()
+    handle.remove()
+    mp.layout_options(model)
+
+
+def comparison(model: torch.nn.Module, a: Tensor, b: Tensor, mask: Tensor) -> None:
+    assert_type(mp.token_mult_prob_error(a, b, mask), Tensor)
+    result = mp.parity.compare(model, [{"input_ids": a}])
+    assert_type(result.token_mult_prob_error, float)
+    assert_type(result.layout, mp.PackedLayout)
+
+
+def images(prompt: list[int]) -> None:
+    assert_type(mp.media.num_image_tokens("qwen2_vl", 224, 308), int)
+    mp.media.splice_image_blocks(prompt, [[1]], turn_opener=[2])
+
+
+def errors(error: mp.PackingError) -> None:
+    assert isinstance(error, ValueError)
+    mp.PlaceholderMismatch(actual=1, expected=2)
