@@ -374,3 +374,16 @@ def test_rebuilt_parameters_keep_their_layout():
     rebuilt = dataclasses.replace(params)
     assert type(rebuilt) is LaidOutParams and rebuilt.layout is layout
     assert type(megatron_params(layout, params)) is PackedSeqParams
+
+
+def test_a_layout_of_a_row_without_images_rides_along():
+    # Main keeps such a row as text, placeholders included.
+    model = model_of("rope", max_sequence_length=64)
+    samples = [{"input_ids": torch.randint(1, 500, (n,))} for n in (9, 20)]
+    (row,), _ = mp.data.pack(
+        samples, 64, "concatenative", img_seq_len=5, **mp.layout_options(model)
+    )
+    alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
+    with mp.install(model), torch.no_grad():
+        loss, mask = model(**row.inputs())
+    assert mask.sum() == 27 and ((loss[0, :29] + alone) * mask[0, :29]).abs().max() < 1e-5
