@@ -265,7 +265,7 @@ class SequenceError:
         token_mult_prob_error: over its trained tokens on this rank; 1.0 is perfect.
         max_difference: the largest absolute difference of a log-probability.
         row: where that is, in expanded space, counted from the sequence's start.
-        lost_labels: positions that train either packed or alone, but not both.
+        unmatched_labels: positions that train either packed or alone, but not both.
         num_compared: positions that train in both.
     """
 
@@ -274,13 +274,14 @@ class SequenceError:
     token_mult_prob_error: float
     max_difference: float
     row: int
-    lost_labels: int
+    unmatched_labels: int
     num_compared: int
 
     def __str__(self) -> str:
         return (
             f"sequence {self.sequence} ({self.token_mult_prob_error:.6f}, largest difference "
-            f"{self.max_difference:.2e} at its row {self.row}, {self.lost_labels} labels lost)"
+            f"{self.max_difference:.2e} at its row {self.row}, {self.unmatched_labels} labels "
+            f"unmatched)"
         )
 
 
@@ -302,7 +303,8 @@ class Verification:
         return tuple(
             found
             for found in self.sequences
-            if found.lost_labels or not found.token_mult_prob_error <= 1 + self.tolerance  # NaN too
+            if found.unmatched_labels
+            or not found.token_mult_prob_error <= 1 + self.tolerance  # NaN too
         )
 
     @property
@@ -461,7 +463,7 @@ def _compare_sequences(llava, layout: PackedLayout, packed, *alone) -> list[Sequ
                 token_mult_prob_error=token_mult_prob_error(logprobs, logprobs_alone, both).item(),
                 max_difference=differences[worst].item(),
                 row=int(positions[begin + worst]) - edges[sequence],
-                lost_labels=lost,
+                unmatched_labels=lost,
                 num_compared=num_compared,
             )
         )

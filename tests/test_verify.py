@@ -41,7 +41,8 @@ def test_verify_on_every_rank(sizes, ranks, copies):
     assert all(error == pytest.approx(1, abs=1e-6) for error in found["by_rank"].values())
     assert found["num_compared"] == found["num_trained"] * copies
     assert found["all_agree"] and found["is_training"] and not found["has_gradients"]
-    assert {sequence for _, sequence in found["wrong"]} == {MOVED}, found["says"]
+    wrong = {sequence for _, sequence in found["wrong"]}
+    assert MOVED in wrong and wrong <= {MOVED - 1, MOVED}, found["says"]  # beside the boundary
     assert f"sequence {MOVED} (" in found["says"]
 
 
