@@ -453,6 +453,7 @@ class _Hook:
         if is_thd and model.add_decoder and has_tensors:
             return True
         passes = not model.add_decoder or not has_tensors or _infers(given)
+        passes = passes or getattr(self._local, "is_unpacked", False)
         if is_thd or passes or not self.settings.raises_if_missing:
             return False
         found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
@@ -678,6 +679,18 @@ def _with_hook(model_class: type[LLaVAModel]) -> type[LLaVAModel]:
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(WithHook, name, getattr(model_class, name))
     return WithHook
+
+
+@contextlib.contextmanager
+def unpacked(model):
+    """Lets calls without boundaries pass, in this thread, whatever ``on_missing`` says."""
+    hook = _hook_of(find_llava(model))
+    local = threading.local() if hook is None else hook._local
+    local.is_unpacked = True
+    try:
+        yield
+    finally:
+        local.is_unpacked = False
 
 
 def _hook_of(model: LLaVAModel) -> _Hook | None:

@@ -168,7 +168,10 @@ def _told(packed: dict, boundaries: Tensor | str | None) -> dict:
 @torch.no_grad()
 def run_alone(model, samples: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities and loss mask, fp32 ``[S_i]`` each, of every sample by itself, unpacked."""
-    return [_run(model, {**pack([sample]), "cu_seqlens": None}) for sample in samples]
+    from .llava import unpacked
+
+    with unpacked(model):
+        return [_run(model, {**pack([sample]), "cu_seqlens": None}) for sample in samples]
 
 
 def pack(samples: Sequence[dict]) -> dict:

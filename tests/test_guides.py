@@ -138,3 +138,56 @@ def test_the_lines_for_megatron_bridge():
     with torch.no_grad():
         loss, mask = model(**arguments(samples))
     assert ((loss[0] + expected) * mask[0]).abs().max() < 1e-5
+
+
+def blocks_of(name: str) -> list[str]:
+    """The Python of a page, as it stands there, but on this machine's CPU."""
+    text = (sources.CHECKOUT / name).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    return [block.replace('"cuda", torch.bfloat16', '"cpu"') for block in blocks]
+
+
+def namespace_of(model) -> dict:
+    samples = tiny.samples(4, img_size=SIZE)
+    return {
+        "mp": mp,
+        "torch": torch,
+        "model": model,
+        "llava": model,
+        "samples": samples,
+        "get_model": lambda provider: [model],
+        "model_provider": None,
+    }
+
+
+def test_the_lines_of_the_readme():
+    install, pack = blocks_of("README.md")
+    model = model_of("rope", max_sequence_length=1024)
+    namespace = namespace_of(model)
+    exec(install, namespace)
+    namespace["model"] = model
+    exec(pack, namespace)
+    alone = parity.run_alone(model, namespace["samples"])
+    expected = torch.cat([alone[i][0] for i in namespace["rows"][0].indices])
+    difference = (namespace["loss"][0] + expected) * namespace["loss_mask"][0]
+    assert difference.abs().max() < 1e-5 and namespace["loss_mask"].sum() > 100
+
+
+def test_the_lines_on_pipelines():
+    (block,) = blocks_of("docs/parallelism.md")
+    send, receive = block.split("...\n")
+    model = model_of("rope")
+    row = parity.pack(tiny.samples(4, img_size=SIZE))
+    namespace = namespace_of(model) | {
+        "tokens": row["input_ids"],
+        "cu_seqlens": row["cu_seqlens"],
+        "num_image_tiles": row["num_image_tiles"],
+        "img_seq_len": model.img_seq_len,
+        "image_token_id": tiny.IMAGE_TOKEN_ID,
+    }
+    with mp.install(model, space="collapsed"):
+        exec(send, namespace)
+        exec(receive, namespace)
+    params = namespace["packed_seq_params"]
+    assert params.layout.num_seqs == 4 and not params.layout.has_tokens
+    assert params.max_seqlen_q == namespace["layout"].max_seqlen

@@ -70,3 +70,12 @@ def test_nothing_trained_is_nothing_compared():
         sample["loss_mask"] = torch.zeros(sample["input_ids"].shape)
     with mp.install(model), pytest.raises(mp.PackingError, match="nothing to compare"):
         parity.compare(model, samples)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_compare_runs_one_by_one_where_missing_boundaries_are_an_error():
+    model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(3, img_size=SIZE)
+    with mp.install(model, space="collapsed", on_missing="raise"):
+        assert parity.compare(model, samples).max_difference < 1e-5
+        with pytest.raises(mp.PackingError, match="got no packed_seq_params"):
+            parity.forward(model, {**parity.pack(samples), "cu_seqlens": None})
