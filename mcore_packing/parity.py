@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .data.rows import concatenate, get_packer, split
 from .errors import PackingError
 from .layout import PackedLayout
 from .reference import local_positions
@@ -85,9 +86,7 @@ def compare(model, samples: Sequence[dict], alone: list | None = None) -> Compar
     Args:
         model: a ``LLaVAModel`` or a wrapper around one, on one pipeline stage, without context
             parallelism.
-        samples: dicts of ``input_ids`` ``[t]``, and optionally ``images`` ``[tiles, 3, h, w]``,
-            ``num_image_tiles`` ``[images]`` (one each by default), ``labels`` ``[t]`` and
-            ``loss_mask`` ``[t]`` (by default the next token, the last one predicting token 0).
+        samples: dicts as ``mp.data.pack`` takes them.
         alone: what ``run_alone`` gave for these samples, to compare several packed runs with.
 
     Returns:
@@ -144,41 +143,20 @@ def run_alone(model, samples: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
 
 
 def pack(samples: Sequence[dict]) -> dict:
-    """One collapsed row from samples: concatenated tensors, ``[1, T]``, and ``cu_seqlens``, with
-    the ``space`` that those count."""
-    samples = [_complete(sample) for sample in samples]
-    images = [sample["images"] for sample in samples if sample["images"] is not None]
+    """One collapsed row from samples, as a data path makes it that knows no layouts.
+
+    The tensors of ``mp.data.pack``, but position ids that run on over the whole row, and
+    ``cu_seqlens`` with the ``space`` that those count.
+    """
+    row = concatenate(samples)
     lengths = torch.tensor([0] + [sample["input_ids"].numel() for sample in samples])
-    row = {
-        name: torch.cat([sample[name] for sample in samples])[None]
-        for name in ("input_ids", "labels", "loss_mask")
-    }
-    device = row["input_ids"].device
+    ids = row["input_ids"]
     return {
         **row,
-        "position_ids": torch.arange(row["input_ids"].numel(), device=device)[None],
-        "images": torch.cat(images) if images else torch.empty(0, device=device),
-        "num_image_tiles": torch.cat([sample["num_image_tiles"] for sample in samples]),
-        "cu_seqlens": lengths.cumsum(0).int().to(device),
+        "position_ids": torch.arange(ids.numel(), device=ids.device)[None],
+        "cu_seqlens": lengths.cumsum(0).int().to(ids.device),
         "space": "collapsed",
         "max_seqlen": int(lengths.max()),
-    }
-
-
-def _complete(sample: dict) -> dict:
-    ids = sample["input_ids"]
-    images = sample.get("images")
-    num_tiles = sample.get("num_image_tiles")
-    if num_tiles is None:
-        num_tiles = torch.ones(0 if images is None else images.shape[0])
-    labels = sample.get("labels")
-    loss_mask = sample.get("loss_mask")
-    return {
-        "input_ids": ids,
-        "images": images,
-        "num_image_tiles": torch.as_tensor(num_tiles, dtype=torch.int, device=ids.device),
-        "labels": torch.cat([ids[1:], ids.new_zeros(1)]) if labels is None else labels,
-        "loss_mask": torch.ones(ids.shape, device=ids.device) if loss_mask is None else loss_mask,
     }
 
 
@@ -374,7 +352,6 @@ def verify(model, row, tolerance: float | None = None) -> Verification:
 
 def _alone(model, row) -> list:
     """Every sample of a row in a row of its own."""
-    from .data import get_packer, split
     from .llava import find_llava, layout_options
 
     llava = find_llava(model)

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 2)}"
 
-packages="megatron-core triton numpy einops pytest hypothesis matplotlib transformers ruff"
+packages="megatron-core megatron-energon triton numpy einops pytest hypothesis matplotlib transformers ruff"
 modules="torch, megatron.core, triton, numpy, pytest, hypothesis"
 
 has_all() { "$1" -W ignore -c "import $modules" >/dev/null 2>&1; }

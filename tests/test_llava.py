@@ -103,8 +103,7 @@ def test_many_packs(positions, fused):
         with install(model, fused=fused):
             result = parity.compare(model, samples, alone)
         assert result.token_mult_prob_error == pytest.approx(1, abs=1e-6)
-        first = sum(int(sample["input_ids"][0]) == tiny.IMAGE_TOKEN_ID for sample in samples[1:])
-        assert result.lost_labels == (0 if fused else first)
+        assert result.lost_labels == 0
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])

@@ -1,5 +1,7 @@
 """Samples into packed rows, their layouts, and back."""
 
+from importlib import import_module
+
 from .algorithms import ALGORITHMS
 from .report import Refused, Report
 from .rows import EmptySample, Packer, Row, Rows, SampleTooLong, get_packer, pack, split
@@ -17,3 +19,9 @@ __all__ = [
     "pack",
     "split",
 ]
+
+
+def __getattr__(name):
+    if name == "energon":  # needs megatron-energon
+        return import_module(f"{__name__}.energon")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

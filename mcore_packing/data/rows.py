@@ -1,7 +1,7 @@
 """Samples into packed rows that a model can run, and rows back into their samples."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class SampleTooLong(PackingError):
     """A sample that does not fit a row by itself."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Row:
     """One packed row: what ``LLaVAModel.forward`` takes, and the layout that says where it stands.
 
@@ -190,25 +190,41 @@ class Packer:
         """
         return self._size(sample).num_rows
 
-    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
-        """As the function ``pack`` does."""
-        if not hasattr(samples, "__getitem__"):
-            samples = list(samples)
-        lengths, kept, refused, form = [], [], [], None
+    def measure(
+        self, samples: Sequence[dict], refuse: Callable[[int, PackingError], None]
+    ) -> tuple[list[int], list[int]]:
+        """The lengths of the samples that can be packed, not aligned, and which ones these are.
+
+        ``refuse`` is told the index of every other one, and what is wrong with it.
+        """
+        lengths, kept, form = [], [], None
         for index in range(len(samples)):
             sample = samples[index]
             try:
                 length = self.num_rows(sample)
                 form = _check_form(sample, form)
             except PackingError as error:
-                key = sample.get("__key__") if isinstance(sample, dict) else None
-                if self.on_refused == "raise":
-                    error.args = (f"{name_of(index, key)}: {error}",)
-                    raise
-                refused.append(Refused(index, key, type(error).__name__, str(error)))
+                refuse(index, error)
             else:
                 lengths.append(length)
                 kept.append(index)
+        return lengths, kept
+
+    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
+        """As the function ``pack`` does."""
+        if not hasattr(samples, "__getitem__"):
+            samples = list(samples)
+        refused = []
+
+        def refuse(index: int, error: PackingError) -> None:
+            sample = samples[index]
+            key = sample.get("__key__") if isinstance(sample, dict) else None
+            if self.on_refused == "raise":
+                error.args = (f"{name_of(index, key)}: {error}",)
+                raise error
+            refused.append(Refused(index, key, type(error).__name__, str(error)))
+
+        lengths, kept = self.measure(samples, refuse)
         bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
         report = Report(
             num_samples=len(samples),
@@ -239,10 +255,11 @@ class Packer:
         """
         sizes = [self._size(sample) for sample in samples]
         row = concatenate(samples, self.image_token_id)
+        device = row["input_ids"].device
         lengths = torch.tensor([0, *(sample["input_ids"].numel() for sample in samples)])
         layout = PackedLayout.build(
             row["input_ids"],
-            lengths.cumsum(0).int().to(row["input_ids"].device),
+            lengths.cumsum(0).int().to(device),
             [size.tokens_per_image for size in sizes],
             self.image_token_id,
             space="collapsed",
@@ -254,11 +271,6 @@ class Packer:
         bulky = [isinstance(sample.get("images"), Tensor) for sample in samples]
         return Row(
             **row,
-            num_image_tiles=torch.tensor(
-                [tiles for size in sizes for tiles in size.num_image_tiles],
-                dtype=torch.int32,
-                device=row["input_ids"].device,
-            ),
             layout=layout,
             indices=tuple(range(len(samples)) if indices is None else indices),
             extras=tuple(
@@ -278,7 +290,7 @@ class Packer:
     def _size(self, sample: dict) -> _Size:
         ids = _check_ids(sample)
         num_placeholders = _count(ids, self.image_token_id)
-        rows, tiles = _as_ints(sample, "tokens_per_image"), _as_ints(sample, "num_image_tiles")
+        rows, tiles = _as_ints(sample, "tokens_per_image"), _tiles_of(sample)
         images = sample.get("images")
         num_given = 0
         if images is not None:
@@ -287,9 +299,8 @@ class Packer:
                     f"images: found {_kind(images)}, expected a tensor [tiles, 3, h, w] or None"
                 )
             num_given = images.shape[0]
-        if tiles is None:
-            tiles = [1] * (num_given if rows is None else len(rows))
-        elif sum(tiles) != num_given:
+        counts_tiles = rows is None or sample.get("num_image_tiles") is not None
+        if counts_tiles and sum(tiles) != num_given:
             raise PackingError(
                 f"num_image_tiles {tiles} are {sum(tiles)} tiles, but images hold {num_given}"
             )
@@ -423,14 +434,16 @@ def get_packer(name: str, capacity: int | None, **options) -> Packer:
 
 
 def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str, Tensor]:
-    """``input_ids``, ``labels`` (shifted inside each sample), ``loss_mask`` and ``images``."""
+    """The tensors of a row, as ``Row`` has them, of samples that are known to be right."""
     labels = torch.cat([_shifted_labels(sample, image_token_id) for sample in samples])
     images = [image for sample in samples if (image := sample.get("images")) is not None]
+    tiles = [count for sample in samples for count in _tiles_of(sample)]
     return {
         "input_ids": torch.cat([sample["input_ids"] for sample in samples])[None],
         "labels": labels[None],
         "loss_mask": (labels != IGNORED).float()[None],
         "images": torch.cat(images) if images else torch.empty(0, device=labels.device),
+        "num_image_tiles": torch.tensor(tiles, dtype=torch.int32, device=labels.device),
     }
 
 
@@ -475,6 +488,16 @@ def _check_form(sample: dict, form: tuple | None) -> tuple | None:
     return found
 
 
+def _tiles_of(sample: dict) -> list[int]:
+    """How many tiles each image has: by default one."""
+    tiles = _as_ints(sample, "num_image_tiles")
+    if tiles is not None:
+        return tiles
+    images, rows = sample.get("images"), sample.get("tokens_per_image")
+    images = images if rows is None else rows
+    return [1] * (0 if images is None else len(images))
+
+
 def _as_ints(sample: dict, name: str) -> list[int] | None:
     """A sample's positive counts, from a list or a tensor ``[n]``."""
     values = sample.get(name)
@@ -482,7 +505,7 @@ def _as_ints(sample: dict, name: str) -> list[int] | None:
         return None
     if isinstance(values, Tensor):
         values = values.tolist()
-    is_right = isinstance(values, list | tuple) and all(type(x) is int for x in values)
+    is_right = isinstance(values, list | tuple) and {*map(type, values)} <= {int}
     if not is_right or (values and min(values) < 1):
         raise PackingError(f"{name} is {sample[name]!r}, expected positive ints [n]")
     return list(values)
