@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.rows import concatenate
+from .data.rows import concatenate, get_packer, split
 from .errors import PackingError
 from .layout import PackedLayout
 from .reference import local_positions
@@ -387,7 +387,6 @@ def verify(model, row, tolerance: float | None = None) -> Verification:
 
 def _alone(model, row) -> list:
     """Every sample of a row in a row of its own."""
-    from .data import get_packer, split
     from .llava import find_llava, layout_options
 
     llava = find_llava(model)
