@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 2)}"
 
-packages="megatron-core megatron-energon triton numpy einops pytest hypothesis matplotlib transformers ruff mypy setuptools"
+packages="megatron-core megatron-energon triton numpy einops pytest pytest-xdist hypothesis matplotlib transformers ruff mypy setuptools"
 modules="torch megatron.core triton numpy pytest hypothesis"
 
 fail() { # one line

@@ -10,4 +10,8 @@ fi
 if "$PYTHON" -c "import mypy" 2>/dev/null; then
     "$PYTHON" -m mypy --no-error-summary
 fi
+if [ $# = 0 ] && "$PYTHON" -c "import xdist" 2>/dev/null; then # all of them: one process a core
+    set -- -n "$(nproc)" --dist loadfile
+    export OMP_NUM_THREADS=1
+fi
 exec "$PYTHON" -W ignore -m pytest -q -m "not gpu and not slow" "$@"
