@@ -165,31 +165,31 @@ def _build(name: str):
         found = getattr(importlib.import_module(module), function)()
     except Exception as error:  # theirs, whatever it is: say where
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"--model {name}: {type(error).__name__}: {error} "
-            f"({Path(place.filename).name}, line {place.lineno})"
-        ) from error
+        theirs = Path(place.filename).is_file() and place.filename != __file__
+        where = f" ({Path(place.filename).name}, line {place.lineno})" if theirs else ""
+        raise UserError(f"--model {name}: {type(error).__name__}: {error}{where}") from error
     if not isinstance(found, tuple) or len(found) != 2:
-        raise UserError(f"--model {name} returned: {_kind(found)}; expected (model, samples)")
+        raise UserError(f"--model {name} returned {_kind(found)}, expected (model, samples)")
     model, samples = found
     find_llava(model)
     if not isinstance(samples, list | tuple) or not samples:
-        raise UserError(f"--model {name}: samples: {_kind(samples)}; expected a list with samples")
+        raise UserError(f"--model {name}: samples is {_kind(samples)}, expected a list of samples")
     for index, sample in enumerate(samples):
         if not isinstance(sample, dict) or not isinstance(sample.get("input_ids"), torch.Tensor):
             raise UserError(
-                f"--model {name}: sample {index}: {_kind(sample)}; expected a dict with a tensor "
+                f"--model {name}: sample {index} is {_kind(sample)}, expected a dict with a tensor "
                 f"input_ids, see mcore_packing.parity.compare"
             )
     return model, samples
 
 
 def _kind(value) -> str:
-    """What was found in place of something else: "dict with a, b", "empty list", "NoneType"."""
-    name = type(value).__name__
+    """What was found in place of something else: "a dict with x, y", "empty", "None"."""
     if isinstance(value, dict | list | tuple) and not value:
-        return f"empty {name}"
-    return f"{name} with {', '.join(map(str, value))}" if isinstance(value, dict) else name
+        return "empty"
+    if isinstance(value, dict):
+        return f"a dict with {', '.join(map(str, value))}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _doctor(options) -> int:
@@ -305,9 +305,7 @@ def _read(path: str) -> dict:
     except ValueError as error:  # broken JSON, or no text at all
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UserError(
-            f"{path} holds this: {_kind(row)}; expected an object with {', '.join(REQUIRED)}"
-        )
+        raise UserError(f"{path} is no object with {', '.join(REQUIRED)}")
     if missing := [key for key in REQUIRED if key not in row]:
         raise UserError(f"{path} has no {', '.join(missing)}")
     if unknown := [key for key in row if key not in REQUIRED + OPTIONAL]:

@@ -41,12 +41,15 @@ find_python() {
     return 1
 }
 
-make_venv() { # folder, flags of venv, constraints, packages
+make_venv() { # folder, "beside" where base has torch, constraints, packages
     local stamp pip="$1/bin/python -m pip install -q --disable-pip-version-check"
     stamp=$(cat "$3" scripts/env.sh | cksum)
     [ "$(cat "$1/stamp" 2>/dev/null)" = "$stamp" ] && return
     echo "Making an environment in $1: takes a minute the first time ..." >&2
-    "$base" -m venv $2 "$1" || fail "$base cannot make a virtual environment in $1"
+    "$base" -m venv "$1" || fail "$base cannot make a virtual environment in $1"
+    [ -z "$2" ] || # its packages; those of a virtual environment are no system's
+        "$base" -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
+            >"$(echo "$1"/lib/python*/site-packages)/$2.pth"
     {
         $pip -c "$3" $4 && $pip -c "$3" $packages && $pip --no-deps --no-build-isolation -e .
     } >"$1/pip.log" 2>&1 || fail "pip could not fill $1 (no network? see $1/pip.log); still missing:" \
@@ -73,7 +76,7 @@ for found in distributions():
     if found.name.lower() in ("torch", "triton"):
         print(f"{found.name}=={found.version}")
 END
-            make_venv .venv-beside-torch --system-site-packages .venv-beside-torch/constraints.txt pip
+            make_venv .venv-beside-torch beside .venv-beside-torch/constraints.txt pip
             PYTHON="$PWD/.venv-beside-torch/bin/python"
             ;;
     esac

@@ -44,6 +44,13 @@ each_starts() { # every script of the job imports what it needs and knows its ar
     "$PYTHON" -W ignore -m mcore_packing.cli parity --help && echo "all start"
 }
 
+benchmarks() { # on this CPU, the smallest case: values are checked before anything is timed
+    local name
+    for name in bench_layout bench_expand; do
+        "$PYTHON" -W ignore "scripts/$name.py" --smallest --budget 0 --output "$folder/out"
+    done
+}
+
 mkdir "$folder/checkout"
 step "kernels compile with Triton $triton" "[0-9]+ passed" compile_kernels
 step "tests marked gpu are collected" "[0-9]+/[0-9]+ tests collected" \
@@ -51,6 +58,7 @@ step "tests marked gpu are collected" "[0-9]+/[0-9]+ tests collected" \
 step "no host read, on fake CUDA tensors" "[0-9]+ passed" \
     "$PYTHON" -W ignore -m pytest -q -m "not gpu" tests/test_ops.py
 step "every script of the job starts" "all start" each_starts
+step "benchmarks find the same as Megatron" "wrote .*bench_expand" benchmarks
 step "gpu_ci --dry-run" "bench_expand" "$PYTHON" -W ignore scripts/gpu_ci.py --dry-run
 step "no network: one line says what is missing" "still missing: torch" without_network
 printf '%s\n' "${results[@]}"

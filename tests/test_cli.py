@@ -39,7 +39,7 @@ ERRORS = {
     "shwo": r"argument command: invalid choice: 'shwo' \(.*\); see --help",
     "show no.json": "no.json: No such file or directory",
     "show broken.json": "broken.json is not JSON: Expecting property name .*",
-    "show list.json": "list.json holds this: empty list; expected an object with input_ids, .*",
+    "show list.json": "list.json is no object with input_ids, cu_seqlens, tokens_per_image",
     "show key.json": "key.json has no cu_seqlens, tokens_per_image",
     "show unknown.json": "unknown.json: spaec is no key of a row; it takes input_ids, .*",
     "show words.json": "words.json: input_ids is not a list of whole numbers",
@@ -57,13 +57,13 @@ ERRORS = {
     "parity --threshold x": "argument --threshold: invalid float value: 'x'; see --help",
     "parity --model mine:build --samples 2": "--samples is for the small model; .*",
     "parity --model mine": "--model mine: expected MODULE:FUNCTION, for example my_module:build",
-    "parity --model no:build": r"--model no:build: ModuleNotFoundError: .* 'no' \(.*\)",
-    "parity --model mine:no": r"--model mine:no: AttributeError: module 'mine' .*'no' \(.*\)",
+    "parity --model no:build": r"--model no:build: ModuleNotFoundError: No module named 'no'",
+    "parity --model mine:no": r"--model mine:no: AttributeError: module 'mine' .* attribute 'no'",
     "parity --model mine:fails": r"--model mine:fails: ZeroDivisionError: .* \(mine.py, line 2\)",
-    "parity --model mine:nothing": r"--model .* returned: NoneType; expected \(model, samples\)",
+    "parity --model mine:nothing": r"--model .* returned None, expected \(model, samples\)",
     "parity --model mine:no_llava": ".*LLaVAModel.*",
-    "parity --model mine:empty": "--model mine:empty: samples: empty list; expected a list .*",
-    "parity --model mine:strange": "--model .*: sample 0: dict with ids; expected a dict with .*",
+    "parity --model mine:empty": "--model mine:empty: samples is empty, expected a list of samples",
+    "parity --model mine:strange": "--model .*: sample 0 is a dict with ids, expected .*",
 }
 
 

@@ -64,17 +64,18 @@ def test_results_go_to_a_folder_of_the_users(scripts, tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.endswith("argument --output: file: File exists\n")
 
 
-def times(median, name="ours", tokens=7):
+def times(median, name="mcore_packing", tokens=7):
     spread = {"median_us": median, "p20_us": 0.95 * median, "p80_us": 1.05 * median}
     return {"rows": [{"name": name, "tokens": tokens, "forward": spread, "ratio": 1.0}]}
 
 
 def test_only_what_is_slower_beyond_noise_is_a_regression(scripts):
     slower = scripts.bench.slower
-    assert slower(times(131.0), times(100.0)) == ["ours 7, forward: 131.0 us, was 100.0"]
+    assert slower(times(131.0), times(100.0)) == ["mcore_packing 7, forward: 131.0 us, was 100.0"]
     assert slower(times(120.0), times(100.0)) == []  # noise
     assert slower(times(10.0), times(100.0)) == []
     assert slower(times(131.0), times(100.0, tokens=8)) == []  # another case
+    assert slower(times(131.0, "megatron"), times(100.0, "megatron")) == []  # not ours
     wide = times(100.0)
     wide["rows"][0]["forward"]["p80_us"] = 200.0
     assert slower(times(131.0), wide) == []
@@ -106,7 +107,7 @@ def test_the_gpu_job_reports_after_each_check(scripts, tmp_path, monkeypatch):
         "fails": ("failed", "bad"),
         "hangs": ("failed", "stopped after 1 seconds"),
         "te": ("skipped", "missing: Transformer Engine"),
-        "regressed": ("failed", "timed; slower: ours 7, forward: 200.0 us, was 100.0"),
+        "regressed": ("failed", "timed; slower: mcore_packing 7, forward: 200.0 us, was 100.0"),
         "untracked": ("passed", "timed; no figures in tracked-untracked.json to compare with"),
         "looks": ("passed", "2"),
     }
