@@ -14,6 +14,7 @@ from .layout import PackedLayout, remap_cu_seqlens
 if TYPE_CHECKING:  # what _LAZY imports later
     from . import attention as attention
     from . import cpu as cpu
+    from . import data as data
     from . import media as media
     from . import parity as parity
     from .llava import install as install

@@ -49,3 +49,10 @@ def images(prompt: list[int]) -> None:
 def errors(error: mp.PackingError) -> None:
     assert isinstance(error, ValueError)
     mp.PlaceholderMismatch(actual=1, expected=2)
+
+
+def rows(model: torch.nn.Module, samples: list[dict]) -> None:
+    packed, report = mp.data.pack(samples, None, **mp.layout_options(model))
+    assert_type(packed, mp.data.Rows)
+    assert_type(report, mp.data.Report)
+    assert_type(mp.data.split(packed[0]), list[dict])
