@@ -67,7 +67,7 @@ def test_compare_counts_labels_lost_and_gained():
 def test_nothing_trained_is_nothing_compared():
     model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(2, img_size=SIZE)
     for sample in samples:
-        sample["loss_mask"] = torch.zeros(sample["input_ids"].shape)
+        sample["labels"] = torch.full_like(sample["input_ids"], -100)
     with mp.install(model), pytest.raises(mp.PackingError, match="nothing to compare"):
         parity.compare(model, samples)
 

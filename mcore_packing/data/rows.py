@@ -447,7 +447,16 @@ def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str
     }
 
 
+def _refuse_mask(sample: dict) -> None:
+    if sample.get("loss_mask") is not None:
+        raise PackingError(
+            "a sample has a loss_mask, which could be shifted or not; give labels instead, -100 "
+            "where nothing is trained"
+        )
+
+
 def _shifted_labels(sample: dict, image_token_id: int) -> Tensor:
+    _refuse_mask(sample)
     ids = sample["input_ids"]
     labels = sample.get("labels")
     labels = ids if labels is None else labels
@@ -458,6 +467,7 @@ def _shifted_labels(sample: dict, image_token_id: int) -> Tensor:
 def _check_ids(sample: dict) -> Tensor:
     if not isinstance(sample, dict):
         raise PackingError(f"a sample is a {type(sample).__name__}, expected a dict")
+    _refuse_mask(sample)
     ids, labels = sample.get("input_ids"), sample.get("labels")
     if isinstance(ids, Tensor) and ids.numel() == 0:
         raise EmptySample("input_ids are empty")
