@@ -194,8 +194,10 @@ def gemm_alignment(config) -> int:
         ``fp4_utils.get_fp4_align_size``, of Megatron-Core.
     """
     if getattr(config, "fp4", None):
-        from megatron.core.fp4_utils import get_fp4_align_size
-
+        try:
+            from megatron.core.fp4_utils import get_fp4_align_size
+        except ImportError:  # before 0.16
+            return 128
         return get_fp4_align_size(config.fp4_recipe)
     if not getattr(config, "fp8", None):
         return 1
