@@ -44,10 +44,11 @@ def no_synchronisation():
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
 @pytest.mark.parametrize("count", [1, 4, 16])
-def test_forward_packed_vs_batched(count, positions):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
+def test_forward_packed_vs_batched(count, positions, fused):
     model, samples = tiny.llava_model(positions), tiny.samples(count)
     alone = parity.run_alone(model, samples)
-    with mp.install(model, space="collapsed"):
+    with mp.install(model, space="collapsed", fused=fused):
         result = parity.compare(model, samples, alone)
     assert result.token_mult_prob_error < 1.02 and result.lost_labels == 0, tiny.attention_name()
     if positions == "learned_absolute":
@@ -164,6 +165,26 @@ def test_a_bad_layout_stays_in_bounds():
     torch.cuda.synchronize()
     with pytest.raises(mp.PackingError, match="image 2: tokens_per_image is -7"):
         layout.check()
+
+
+def test_offsets_beyond_int32():
+    hidden_size, tiles, rows_per_tile = 8192, 500, 576  # 2.4 G elements, 4.7 GB
+    ids = torch.full((2 * tiles,), 7, device="cuda")
+    ids[1::2] = IMAGE
+    cu_seqlens = torch.tensor([0, 2 * tiles], dtype=torch.int32, device="cuda")
+    rows = torch.full((tiles,), rows_per_tile, dtype=torch.int32, device="cuda")
+    num_rows = tiles * rows_per_tile
+    layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, "collapsed", num_image_rows=num_rows)
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    text = torch.randn(2 * tiles, hidden_size, **options)
+    images = torch.randn(rows_per_tile, tiles, hidden_size, **options)
+    out = mp.expand_embeddings(layout, text, images)
+    layout.check()
+    assert out.numel() > 2**31
+    for tile in (0, 1, tiles // 2, tiles - 1):  # each text row, then the rows of its tile
+        start = tile * (rows_per_tile + 1)
+        assert torch.equal(out[start], text[2 * tile])
+        assert torch.equal(out[start + 1 : start + 1 + rows_per_tile], images[:, tile])
 
 
 def test_memory_is_the_output_and_the_index():

@@ -1053,7 +1053,11 @@ def test_many_processes_are_told_to_say_their_space(monkeypatch):
     model, given = model_of("rope"), arguments(tiny.samples(5, img_size=SIZE))
     stop_at_language_model(model)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-    with pytest.raises(Reached), install(model, space="auto"), pytest.warns(UserWarning, match="install.space='collapsed'"):
+    with (
+        pytest.raises(Reached),
+        install(model, space="auto"),
+        pytest.warns(UserWarning, match="install.space='collapsed'"),
+    ):
         model(**given)
 
 
