@@ -148,8 +148,9 @@ def test_a_dummy_image_with_a_size_in_a_row_without_images(fused):
 
 
 def text(ids, labels):
-    given = arguments([{"input_ids": ids, "labels": labels}])
-    return {**given, "packed_seq_params": None}
+    given = arguments([{"input_ids": ids}])
+    trained = {"labels": labels[None], "loss_mask": torch.ones(1, ids.numel())}
+    return {**given, **trained, "packed_seq_params": None}
 
 
 @pytest.mark.skipif(not PACKS_VISION, reason="other stages know the size of a patch")
