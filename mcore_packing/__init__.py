@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what _LAZY imports later
     from . import data as data
     from . import media as media
     from . import parity as parity
+    from .llava import find_llava as find_llava
     from .llava import install as install
     from .llava import layout_options as layout_options
     from .packed_seq import packed_seq_params as packed_seq_params
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 # What needs Megatron is imported when it is first used.
 _LAZY = {
+    "find_llava": "llava",
     "layout_options": "llava",
     "packed_seq_params": "packed_seq",
     "remap_packed_seq_params": "packed_seq",

@@ -1,10 +1,8 @@
 """What packing costs one core, how full its rows are, and how evenly they spread attention."""
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import bench
 import torch
@@ -60,11 +58,10 @@ def make_samples(lengths: list[int]) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = bench.parser(__doc__)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--capacities", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="folder of the JSON")
     options = parser.parse_args()
     lengths = llava_mix(options.samples)
     print(f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} rows each on average\n")
@@ -93,7 +90,7 @@ def main() -> int:
     print(f"\nmp.data.pack looks at every sample's tensors: {whole:.2f} s\n{report}")
     print(f"a row is made in {each * 1e3:.2f} ms, when it is asked for")
     results.append({"pack_s": whole, "row_s": each, "samples": len(samples)})
-    print(f"wrote {bench.save('bench_pack', results, options.output)}")
+    print(f"wrote {bench.save('bench_pack', results, options)}")
     return 0
 
 

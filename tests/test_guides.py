@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -153,7 +155,6 @@ def namespace_of(model) -> dict:
         "mp": mp,
         "torch": torch,
         "model": model,
-        "llava": model,
         "samples": samples,
         "get_model": lambda provider: [model],
         "model_provider": None,
@@ -161,16 +162,31 @@ def namespace_of(model) -> dict:
 
 
 def test_the_lines_of_the_readme():
-    install, pack = blocks_of("README.md")
     model = model_of("rope", max_sequence_length=1024)
     namespace = namespace_of(model)
-    exec(install, namespace)
-    namespace["model"] = model
-    exec(pack, namespace)
+    for block in blocks_of("README.md"):
+        exec(block, namespace)
     alone = parity.run_alone(model, namespace["samples"])
     expected = torch.cat([alone[i][0] for i in namespace["rows"][0].indices])
     difference = (namespace["loss"][0] + expected) * namespace["loss_mask"][0]
     assert difference.abs().max() < 1e-5 and namespace["loss_mask"].sum() > 100
+
+
+def test_the_first_row():
+    command = [sys.executable, "-W", "ignore", "examples/first_row.py"]
+    done = subprocess.run(command, cwd=sources.CHECKOUT, capture_output=True, text=True, check=True)
+    assert "6 of 6 samples in 1 rows" in done.stdout
+    assert done.stdout.strip().endswith("token_mult_prob_error 1.000000 on rank 0")
+
+
+def test_no_page_has_a_gap():
+    pages = [*sources.CHECKOUT.glob("*.md"), *sources.CHECKOUT.glob("docs/*.md")]
+    assert len(pages) > 10
+    for page in pages:
+        text = page.read_text()
+        assert not re.search(r"^[A-Z]+_(TABLE|SECTION)$|TODO", text, re.M), page
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), (page, target)
 
 
 def test_the_lines_on_pipelines():
