@@ -1,7 +1,14 @@
 """Where every token, image and sequence of a packed row goes, in one launch.
 
 One CTA walks the row with a carry: over its tokens, its images, its tokens again, its boundaries.
-Whatever the inputs hold, it stays in bounds and terminates.
+Whatever the inputs hold, it stays in bounds and terminates. ``reference.layout`` says the same in
+plain torch: read it first.
+
+Two outputs serve as scratch until their own pass writes them:
+
+    buffer           after tokens              after images               after tokens again
+    expanded_start   placeholders before t     the same                   where token t starts
+    cu_image_rows    the token of each image   image rows before each     the same
 """
 
 import torch
@@ -57,8 +64,8 @@ def _count_placeholders(
 def _place_images(
     tokens_per_image_ptr, placeholder_ptr, image_start_ptr, num_images, count, BLOCK: tl.constexpr
 ):
-    """Write where each image starts, and over its placeholder the image rows before it; return how
-    many image rows there are, and the first image that has none."""
+    """Write where each image starts; overwrite its placeholder's token with how many image rows are
+    before it. Return how many image rows there are, and the first image that has none."""
     image_rows = tl.full([], 0, tl.int64)
     empty = tl.full([], 0, tl.int32) + num_images
     for begin in range(0, num_images, BLOCK):
@@ -98,7 +105,8 @@ def _place_tokens(
 
 @triton.jit
 def _check_lengths(cu_seqlens_ptr, cu_physical_ptr, num_seqs, BLOCK: tl.constexpr):
-    """Return the first sequence of negative length, of negative room, of more length than room."""
+    """Return the first sequence whose real length is negative, the first whose padded length is,
+    and the first whose real length is more than its padded one."""
     negative = tl.full([], 0, tl.int32) + num_seqs
     shrinking = negative
     longer = negative
@@ -235,19 +243,17 @@ def layout_kernel(
     num_images,
     image_token_id,
     num_image_rows,  # -1: not known
-    longest_row,  # a last boundary here was cut there; -1: nothing is cut
-    num_rows,
-    seq_multiple,
-    token_steps,
-    strict,
-    truncate,
+    longest_row,  # where the data path cut its row: a boundary there may lie in an image; -1: none
+    num_rows,  # to lay out
+    seq_multiple,  # every sequence is padded to a multiple of it
+    token_steps,  # halvings of a search over tokens
+    strict,  # whether boundaries that are unlikely in their space are a fault
+    truncate,  # whether sequences beyond num_rows are cut off, else a fault
     EXPANDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    # Until its own pass writes it, ``expanded_start`` holds how many placeholders precede a token
-    # and ``cu_image_rows`` the token of each placeholder. Every barrier is there because other
-    # threads of this CTA wrote what comes next.
+    # Every barrier is there because other threads of this CTA wrote what comes next.
     count, images_end = _count_placeholders(
         input_ids_ptr, expanded_start_ptr, cu_image_rows_ptr, num_tokens, num_images,
         image_token_id, BLOCK_T,

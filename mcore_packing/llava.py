@@ -35,7 +35,7 @@ from .space import check_space
 
 logger = logging.getLogger(__name__)
 
-_NO_IMAGE = -(2**31)  # an id that no tokenizer has
+_NO_IMAGE = -(2**31)  # an id that no tokenizer has: the layout finds no placeholder
 _CAPACITY_STEP = 64
 
 
@@ -230,7 +230,7 @@ class _Call:
     params: PackedSeqParams | None = None  # what the language model gets
     wait: Callable[[], PackedLayout] | None = None  # for the layout's status
     wait_for_lost: Callable[[], list[int]] | None = None  # for the number of trained tokens cut off
-    waits_for_end: bool = False  # nothing but a fault is still to be read
+    waits_for_end: bool = False  # only a fault is still to be read, after the forward
     num_image_rows: int | None = None  # that the vision model gave
     has_params: bool = False  # whether the language model got them
 
@@ -368,6 +368,7 @@ class _Hook:
                 self._settle(call)
             raise
         self._settle(call)
+        # The blank parameters that main got in their place were never replaced.
         if not call.has_params and given["packed_seq_params"].cu_seqlens_q is None:
             raise PackingError(
                 "the language model ran without its boundaries: it was compiled before the hook "
@@ -382,7 +383,10 @@ class _Hook:
         given = self.preprocess_signature.bind(*args, **kwargs).arguments
         sound = given.get("sound_embeddings")
         if sound is not None and sound.numel():
-            raise PackingError("a sound of one sample looks like none; pass sound_clips=None")
+            raise PackingError(
+                f"sound_clips were [1, 1], which stands for no sound, but gave "
+                f"{list(sound.shape)} embeddings; pass sound_clips=None where there is none"
+            )
         layout = call.layout
         has_labels = model.post_process and given["labels"] is not None
         labels, loss_mask = (given["labels"], given["loss_mask"]) if has_labels else (None, None)
@@ -434,8 +438,8 @@ class _Hook:
         return args, kwargs
 
     def _allows_dummy(self, model, layout: PackedLayout) -> bool:
-        """A row without images may carry one that only keeps the vision model in the graph: of
-        FSDP's by the caller, on main of Megatron's own."""
+        """Whether a row without images may carry one that only keeps the vision model in the graph.
+        Callers add it under FSDP, Megatron's main by itself."""
         is_fsdp = getattr(model.vision_model, "_is_fsdp_managed_module", False)
         return layout.image_start.numel() == 0 and (is_fsdp or self.release.keeps_text_rows)
 
@@ -501,15 +505,17 @@ class _Hook:
         tokens_per_image, num_image_rows = self._tokens_per_image(model, given)
         options = self.layout_options(model, fused, _infers(given))
         if tokens_per_image.numel() == 0 and getattr(self.release, "keeps_text_rows", False):
+            # Megatron expands nothing here, and pads only where the hook does.
             token = _NO_IMAGE
             options["num_padded_rows"] = options["num_padded_rows"] if fused else None
-        space, said = self.settings.space, getattr(params, "space", None)
-        options["space"] = said or space.of(model.training) or "auto"
-        options["strict"] = not said and space.said is None
+        space, declared = self.settings.space, getattr(params, "space", None)
+        options["space"] = declared or space.of(model.training) or "auto"
+        # What was only found must hold for every row; what was said is taken at its word.
+        options["strict"] = not declared and space.said is None
         if fused:
             options["num_image_rows"] = num_image_rows
         layout = layout_of(params, input_ids, tokens_per_image, token, **options)
-        if not said and not _rides_along(params):
+        if not declared and not _rides_along(params):
             space.learn(layout.space, model.training)
         if not fused:
             layout = layout if layout.is_exact else layout.exact_later()()
@@ -571,7 +577,7 @@ class _Hook:
         loss_mask, has_layout = given.get("loss_mask"), _rides_along(call.given)
         if loss_mask is not None and not has_layout and layout.has_tokens and _may_be_cut(layout):
             lost = count_lost(layout, loss_mask)
-            if layout.space == "expanded":  # cut at the maximum by its own data path
+            if layout.space == "expanded":  # rows that Energon cut at the maximum lost them there
                 last = physical_boundaries(call.given)[-1]
                 lost = lost * (last != model._language_max_sequence_length)
             call.wait_for_lost = read_later(lost.reshape(1))

@@ -1,4 +1,4 @@
-"""``PackedSeqParams`` of either space into expanded ones, which remember their layout."""
+"""Turn ``PackedSeqParams`` of either space into expanded ones, which remember their layout."""
 
 import copy
 import dataclasses
@@ -16,12 +16,13 @@ from .versions import PACKED_SEQ_FIELDS
 
 @dataclass
 class LaidOutParams(PackedSeqParams):
-    """Megatron's ``PackedSeqParams``, with what their data path knows of them.
+    """Megatron's ``PackedSeqParams``, with what their data path knows.
 
-    Fields, since FSDP2 and ``dataclasses.replace`` rebuild dataclasses field by field.
+    These are dataclass fields because FSDP2 and ``dataclasses.replace`` rebuild parameters field by
+    field, and other attributes would be lost.
 
     Attributes:
-        layout: of the row, where they were made from one.
+        layout: the layout of the row, where the parameters were made from one.
         space: what boundaries without a layout count, "collapsed" or "expanded".
     """
 
@@ -29,7 +30,7 @@ class LaidOutParams(PackedSeqParams):
     space: str | None = None
 
     def __post_init__(self):
-        """``seq_idx`` is given: Megatron's own would be derived with a host synchronisation."""
+        """Does nothing: Megatron's own would derive ``seq_idx``, and wait for the GPU."""
 
 
 def packed_seq_params(
@@ -49,7 +50,7 @@ def packed_seq_params(
     not compare real with padded boundaries on the GPU.
 
     Args:
-        layout: of the row.
+        layout: the layout of the row.
         like: every field that is not about boundaries is carried over from here.
         pad_between_seqs: give real boundaries in ``cu_seqlens_q`` and padded ones in
             ``cu_seqlens_q_padded``. By default what ``like`` does.
@@ -190,8 +191,8 @@ def remap_packed_seq_params(
 
     Args:
         params: ``thd`` parameters; with padded boundaries, those are mapped and the real lengths
-            are counted in expanded space. Those of the queries decide, since LLaVA attends to
-            itself; other ones of the keys are refused.
+            are counted in expanded space. The boundaries of the queries are used; those of the keys
+            must be the same, since LLaVA attends to itself.
         input_ids: integer ``[T]`` or ``[1, T]``, the collapsed row.
         tokens_per_image: integer ``[N]``, or one list per sequence.
         image_token_id: the placeholder's id.

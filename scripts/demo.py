@@ -30,7 +30,7 @@ HEADER = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=folder, default=".", help="folder of PNG and JSON")
+    parser.add_argument("--output", type=folder, default="out", help="folder of PNG and JSON")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     exact = torch.float32 == tiny.DTYPE

@@ -333,6 +333,8 @@ class Training:
         """Go on from the last checkpoint; the log until there."""
         folders = sorted((self.folder / "checkpoints").glob("step-*"))
         if not folders:
+            if self.is_logger:
+                print(f"nothing to resume in {self.folder}: starting from the first step")
             return []
         path = folders[-1] / self.file_name
         if not path.exists():
