@@ -21,9 +21,9 @@ MAX_SEQLEN_STEP = 1024
 # The integers in front of a layout's tensor form. ``version`` says that it is one.
 _HEADER = (
     "version", "num_collapsed", "num_images", "num_seqs", "num_expanded", "num_image_rows",
-    "max_seqlen", "seq_multiple", "has_tail", "image_token_id", "space", "is_int64",
+    "max_seqlen", "seq_multiple", "has_tail", "image_token_id", "space", "is_int64", "num_cut",
 )  # fmt: skip
-_VERSION = 0x6C617931  # "lay1"
+_VERSION = 0x6C617932  # "lay2"
 _SPACES = (None, "collapsed", "expanded")
 
 
@@ -64,6 +64,8 @@ class PackedLayout:
         seq_start_collapsed: int32 ``[B + 2]``, the token each sequence starts with, and ``T``.
         seq_start_expanded: int32 ``[B + 2]``, the same if nothing is padded, and the length.
         cu_seqlens_collapsed: int32 ``[B + 1]``, real boundaries in tokens.
+        num_cut: how many tokens fell off the end of the row, where the host has looked. Boundaries
+            that the data path cut at ``max_expanded`` are consent: then it is 0.
     """
 
     cu_seqlens_expanded: Tensor
@@ -85,6 +87,7 @@ class PackedLayout:
     seq_start_collapsed: Tensor | None = None
     seq_start_expanded: Tensor | None = None
     cu_seqlens_collapsed: Tensor | None = None
+    num_cut: int | None = None
 
     @classmethod
     def build(
@@ -217,6 +220,9 @@ class PackedLayout:
         if not looks:
             return layout
         layout = layout.exact_later()()
+        was_cut_before = space == "expanded" and int(cu_seqlens[-1]) == max_expanded
+        num_cut = 0 if was_cut_before else int(layout.is_cut.sum())
+        layout = dataclasses.replace(layout, num_cut=num_cut)
         if images_per_seq is not None:
             check_images_per_seq(layout, images_per_seq)
         return layout._without_surplus(total_multiple) if num_padded_rows is None else layout
@@ -335,6 +341,7 @@ class PackedLayout:
                 "num_image_rows": layout.num_image_rows,
                 "image_token_id": layout.image_token_id,
                 "is_int64": ids.dtype == torch.int64,
+                "num_cut": -1 if layout.num_cut is None else layout.num_cut,
             }
             if ids.dtype == torch.int64 and not torch.equal(ids.int().long(), ids):
                 raise PackingError("input_ids hold an id beyond int32, which this tensor cannot")
@@ -407,6 +414,7 @@ class PackedLayout:
         return dataclasses.replace(
             layout,
             input_ids=ids.long() if words["is_int64"] else ids,
+            num_cut=None if words["num_cut"] < 0 else words["num_cut"],
             **{name: words[name] for name in ("num_collapsed", "num_image_rows", "image_token_id")},
         )
 

@@ -519,7 +519,7 @@ class _Hook:
             space.learn(layout.space, model.training)
         if not fused:
             layout = layout if layout.is_exact else layout.exact_later()()
-            _check_megatrons_row(model, layout)
+            _check_megatrons_row(model, layout, options)
         return layout
 
     def _tokens_per_image(self, model, given) -> tuple[Tensor, int | None]:
@@ -575,9 +575,11 @@ class _Hook:
                 call.waits_for_end = True
                 call.layout = dataclasses.replace(layout, max_seqlen=longest)
         loss_mask, has_layout = given.get("loss_mask"), _rides_along(call.given)
-        if loss_mask is not None and not has_layout and layout.has_tokens and _may_be_cut(layout):
+        if loss_mask is not None and layout.has_tokens and _may_be_cut(layout):
             lost = count_lost(layout, loss_mask)
-            if layout.space == "expanded":  # rows that Energon cut at the maximum lost them there
+            if (
+                layout.space == "expanded" and not has_layout
+            ):  # rows that Energon cut at the maximum lost them there
                 last = physical_boundaries(call.given)[-1]
                 lost = lost * (last != model._language_max_sequence_length)
             call.wait_for_lost = read_later(lost.reshape(1))
@@ -805,8 +807,9 @@ def _check_context_parallel(model, params: PackedSeqParams) -> None:
         )
 
 
-def _check_megatrons_row(model, layout: PackedLayout) -> None:
-    """Megatron's own expansion cannot pad a sequence, and TE's partition would not complain."""
+def _check_megatrons_row(model, layout: PackedLayout, options: dict) -> None:
+    """Megatron's own expansion pads no sequence, and a row only as ``options`` say; neither
+    attention nor TE's partition would complain."""
     lengths = layout.cu_seqlens_padded.diff()
     if layout.seq_multiple > 1 and bool((lengths[:-1] != layout.cu_seqlens_expanded.diff()).any()):
         raise PackingError(
@@ -820,6 +823,17 @@ def _check_megatrons_row(model, layout: PackedLayout) -> None:
         raise PackingError(
             f"sequence {seq}: {int(lengths[seq])} rows, expected a multiple of 2 * cp_size = "
             f"{multiple}; only fused=True pads sequences"
+        )
+    num_rows = options["num_padded_rows"]
+    if num_rows is None:
+        num_rows = layout.num_collapsed - layout.image_start.numel() + layout.num_image_rows
+        num_rows = round_up(num_rows, options["total_multiple"])
+        num_rows = min(num_rows, options["max_expanded"])
+    if layout.num_expanded != num_rows:
+        raise PackingError(
+            f"the layout has {layout.num_expanded} rows, but Megatron's own expansion makes "
+            f"{num_rows}: only fused=True pads rows; build it with **mp.layout_options(model) of "
+            f"the installed model"
         )
 
 
@@ -842,6 +856,8 @@ def _rides_along(params: PackedSeqParams) -> bool:
 
 def _may_be_cut(layout: PackedLayout) -> bool:
     """Whether the row could be longer than there is room for, as far as the host knows."""
+    if layout.num_cut is not None:
+        return layout.num_cut > 0
     if layout.num_image_rows is None:
         return True
     rows = layout.num_collapsed - layout.image_start.numel() + layout.num_image_rows

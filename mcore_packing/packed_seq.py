@@ -245,6 +245,7 @@ def layout_of(
     if layout is not None:
         layout = layout.to(input_ids.device, non_blocking=True)
         _check_row(layout, input_ids, tokens_per_image, image_token_id)
+        _check_boundaries(layout, params)
         check_options(layout, **options)
         return layout
     if params.cu_seqlens_q is None:
@@ -285,6 +286,18 @@ def _check_row(layout: PackedLayout, input_ids, tokens_per_image, image_token_id
     for name, is_same in same.items():
         if not is_same:
             raise PackingError(f"the layout that came with this row was made of other {name}")
+
+
+def _check_boundaries(layout: PackedLayout, params: PackedSeqParams) -> None:
+    """Refuse boundaries that somebody changed since the layout made them, where looking is free."""
+    given = physical_boundaries(params)
+    if given is None or not may_look(given) or not may_look(layout.cu_seqlens_padded):
+        return
+    if not torch.equal(given, layout.cu_seqlens_padded[: given.numel()]):
+        raise PackingError(
+            f"the boundaries {given.tolist()} are not those of the layout that came with them, "
+            f"{layout.cu_seqlens_padded.tolist()}; leave out one of both"
+        )
 
 
 def check_options(

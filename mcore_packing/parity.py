@@ -103,11 +103,13 @@ def compare(
         A ``Comparison``.
 
     Raises:
-        PackingError: no token is trained in both runs, so there is nothing to compare.
+        PackingError: a sample is malformed, or there is none; or no token is trained in both runs,
+            so there is nothing to compare.
     """
     from .llava import find_llava
 
     llava = find_llava(model)
+    _check_samples(llava, samples)
     was_training = model.training
     model.eval()
     try:
@@ -153,6 +155,20 @@ def compare(
         compared=(both > 0).cpu(),
         layout=layout.to("cpu"),
     )
+
+
+def _check_samples(llava, samples: Sequence[dict]) -> None:
+    if not samples:
+        raise PackingError("samples is empty: there is nothing to compare")
+    packer = get_packer(
+        "concatenative", 2**31 - 1, image_token_id=llava.image_token_index,
+        img_seq_len=llava.img_seq_len,
+    )  # fmt: skip
+    for index, sample in enumerate(samples):
+        try:
+            packer.num_rows(sample)
+        except PackingError as error:
+            raise PackingError(f"sample {index}: {error}") from error
 
 
 def _told(packed: dict, boundaries: Tensor | str | None) -> dict:

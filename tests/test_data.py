@@ -455,3 +455,25 @@ def test_every_layout_option_of_a_model_is_taken():
     _, report = mp.data.pack(tiny.samples(3, img_size=SIZE), None, img_seq_len=5, **options)
     assert report.capacity == 100
     assert [refused.cause for refused in report.refused] == ["SampleTooLong"] * len(report.refused)
+
+
+def test_what_can_be_packed():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_samples([[0, 1, 0], [0, 0]]))
+
+    rows, report = mp.data.pack(Stream(), 32, **OPTIONS)
+    assert report.num_samples == 2 and len(rows) == 1
+    with pytest.raises(mp.PackingError, match="one mapping"):
+        mp.data.pack({"a": 1}, 32, **OPTIONS)
+    with pytest.raises(mp.PackingError, match="buffer_size is 0"):
+        next(mp.data.get_packer("best_fit", 32, **OPTIONS).stream([], 0))
+    with pytest.raises(mp.PackingError, match="img_seq_len is 0"):
+        mp.data.get_packer("best_fit", 32, img_seq_len=0)
+
+
+def test_a_text_with_no_image_tensor_is_packed_beside_images():
+    samples = make_samples([[0, 0], [0, 1, 0]])
+    samples[0]["images"] = torch.empty(0)
+    rows, report = mp.data.pack(samples, 64, **OPTIONS)
+    assert not report.refused and len(rows[0].images) == len(samples[1]["images"])

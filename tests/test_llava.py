@@ -1103,3 +1103,49 @@ def test_real_boundaries_with_trained_tokens_behind_the_last(seen):
         loss, mask = model(**given)
     assert calls[-1]["packed_seq_params"].cu_seqlens_q[-1] == alone.numel()
     assert ((loss[0] + alone) * mask[0]).abs().max() < 1e-5
+
+
+def test_a_riding_layout_that_was_cut_loses_no_trained_token_in_silence(caplog):
+    model = model_of("rope", max_sequence_length=64)
+    ids = torch.arange(10, 90)
+    given = arguments([{"input_ids": ids}], torch.tensor([0, 30], dtype=torch.int32))
+    edges = given[
+        "packed_seq_params"
+    ].cu_seqlens_q  # what is behind them is trained, and does not fit
+    layout = mp.PackedLayout.build(ids, edges, [], **mp.layout_options(model))
+    assert layout.num_cut == 16
+    for sent in (layout, mp.PackedLayout.from_tensor(layout.to_tensor())):
+        given["packed_seq_params"] = mp.packed_seq_params(sent)
+        with install(model), pytest.raises(mp.PackingError, match="15 trained tokens do not fit"):
+            model(**given)
+        caplog.set_level(logging.WARNING, logger="mcore_packing")
+        with install(model, on_overflow="truncate"), torch.no_grad():
+            model(**given)
+        assert "15 trained tokens do not fit" in caplog.text
+        caplog.clear()
+    given["loss_mask"][:, 30:] = 0
+    with install(model), torch.no_grad():
+        assert model(**given)[0].shape == (1, 64)
+
+
+def test_a_layout_longer_than_megatrons_own_row_is_refused():
+    model, samples = model_of(max_sequence_length=1024), tiny.samples(3, img_size=SIZE)
+    options = {**mp.layout_options(model), "total_multiple": 64}
+    (row,), _ = mp.data.pack(samples, None, img_seq_len=model.img_seq_len, **options)
+    with (
+        install(model, fused=False),
+        pytest.raises(mp.PackingError, match="only fused=True pads rows"),
+    ):
+        model(**row.inputs())
+
+
+def test_boundaries_changed_under_a_layout_are_refused(sent_layout):
+    model, given = model_of("rope"), arguments(tiny.samples(3, img_size=SIZE))
+    params = mp.packed_seq_params(sent_layout(given, model))
+    edges = params.cu_seqlens_q.clone()
+    edges[1] -= 1
+    given["packed_seq_params"] = dataclasses.replace(
+        params, cu_seqlens_q=edges, cu_seqlens_kv=edges, cu_seqlens_q_padded=edges
+    )
+    with install(model), pytest.raises(mp.PackingError, match="are not those of the layout"):
+        model(**given)

@@ -79,3 +79,20 @@ def test_compare_runs_one_by_one_where_missing_boundaries_are_an_error():
         assert parity.compare(model, samples).max_difference < 1e-5
         with pytest.raises(mp.PackingError, match="got no packed_seq_params"):
             parity.forward(model, {**parity.pack(samples), "cu_seqlens": None})
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": torch.arange(1)}, "sample 1: labels have 1 entries"),
+        ({"num_image_tiles": [9]}, "sample 1: "),
+        ({"input_ids": torch.empty(0, dtype=torch.int64)}, "sample 1: input_ids are empty"),
+        (None, "samples is empty"),
+    ],
+)
+def test_compare_refuses_malformed_samples(change, message):
+    model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(2, img_size=SIZE)
+    samples = [] if change is None else [samples[0], samples[1] | change]
+    with pytest.raises(mp.PackingError, match=message):
+        parity.compare(model, samples)

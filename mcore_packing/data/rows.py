@@ -1,7 +1,7 @@
 """Samples into packed rows that a model can run, and rows back into their samples."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from ..errors import PackingError, PlaceholderMismatch
 from ..layout import PackedLayout, as_multiples, check_on_overflow, round_up
@@ -107,10 +108,22 @@ def split(row: Row) -> list[dict]:
     """
     ids = row.input_ids[0].split(row.layout.cu_seqlens_collapsed.diff().tolist())
     images = iter(row.images.split([n for n in row.tiles_per_sample if n is not None]))
+    device = row.input_ids.device
     return [
-        {**extra, "input_ids": tokens, **({} if tiles is None else {"images": next(images)})}
+        {
+            **{
+                name: _on(value, device) if name == "labels" else value
+                for name, value in extra.items()
+            },
+            "input_ids": tokens,
+            **({} if tiles is None else {"images": next(images)}),
+        }
         for extra, tokens, tiles in zip(row.extras, ids, row.tiles_per_sample, strict=True)
     ]
+
+
+def _on(labels, device):
+    return labels.to(device) if isinstance(labels, Tensor) else labels
 
 
 class _Size(NamedTuple):
@@ -144,6 +157,9 @@ class Packer:
         check_algorithm(self.algorithm)
         check_space(self.space)
         check_on_overflow(self.on_overflow)
+        rows = self.img_seq_len
+        if rows is not None and (type(rows) is not int or rows < 1):
+            raise PackingError(f"img_seq_len is {rows!r}, expected a positive int")
         if self.on_refused not in ("report", "raise"):
             raise PackingError(f"on_refused is {self.on_refused!r}, expected 'report' or 'raise'")
         _, total_multiple = as_multiples(self.seq_multiple, self.total_multiple)
@@ -212,8 +228,10 @@ class Packer:
 
     def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
         """As the function ``pack`` does."""
-        if not hasattr(samples, "__getitem__"):
-            samples = list(samples)
+        if isinstance(samples, Mapping):
+            raise PackingError("samples are one mapping, expected a list of samples")
+        if isinstance(samples, IterableDataset) or not hasattr(samples, "__getitem__"):
+            samples = list(iter(samples))
         refused = []
 
         def refuse(index: int, error: PackingError) -> None:
@@ -238,6 +256,8 @@ class Packer:
 
     def stream(self, samples: Iterable[dict], buffer_size: int) -> Iterator[tuple["Rows", Report]]:
         """Rows and the report of every ``buffer_size`` samples, and of what is left at the end."""
+        if type(buffer_size) is not int or buffer_size < 1:
+            raise PackingError(f"buffer_size is {buffer_size!r}, expected a positive int")
         buffer = []
         for sample in samples:
             buffer.append(sample)
@@ -487,7 +507,7 @@ def _check_tokens(name: str, tensor) -> None:
 def _check_form(sample: dict, form: tuple | None) -> tuple | None:
     """Images of one row are one tensor: all of them have the form of the first."""
     images = sample.get("images")
-    if images is None:
+    if images is None or len(images) == 0:
         return form
     found = images.dtype, images.shape[1:]
     if form is not None and form != found:
