@@ -507,10 +507,12 @@ def _check_tokens(name: str, tensor) -> None:
 def _check_form(sample: dict, form: tuple | None) -> tuple | None:
     """Images of one row are one tensor: all of them have the form of the first."""
     images = sample.get("images")
-    if images is None or len(images) == 0:
+    if images is None:
         return form
     found = images.dtype, images.shape[1:]
-    if form is not None and form != found:
+    if found == form or images.shape[0] == 0:
+        return form
+    if form is not None:
         raise PackingError(
             f"images are {found[0]} {list(found[1])} each, but those before are {form[0]} "
             f"{list(form[1])}: rows hold images of one size"
