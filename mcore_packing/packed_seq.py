@@ -286,6 +286,11 @@ def _check_row(layout: PackedLayout, input_ids, tokens_per_image, image_token_id
     for name, is_same in same.items():
         if not is_same:
             raise PackingError(f"the layout that came with this row was made of other {name}")
+    if layout.image_token_id != image_token_id and bool((input_ids == image_token_id).any()):
+        raise PackingError(
+            f"the row holds placeholders (id {image_token_id}), which the layout that came with it "
+            f"takes for text: it was made with image_token_id={layout.image_token_id}"
+        )
 
 
 def _check_boundaries(layout: PackedLayout, params: PackedSeqParams) -> None:

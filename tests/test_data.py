@@ -227,6 +227,7 @@ WRONG = {
         "99 expanded rows, 100 when",
     ),
     "labels": ({"labels": torch.arange(2)}, "PackingError", "labels have 2 entries, but input_ids"),
+    "a label of -1": ({"labels": torch.tensor([5, -1, -100])}, "PackingError", "label 1 is -1"),
     "a loss mask": ({"loss_mask": torch.ones(3)}, "PackingError", "has a loss_mask, which could"),
     "no image": ({"images": None}, "PackingError", "are 1 tiles, but images hold 0"),
     "placeholder": ({"input_ids": torch.arange(9)}, "PlaceholderMismatch", "0 placeholders"),

@@ -1149,3 +1149,18 @@ def test_boundaries_changed_under_a_layout_are_refused(sent_layout):
     )
     with install(model), pytest.raises(mp.PackingError, match="are not those of the layout"):
         model(**given)
+
+
+def test_placeholders_that_a_riding_layout_takes_for_text_are_refused():
+    model = model_of("rope", max_sequence_length=64)
+    given = arguments([{"input_ids": torch.arange(10, 30)}])
+    given["input_ids"][0, 3] = tiny.IMAGE_TOKEN_ID
+    edges = given["packed_seq_params"].cu_seqlens_q
+    layout = mp.PackedLayout.build(
+        given["input_ids"], edges, [], 7, **{**mp.layout_options(model), "space": "collapsed"}
+    )
+    given["packed_seq_params"] = mp.packed_seq_params(layout)
+    if RELEASE.keeps_text_rows:
+        pytest.skip("this megatron-core takes such a row for text, too")
+    with install(model), pytest.raises(mp.PackingError, match="takes for text"):
+        model(**given)

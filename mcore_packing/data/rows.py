@@ -310,6 +310,7 @@ class Packer:
     def _size(self, sample: dict) -> _Size:
         ids = _check_ids(sample)
         num_placeholders = _count(ids, self.image_token_id)
+        _check_labels(sample.get("labels"), self.image_token_id)
         rows, tiles = _as_ints(sample, "tokens_per_image"), _tiles_of(sample)
         images = sample.get("images")
         num_given = 0
@@ -502,6 +503,19 @@ def _check_ids(sample: dict) -> Tensor:
 def _check_tokens(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
         raise PackingError(f"{name}: found {_kind(tensor)}, expected torch.int64 [t]")
+
+
+def _check_labels(labels: Tensor | None, image_token_id: int) -> None:
+    """A negative label that is neither ignored nor a placeholder is no token."""
+    if labels is None or int(labels.min()) >= 0:
+        return
+    wrong = (labels < 0) & (labels != IGNORED) & (labels != image_token_id)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        raise PackingError(
+            f"label {token} is {int(labels[token])}, expected a token id, or {IGNORED} where "
+            f"nothing is trained"
+        )
 
 
 def _check_form(sample: dict, form: tuple | None) -> tuple | None:
