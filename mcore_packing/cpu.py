@@ -100,7 +100,7 @@ def _patches():
     if not hasattr(moe_utils, "te_general_gemm"):
         yield moe_utils, "te_general_gemm", None
     if not llava_model.HAVE_TE:
-        for stack in _hybrid_stacks():
+        for stack in hybrid_stacks():
             yield stack, "TENorm", WrappedTorchNorm
         yield llava_model, "HAVE_TE", True
         yield llava_model, "HAVE_TEX", True
@@ -109,8 +109,8 @@ def _patches():
         yield llava_model, "tex", SimpleNamespace(thd_get_partitioned_indices=_partitioned_indices)
 
 
-def _hybrid_stacks():
-    """The modules that build hybrid language models, and name TE's norm."""
+def hybrid_stacks():
+    """The modules that build hybrid language models, and name TE's norm; renamed in 0.18."""
     for name in "ssm.mamba_block", "models.hybrid.hybrid_block":
         with contextlib.suppress(ImportError):
             yield importlib.import_module(f"megatron.core.{name}")

@@ -221,7 +221,9 @@ class PackedLayout:
             return layout
         layout = layout.exact_later()()
         was_cut_before = space == "expanded" and int(cu_seqlens[-1]) == max_expanded
-        num_cut = 0 if was_cut_before else int(layout.is_cut.sum())
+        lengths, widths = layout.seq_start_expanded.diff(), layout.cu_seqlens_padded.diff()
+        fits = was_cut_before or bool((lengths <= widths).all())
+        num_cut = 0 if fits else int(layout.is_cut.sum())
         layout = dataclasses.replace(layout, num_cut=num_cut)
         if images_per_seq is not None:
             check_images_per_seq(layout, images_per_seq)

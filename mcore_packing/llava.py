@@ -26,6 +26,7 @@ from .packed_seq import (
     layout_of,
     megatron_params,
     physical_boundaries,
+    riding_layout,
     says,
     stage_layout,
     with_capacity,
@@ -486,7 +487,7 @@ class _Hook:
         cp_rank = model.cp_group.rank() if cp_size > 1 else 0
         call = _Call(layout, params, fused, cp_size, cp_rank)
         self.last_layout = layout
-        self.last_input_ids = input_ids if _rides_along(params) else None
+        self.last_input_ids = None if riding_layout(params) is None else input_ids
         self._start_reading(model, given, call)
         if self.restarts_positions and model.pre_process:
             given["position_ids"] = layout.position_ids_collapsed.unsqueeze(0)
@@ -515,7 +516,7 @@ class _Hook:
         if fused:
             options["num_image_rows"] = num_image_rows
         layout = layout_of(params, input_ids, tokens_per_image, token, **options)
-        if not declared and not _rides_along(params):
+        if not declared and riding_layout(params) is None:
             space.learn(layout.space, model.training)
         if not fused:
             layout = layout if layout.is_exact else layout.exact_later()()
@@ -525,8 +526,8 @@ class _Hook:
     def _tokens_per_image(self, model, given) -> tuple[Tensor, int | None]:
         """How many rows each placeholder becomes, and their sum where the host knows it."""
         images, input_ids = given.get("images"), given["input_ids"]
-        if _rides_along(given["packed_seq_params"]) and not model.add_encoder:
-            layout = given["packed_seq_params"].layout  # which may count what this stage cannot
+        layout = riding_layout(given["packed_seq_params"])
+        if layout is not None and not model.add_encoder:  # which may count what this stage cannot
             return layout.cu_image_rows.diff().long(), layout.num_image_rows
         num_image_tiles = given.get("num_image_tiles")
         if num_image_tiles is None and isinstance(images, Tensor):
@@ -574,7 +575,7 @@ class _Hook:
             if longest is not None:
                 call.waits_for_end = True
                 call.layout = dataclasses.replace(layout, max_seqlen=longest)
-        loss_mask, has_layout = given.get("loss_mask"), _rides_along(call.given)
+        loss_mask, has_layout = given.get("loss_mask"), riding_layout(call.given) is not None
         if loss_mask is not None and layout.has_tokens and _may_be_cut(layout):
             lost = count_lost(layout, loss_mask)
             if (
@@ -631,7 +632,8 @@ class _Hook:
         layout = call.layout
         if self.has_layer_graphs:
             return self._constant_params(layout, call.given)
-        if not self.overrides and not _rides_along(call.given) and says(call.given, layout):
+        rides_along = riding_layout(call.given) is not None
+        if not self.overrides and not rides_along and says(call.given, layout):
             return call.given
         return megatron_params(layout, call.given, **self.overrides)
 
@@ -732,22 +734,28 @@ def _splits_rows(model) -> bool:
     return model.context_parallel_lm > 1 or model.sequence_parallel_lm
 
 
-def _has_fixed_length(model) -> bool:
-    """Whether every row has to be as long as the language model's maximum: for pipelines and for
-    communication that overlaps, Megatron pads it; captured layers take no other length."""
+def _megatron_fixes_length(model) -> bool:
+    """Whether Megatron pads every row to the language model's maximum: for pipelines, and for
+    communication that overlaps."""
     overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
-    graphs = versions.asks_for_layer_graphs(model.config)
-    return model._language_is_pipeline_parallel or overlaps or graphs
+    return model._language_is_pipeline_parallel or overlaps
 
 
-def _layout_options(model, space: str, on_overflow: str) -> dict:
-    seq_multiple, total_multiple = alignment(
+def _alignment(model, gemm_alignment: int = 1) -> tuple[int, int]:
+    """What the parallelism of the language model asks of sequences, and of the row."""
+    return alignment(
         model.context_parallel_lm,
         model.tensor_model_parallel_size_lm,
         model.sequence_parallel_lm,
-        versions.gemm_alignment(model.config),
+        gemm_alignment,
     )
-    longest, is_fixed = model._language_max_sequence_length, _has_fixed_length(model)
+
+
+def _layout_options(model, space: str, on_overflow: str) -> dict:
+    seq_multiple, total_multiple = _alignment(model, versions.gemm_alignment(model.config))
+    longest = model._language_max_sequence_length
+    # Layers that are captured take no other length.
+    is_fixed = _megatron_fixes_length(model) or versions.asks_for_layer_graphs(model.config)
     if is_fixed and longest % total_multiple:
         raise PackingError(
             f"language_max_sequence_length is {longest}, expected a multiple of "
@@ -767,16 +775,10 @@ def _layout_options(model, space: str, on_overflow: str) -> dict:
 def _megatrons_layout_options(model, release, infers: bool, space: str, on_overflow: str) -> dict:
     """What Megatron's own expansion does: it pads no sequence, a row for pipelines, and from 0.18
     on one that parallelism could not divide."""
-    longest = model._language_max_sequence_length
-    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
-    is_fixed = model._language_is_pipeline_parallel or overlaps
+    longest, is_fixed = model._language_max_sequence_length, _megatron_fixes_length(model)
     total_multiple = 1
     if release is not None and release.pads_rows:
-        _, total_multiple = alignment(
-            model.context_parallel_lm,
-            model.tensor_model_parallel_size_lm,
-            model.sequence_parallel_lm,
-        )
+        _, total_multiple = _alignment(model)
     return {
         "space": space,
         "seq_multiple": 1,
@@ -816,7 +818,7 @@ def _check_megatrons_row(model, layout: PackedLayout, options: dict) -> None:
             f"the layout pads sequences to multiples of {layout.seq_multiple}, which only "
             f"fused=True does"
         )
-    multiple, _ = alignment(model.context_parallel_lm)
+    multiple, _ = _alignment(model)
     wrong = lengths % multiple != 0
     if multiple > 1 and bool(wrong.any()):
         seq = int(wrong.nonzero()[0])
@@ -848,10 +850,6 @@ def _has_sound(given) -> bool:
     """Whether there are sounds. Data paths send ``[1, 1]`` zeros where there are none."""
     clips = given.get("sound_clips")
     return isinstance(clips, Tensor) and clips.numel() > 0 and clips.shape != (1, 1)
-
-
-def _rides_along(params: PackedSeqParams) -> bool:
-    return getattr(params, "layout", None) is not None
 
 
 def _may_be_cut(layout: PackedLayout) -> bool:

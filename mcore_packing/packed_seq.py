@@ -174,6 +174,11 @@ def with_capacity(params: PackedSeqParams, capacity: int) -> PackedSeqParams:
     return params
 
 
+def riding_layout(params: PackedSeqParams) -> PackedLayout | None:
+    """The layout that rides along in the parameters, None where there is none."""
+    return getattr(params, "layout", None)
+
+
 def physical_boundaries(params: PackedSeqParams) -> Tensor:
     """Where the sequences of the queries are in the row: the padded boundaries, where given."""
     padded = params.cu_seqlens_q_padded
@@ -241,7 +246,7 @@ def layout_of(
         PackingError: as ``PackedLayout.build`` says; or a layout that is of another row, or made
             for another model.
     """
-    layout = getattr(params, "layout", None)
+    layout = riding_layout(params)
     if layout is not None:
         layout = layout.to(input_ids.device, non_blocking=True)
         _check_row(layout, input_ids, tokens_per_image, image_token_id)
@@ -353,7 +358,7 @@ def _check_keys(params: PackedSeqParams) -> None:
 
 def says(params: PackedSeqParams, layout: PackedLayout) -> bool:
     """Whether the host can tell that ``params`` say already what the layout says."""
-    if getattr(params, "layout", None) is layout:
+    if riding_layout(params) is layout:
         return True
     lengths = params.max_seqlen_q, params.max_seqlen_kv
     if not layout.is_exact or layout.has_tail or not all(type(x) is int for x in lengths):
@@ -379,7 +384,7 @@ def stage_layout(params: PackedSeqParams, num_rows: int, space: str, **options) 
     Raises:
         PackingError: boundaries of which nobody said that they are expanded, or that do not fit.
     """
-    layout = getattr(params, "layout", None)
+    layout = riding_layout(params)
     if layout is not None:
         if layout.num_expanded != num_rows:
             raise PackingError(

@@ -160,15 +160,23 @@ def compare(
 def _check_samples(llava, samples: Sequence[dict]) -> None:
     if not samples:
         raise PackingError("samples is empty: there is nothing to compare")
-    packer = get_packer(
-        "concatenative", 2**31 - 1, image_token_id=llava.image_token_index,
-        img_seq_len=llava.img_seq_len,
-    )  # fmt: skip
+    packer = _packer(llava, capacity=2**31 - 1)
     for index, sample in enumerate(samples):
         try:
             packer.num_rows(sample)
         except PackingError as error:
             raise PackingError(f"sample {index}: {error}") from error
+
+
+def _packer(llava, capacity: int | None, **options):
+    """Of samples for this model."""
+    return get_packer(
+        "concatenative",
+        capacity,
+        image_token_id=llava.image_token_index,
+        img_seq_len=llava.img_seq_len,
+        **options,
+    )
 
 
 def _told(packed: dict, boundaries: Tensor | str | None) -> dict:
@@ -405,15 +413,8 @@ def _alone(model, row) -> list:
     """Every sample of a row in a row of its own."""
     from .llava import find_llava, layout_options
 
-    llava = find_llava(model)
     options = {**layout_options(model), "seq_multiple": row.layout.seq_multiple}
-    packer = get_packer(
-        "concatenative",
-        None,
-        image_token_id=llava.image_token_index,
-        img_seq_len=llava.img_seq_len,
-        **options,
-    )
+    packer = _packer(find_llava(model), capacity=None, **options)
     rows = []
     for sequence, sample in enumerate(split(row)):
         try:

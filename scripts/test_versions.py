@@ -20,7 +20,11 @@ OUR_TESTS = [
 ]
 MEGATRONS_TESTS = "tests/unit_tests/models/test_llava_model.py"
 PLUGIN = "mcore_packing.testing.megatron_tests"
-DESCRIBE = "from mcore_packing.versions import describe; print(describe())"
+DESCRIBE = """
+import megatron.core
+from mcore_packing.versions import describe
+print(megatron.core.__file__, describe(), sep="\\n")
+"""
 COLUMNS = "megatron-core", "expansion", "our tests", "hybrid models", "Megatron's own LLaVA tests"
 
 
@@ -82,10 +86,9 @@ def package(version: str) -> Path:
 
 def tested(version: str, folder: Path, runs_own: bool) -> tuple[str, str, str, str]:
     """The cells of a release's line."""
-    found = run(folder, ["-c", "import megatron.core; print(megatron.core.__file__)"]).strip()
+    found, expansion = run(folder, ["-c", DESCRIBE]).strip().splitlines()[-2:]
     if not found.startswith(str(folder)):
         raise Failed(f"megatron-core {version}: found {found} instead")
-    expansion = run(folder, ["-c", DESCRIBE]).strip().splitlines()[-1]
     ours = pytest(folder, OUR_TESTS)
     hybrid = pytest(folder, ["tests/test_hybrid.py"])
     own = "-"

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib
 import inspect
 import itertools
 from functools import partial
@@ -187,12 +186,10 @@ def name_in_whole(stage: LLaVAModel, name: str) -> str:
 
 
 def _hybrid_stack():
-    """The stack of hybrid language models and its submodules: renamed in 0.18."""
-    for module, name in ("models.hybrid.hybrid_block", "Hybrid"), ("ssm.mamba_block", "Mamba"):
-        with contextlib.suppress(ImportError):
-            room = importlib.import_module(f"megatron.core.{module}")
-            return getattr(room, f"{name}Stack"), getattr(room, f"{name}StackSubmodules")
-    raise ImportError("this megatron-core has no hybrid language models")
+    """The stack of hybrid language models, and its submodules."""
+    *_, room = cpu.hybrid_stacks()
+    name = "Hybrid" if hasattr(room, "HybridStack") else "Mamba"
+    return getattr(room, f"{name}Stack"), getattr(room, f"{name}StackSubmodules")
 
 
 def _settings_of_pattern(pattern: str) -> dict:
