@@ -6,9 +6,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
-from . import kinds
 from .families import Family, get_family
-from .kinds import as_boundaries, as_counts, as_ids, as_int, as_list, holds_ints, nested, require
+from .kinds import as_boundaries, as_ids, as_int, as_list, holds_ints, nested, require, shorten
 from .rules import apply_rule
 
 
@@ -43,17 +42,13 @@ def num_image_tokens(family: str | Family, height: int, width: int, **settings: 
 def num_video_tokens(
     family: str | Family, frames: int, height: int, width: int, **settings: Any
 ) -> int:
-    """How many placeholders a video needs, timestamps and markers not counted.
+    """How many placeholders a video needs, in all its frames: no timestamps, no markers.
 
     Args:
         family: a family that has a video rule.
         frames: how many are given to the model, after sampling.
         height, width: of each, in pixels.
-        **settings: those of the family's video processor; ``get_family(family).video_settings``
-            lists them with their defaults.
-
-    Returns:
-        The number of placeholders of all frames.
+        **settings: those of the family's video processor, as in ``Family.video_settings``.
 
     Raises:
         PackingError: as for ``num_image_tokens``.
@@ -73,31 +68,19 @@ def _count(family: str | Family, what: str, settings: str, size: dict, given: di
     """What the rule says with the family's settings and those of the call."""
     family = get_family(family)
     sides = tuple(as_int(value, name, minimum=1) for name, value in size.items())
-    rule, known = family.rule(what), dict(getattr(family, settings))
-    name = f"family {family.name!r}"
-    require(
-        rule is not None,
-        f"{name} has no count rule; ask its processor with count_with_processor, or give "
-        f"register_family a {what}",
-    )
+    rule, known, name = family.rule(what), getattr(family, settings), f"family {family.name!r}"
+    advice = f"ask its processor with count_with_processor, or give register_family a {what}"
+    require(rule is not None, f"{name} has no count rule; {advice}")
     unknown = ", ".join(sorted(set(given) - set(known)))
     require(not unknown, f"{name} has no setting {unknown}, expected some of {', '.join(known)}")
-    known |= given
     try:
-        for setting, values in family.choices.items():
-            require(
-                setting not in known or known[setting] in values,
-                f"{setting} is {known.get(setting)!r}, expected one of "
-                f"{', '.join(map(str, values))}",
-            )
-        count = apply_rule(rule, sides, known)
+        family.check_choices({**known, **given})
+        return as_int(apply_rule(rule, sides, {**known, **given}), f"the count of {name}", 1)
     except PackingError:
         raise
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise PackingError(
-            f"{name} cannot count with this size and these settings: {error}"
-        ) from error
-    return as_int(count, f"the count of {name}", minimum=1)
+        message = f"{name} cannot count with this size and these settings: {error}"
+        raise PackingError(message) from error
 
 
 def count_with_processor(
@@ -116,7 +99,7 @@ def count_with_processor(
 
     Args:
         processor: a processor object with its image processor and tokenizer.
-        sizes: ``(height, width)`` of each image of the sample.
+        sizes: ``(height, width)`` of each image of the sample, in pixels.
         image_token_id: the placeholder in ``input_ids``; by default what ``family`` says, else what
             the processor says.
         family: a registered family, or a ``Family``, where the processor has its real tokenizer.
@@ -154,19 +137,15 @@ def count_with_processor(
         raise
     except Exception as error:
         raise PackingError(f"{name} refused: {type(error).__name__}: {error}") from error
-    found, total = len(counts), len(checked)
-    require(
-        found == total,
-        f"{name} wrote placeholders for {found} of {total} images of "
-        f"{', '.join(f'{height} x {width}' for height, width in checked[:4])}; pass the "
-        f"image_token_id it writes",
-    )
+    found = f"{name} wrote placeholders for {len(counts)} of {len(checked)} images of (height, "
+    found += f"width) {shorten(checked, 4)}; pass the image_token_id it writes"
+    require(len(counts) == len(checked), found)
     return counts
 
 
 def _count_blanks(processor, sizes, image_token_id: int | None, images_kwargs) -> list[int]:
     """The placeholders between separators, which are special tokens and so never merged."""
-    text = getattr(processor, "image_token", None)
+    text, name = getattr(processor, "image_token", None), type(processor).__name__
     if image_token_id is None:
         # What stands once per image row is not always the token in the prompt (Llama 4), and the
         # list has begin, end and break tokens too, but the placeholder comes first.
@@ -175,11 +154,8 @@ def _count_blanks(processor, sizes, image_token_id: int | None, images_kwargs) -
         image_token_id = next(iter(known))
         if written is not None:
             image_token_id = processor.tokenizer.convert_tokens_to_ids(written)
-    require(
-        image_token_id is not None and text is not None,
-        f"{type(processor).__name__} does not say its image token; pass image_token_id, or count "
-        f"the placeholders of its input_ids",
-    )
+    known = image_token_id is not None and text is not None
+    require(known, f"{name} does not say its image token; pass image_token_id")
     from PIL import Image
 
     between, ends = "", None
@@ -244,8 +220,7 @@ rows; the row has 3 placeholders and 3 feature rows
     placeholders = _placeholders_per_sample(input_ids, image_token_id, cu_seqlens)
     flat_batch = cu_seqlens is None and getattr(features, "ndim", 0) == 2
     if num_images is None and (flat_batch or len(placeholders) == 1):
-        placeholders = [sum(placeholders)]
-        rows = [_num_rows(features, "features")]
+        placeholders, rows = [sum(placeholders)], [_num_rows(features, "features")]
     else:
         rows = _rows_per_sample(features, len(placeholders), num_images)
     for seq, (expected, actual) in enumerate(zip(placeholders, rows, strict=True)):
@@ -258,24 +233,17 @@ rows; the row has 3 placeholders and 3 feature rows
 
 
 def _placeholders_per_sample(input_ids, image_token_id: int, cu_seqlens) -> list[int]:
-    batch = getattr(input_ids, "ndim", 1) == 2 and input_ids.shape[0] != 1
-    if isinstance(input_ids, (list, tuple)) and input_ids:
-        batch = nested(input_ids[0])
-    if batch:
-        require(
-            cu_seqlens is None,
-            "cu_seqlens go with one packed row, but input_ids hold several rows",
-        )
+    batch = getattr(input_ids, "ndim", 1) == 2 and len(input_ids) != 1
+    if batch or (isinstance(input_ids, (list, tuple)) and input_ids and nested(input_ids[0])):
+        require(cu_seqlens is None, "cu_seqlens go with one packed row, not with several rows")
         rows = [as_ids(row, f"input_ids[{i}]") for i, row in enumerate(input_ids)]
         return [row.count(image_token_id) for row in rows]
     ids = as_ids(input_ids, "input_ids")
-    if cu_seqlens is None:
-        return [ids.count(image_token_id)]
     bounds = as_boundaries(cu_seqlens, len(ids))
     if tail := ids[bounds[-1] :].count(image_token_id):
         message = f"{tail} placeholders (id {image_token_id}) lie past the last boundary at "
         message += f"{bounds[-1]}, in no sequence"
-        raise PlaceholderMismatch(actual=0, expected=tail, message=message)
+        raise PlaceholderMismatch(message, actual=0, expected=tail)
     return [ids[start:stop].count(image_token_id) for start, stop in pairwise(bounds)]
 
 
@@ -285,41 +253,27 @@ def _num_rows(features, name: str) -> int:
         return 0
     if isinstance(features, (list, tuple)):
         return sum(_num_rows(entry, f"{name}[{i}]") for i, entry in enumerate(features))
-    if _are_counts(features):
-        return sum(as_counts(features, name))
-    if shape := getattr(features, "shape", None):
-        return math.prod(shape[:-1]) if len(shape) > 1 else int(shape[0])
-    return as_int(features, name, minimum=0)
-
-
-def _are_counts(features) -> bool:
-    return getattr(features, "ndim", 0) == 1 and holds_ints(features)
+    if not (shape := getattr(features, "shape", None)):
+        return as_int(features, name, minimum=0)
+    if len(shape) == 1 and holds_ints(features):
+        return sum(as_ids(features, name, minimum=0))
+    return math.prod(shape[:-1] or shape)
 
 
 def _rows_per_sample(features, num_samples: int, num_images) -> list[int]:
-    shape = getattr(features, "shape", None)
+    """Feature rows of each sample, whose entries are its own, or ``num_images`` of them."""
+    shape = getattr(features, "shape", ())
+    counts = len(shape) == 1 and holds_ints(features)
     if features is None:
-        features = [None] * num_samples if num_images is None else []
-    elif _are_counts(features) or (num_images is not None and shape and len(shape) > 2):
-        features = list(features)  # [images, rows, H]
-    found = f"a {type(features).__name__}" if shape is None else f"one tensor {list(shape)}"
-    require(
-        isinstance(features, (list, tuple)),
-        f"features are {found} for {num_samples} samples, which does not say where each sample "
-        f"ends; pass one entry per sample, or one per image and say num_images",
-    )
+        features = [] if num_images is not None else [None] * num_samples
+    elif counts or (num_images is not None and len(shape) > 2):  # [images, rows, H]
+        features = list(features)
+    message = f"features are a {type(features).__name__} {[*shape]} for {num_samples} samples, "
+    message += "which does not say where each sample ends; pass one entry for each, or one for "
+    require(isinstance(features, (list, tuple)), f"{message}each image and say num_images")
     rows = [_num_rows(entry, f"features[{i}]") for i, entry in enumerate(features)]
-    if num_images is None:
-        require(
-            len(rows) == num_samples,
-            f"features have {len(rows)} entries for {num_samples} samples; pass one per sample, "
-            f"empty where it has no images, or say num_images",
-        )
-        return rows
-    images = as_counts(num_images, "num_images")
-    require(
-        len(images) == num_samples and sum(images) == len(rows),
-        f"num_images {kinds.shorten(images)} is for {len(images)} samples and {sum(images)} "
-        f"entries, but there are {num_samples} samples and {len(rows)} entries of features",
-    )
+    images = [1] * len(rows) if num_images is None else as_ids(num_images, "num_images", 0)
+    message = f"features have {len(rows)} entries for {num_samples} samples"
+    message += "; say num_images" if num_images is None else f", num_images {shorten(images)}"
+    require(len(images) == num_samples and sum(images) == len(rows), message)
     return [sum(rows[start:stop]) for start, stop in pairwise([0, *accumulate(images)])]

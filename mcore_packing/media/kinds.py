@@ -1,7 +1,8 @@
 """Lists, tensors and arrays in, the same kind out: what the rooms of this package share."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from numbers import Integral
 from operator import index
 from typing import Any
@@ -27,8 +28,8 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> int:
         number = _index(value)
     except TypeError:
         raise PackingError(f"{name} is {value!r}, expected an int") from None
-    fits = minimum is None or number >= minimum
-    require(fits, f"{name} is {number}, expected at least {minimum}")
+    if minimum is not None and number < minimum:
+        raise PackingError(f"{name} is {number}, expected at least {minimum}")
     return number
 
 
@@ -37,11 +38,6 @@ def _index(value: Any) -> int:
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
         raise TypeError
     return index(value)
-
-
-def as_token(value: Any, name: str) -> int | None:
-    """A token id, or None where there is none."""
-    return None if value is None else as_int(value, name)
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -64,62 +60,40 @@ def nested(value: Any) -> bool:
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
-def as_ids(values: Any, name: str) -> list[int]:
-    """The ints of one row: a flat sequence, or a tensor or array ``[T]`` or ``[1, T]``."""
+def as_row(values: Any, name: str) -> Any:
+    """A tensor or array ``[T]`` or ``[1, T]`` as a list; anything else as it is."""
     shape = getattr(values, "shape", None)
-    if shape is not None:
-        if len(shape) == 2 and shape[0] == 1:
-            values = values[0]
-        elif len(shape) != 1:
-            raise PackingError(f"{name} is {list(shape)}, expected one row, [T] or [1, T]")
-        values = values.tolist()
-    elif isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+    if shape is None:
+        return values
+    fits = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
+    require(fits, f"{name} is {list(shape)}, expected one row, [T] or [1, T]")
+    return values.reshape(-1).tolist()
+
+
+def as_ids(values: Any, name: str, minimum: int | None = None) -> list[int]:
+    """The ints of one row: a flat sequence, or a tensor or array ``[T]`` or ``[1, T]``."""
+    if isinstance(values, (str, bytes)) or not isinstance(row := as_row(values, name), Sequence):
         raise PackingError(f"{name} is a {type(values).__name__}, expected one row of ints")
     try:
-        return [_index(value) for value in values]
+        ids = [_index(value) for value in row]
     except TypeError:
-        kinds = {type(value).__name__ for value in values if type(value) is not int}
-        raise PackingError(
-            f"{name} holds a {' or '.join(sorted(kinds))}, expected ints; pass one row at a time"
-        ) from None
-
-
-def as_row(values: Any, name: str, num_tokens: int) -> list:
-    """One entry of any kind for every token, from a list, a tensor or an array."""
-    shape = getattr(values, "shape", None)
-    found = f"a {type(values).__name__}" if shape is None else list(shape)
-    if shape is not None:
-        row = values[0] if len(shape) == 2 and shape[0] == 1 else values
-        values = row.tolist() if row.ndim == 1 else None
-    found = f"{len(values)} entries" if isinstance(values, (list, tuple)) else found
-    require(
-        isinstance(values, (list, tuple)) and len(values) == num_tokens,
-        f"{name} is {found}, but the row has {num_tokens} tokens, one entry each",
-    )
-    return list(values)
-
-
-def as_counts(values: Any, name: str, minimum: int = 0) -> list[int]:
-    """Ints of at least ``minimum``, from a sequence, a tensor or an array."""
-    counts = as_ids(values, name)
-    for i, count in enumerate(counts):
-        if count < minimum:  # a message for each of many would cost more than the check
-            raise PackingError(f"{name}[{i}] is {count}, expected at least {minimum}")
-    return counts
+        found = " or ".join(sorted({type(value).__name__ for value in row} - {"int"}))
+        raise PackingError(f"{name} holds a {found}, expected one row of ints") from None
+    for i, value in enumerate(ids if minimum is not None else ()):
+        if value < minimum:
+            raise PackingError(f"{name}[{i}] is {value}, expected at least {minimum}")
+    return ids
 
 
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
-    """Collapsed boundaries of a row of ``num_tokens``: from 0, never decreasing, inside the row."""
-    bounds = as_ids(cu_seqlens, "cu_seqlens")
+    """Collapsed boundaries of a row of ``num_tokens``; all of the row where there are none."""
+    bounds = [0, num_tokens] if cu_seqlens is None else as_ids(cu_seqlens, "cu_seqlens")
     first = bounds[0] if bounds else None
     require(first == 0, f"cu_seqlens starts at {first}, expected 0")
     for seq, (start, stop) in enumerate(pairwise(bounds)):
         require(start <= stop, f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
-    require(
-        bounds[-1] <= num_tokens,
-        f"cu_seqlens ends at {bounds[-1]}, past the end of the row at {num_tokens}; boundaries "
-        f"that count expanded rows do not fit a row of placeholders",
-    )
+    past = f"past the end of the row at {num_tokens}; expected those of the row of placeholders"
+    require(bounds[-1] <= num_tokens, f"cu_seqlens ends at {bounds[-1]}, {past}")
     return bounds
 
 
@@ -133,12 +107,11 @@ def holds_ints(values: Any) -> bool:
 
 def check_fits(values: Sequence, dtype: Any) -> None:
     """Refuse what a small integer dtype of torch or NumPy would wrap around."""
-    if not values or "int" not in str(dtype):
-        return
-    limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
-    for value in (min(values), max(values)):
-        fits = limits.min <= value <= limits.max
-        require(fits, f"{value} does not fit {dtype}; pass a wider dtype")
+    if values and "int" in str(dtype):
+        limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
+        for value in (min(values), max(values)):
+            fits = limits.min <= value <= limits.max
+            require(fits, f"{value} does not fit {dtype}; pass a wider dtype")
 
 
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
@@ -146,16 +119,14 @@ def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
 
     Tensors are of the template's dtype, or of ``dtype``; what does not fit is refused.
     """
-    if isinstance(template, Tensor):
-        dtype = dtype or template.dtype
-        check_fits(values, dtype)
-        row = torch.tensor(values, dtype=dtype, device=template.device)
-    elif hasattr(template, "__array__"):
-        dtype = np.dtype(np.int64) if dtype else template.dtype
-        check_fits(values, dtype)
-        row = np.asarray(values, dtype=dtype)
-    else:
+    if not hasattr(template, "__array__"):
         return tuple(values) if isinstance(template, tuple) else values
+    if isinstance(template, Tensor):
+        dtype, make = dtype or template.dtype, partial(torch.tensor, device=template.device)
+    else:
+        dtype, make = np.dtype(np.int64) if dtype else template.dtype, np.asarray
+    check_fits(values, dtype)
+    row = make(values, dtype=dtype)
     return row[None] if template.ndim == 2 else row
 
 
@@ -166,23 +137,10 @@ def like_ids(template: Any, values: list[int]) -> Any:
 
 def length(values: Any, name: str) -> int:
     """The first dimension of a tensor, an array or a list."""
-    shape = getattr(values, "shape", None)
-    if shape is not None and len(shape):
-        return int(shape[0])
-    if isinstance(values, (list, tuple)):
-        return len(values)
-    kind = "a scalar" if shape is not None else f"a {type(values).__name__}"
-    raise PackingError(f"{name} is {kind}, expected a tensor, an array or a list")
-
-
-def take(values: Any, positions: list[int], dim: int = 0) -> Any:
-    """The entries at ``positions`` along ``dim``; a list has no other dimension than the first."""
-    if isinstance(values, Tensor):
-        where = torch.tensor(positions, dtype=torch.int64, device=values.device)
-        return values.index_select(dim, where)
-    if hasattr(values, "__array__"):
-        return values.take(positions, axis=dim)
-    return type(values)(values[position] for position in positions)
+    sized = nested(values) and (hasattr(values, "shape") or isinstance(values, (list, tuple)))
+    kind = "a scalar" if hasattr(values, "shape") else f"a {type(values).__name__}"
+    require(sized, f"{name} is {kind}, expected a tensor, an array or a list")
+    return len(values)
 
 
 def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
@@ -190,11 +148,9 @@ def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
     parts = [values[start:stop] for start, stop in merge_spans(spans)] or [values[:0]]
     if len(parts) == 1:
         return parts[0]
-    if isinstance(values, Tensor):
-        return torch.cat(parts)
-    if hasattr(values, "__array__"):
-        return np.concatenate(parts)
-    return type(values)(row for part in parts for row in part)
+    if isinstance(values, (list, tuple)):
+        return type(values)(chain(*parts))
+    return torch.cat(parts) if isinstance(values, Tensor) else np.concatenate(parts)
 
 
 def merge_spans(spans: Sequence[Sequence[int]]) -> list[list[int]]:

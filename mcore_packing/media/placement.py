@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..errors import PackingError, PlaceholderMismatch
+from ..errors import PlaceholderMismatch
 from . import kinds
 from .families import Family, resolve
-from .kinds import IGNORE_INDEX, as_counts, as_ids, as_list, like, like_ids, require, shorten
+from .kinds import as_boundaries, as_ids, as_list, like, like_ids, require, shorten
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +81,9 @@ def splice_image_blocks(
     """
     ids = as_ids(prompt_ids, "prompt_ids")
     opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
-    bos_token_id = kinds.as_token(bos_token_id, "bos_token_id")
+    bos = None if bos_token_id is None else kinds.as_int(bos_token_id, "bos_token_id")
     ends = _opener_ends(ids, opener, 0)
-    at = ends[-1] if ends else int(bool(ids) and bos_token_id in (None, ids[0]))
+    at = ends[-1] if ends else int(bool(ids) and bos in (None, ids[0]))
     spliced = [token for block in _as_blocks(blocks) for token in block]
     return like_ids(prompt_ids, ids[:at] + spliced + ids[at:])
 
@@ -153,48 +153,36 @@ def place_image_blocks(
         [5, 6, 10, 7, 9, 9, 8]
     """
     ids, blocks_per_seq = as_ids(prompt_ids, "prompt_ids"), overrides.pop("blocks_per_seq", None)
-    if turn_opener is not None:
-        overrides = {"turn_opener": turn_opener, **overrides}
-    one, blocks = resolve(family, overrides), _as_blocks(blocks)
-    bounds = [0, len(ids)] if cu_seqlens is None else kinds.as_boundaries(cu_seqlens, len(ids))
+    opener = {} if turn_opener is None else {"turn_opener": turn_opener}
+    one, blocks = resolve(family, {**opener, **overrides}), _as_blocks(blocks)
+    bounds = as_boundaries(cu_seqlens, len(ids))
     starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
     seqs, num_seqs = list(pairwise(starts)), len(bounds) - 1
-
     stand_ins = _stand_ins(one)
     turn_ends = [_opener_ends(ids[a:b], list(one.turn_opener), a) for a, b in seqs]
     places = [[p for p in range(a, b) if ids[p] in stand_ins] for a, b in seqs]
     turns = _turns_per_seq(images_per_turn, turn_ends[:num_seqs], len(blocks))
     counts = _blocks_per_seq(blocks_per_seq, turns, places[:num_seqs], len(blocks))
-    counts, turns = [*counts, 0], [*turns, None]  # of the tail
 
     edits: list[_Edit] = []
-    for seq, (bounds_of, found, ends) in enumerate(zip(seqs, places, turn_ends, strict=True)):
+    plan = zip(places, turn_ends, [*counts, 0], [*turns, None], strict=False)
+    for seq, (found, ends, number, turn) in enumerate(plan):
         where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
-        mine, turn = range(len(edits), len(edits) + counts[seq]), turns[seq]
         if found:
-            if len(found) != len(mine):
-                raise _mismatch(
-                    len(found),
-                    len(mine),
-                    f"{where}: {len(found)} placeholders (id {ids[found[0]]}) but {len(mine)} "
-                    f"blocks; pass one block for each placeholder, or a prompt without "
-                    f"placeholders",
-                )
+            message = f"{where}: {len(found)} placeholders (id {ids[found[0]]}) but {number} blocks"
+            _agree(len(found), number, f"{message}; pass one for each, or none of these ids")
             _check_turns(where, found, turn, ends)
-            edits += _expand_in_place(ids, found, blocks, mine, one, bounds_of, seq)
+            edits += _expand_in_place(ids, found, blocks, len(edits), one, seqs[seq], seq)
             continue
         what = "the turn opener does not occur" if one.turn_opener else "no turn opener is known"
-        text = f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
-        require(
-            ends or not mine,
-            f"{where}: {what}{text}, and there is no placeholder, so the blocks would go after "
-            f"BOS, outside the user's turn; pass the turn_opener of this prompt's tokenizer, or "
-            f"use splice_image_blocks, which falls back to that",
-        )
-        if turn is None:  # all of them into the last turn
-            turn = [0] * (len(ends) - 1) + [len(mine)] * bool(ends)
-        into = [end for end, number in zip(ends, turn, strict=True) for _ in range(number)]
-        edits += [_Edit(at, at, i, seq) for at, i in zip(into, mine, strict=True)]
+        what += f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
+        message = f"{where}: {what}, nor a placeholder, so the blocks would go after BOS, outside "
+        message += "the user's turn; pass the turn_opener of this prompt's tokenizer, or use "
+        require(ends or not number, f"{message}splice_image_blocks")
+        # Where nothing was said, all of them go into the last turn.
+        turn = [0] * (len(ends) - 1) + [number] * bool(ends) if turn is None else turn
+        into = zip(ends, turn, strict=True)
+        edits += [_Edit(end, end, seq) for end, times in into for _ in range(times)]
 
     insert_at: int | list[int] = [edit.start for edit in edits]
     if num_seqs == len(seqs) == 1 and not places[0] and turns[0] is None:
@@ -205,7 +193,9 @@ def place_image_blocks(
     def moved(values, name: str, fill: int):
         if values is None:
             return None
-        row = kinds.as_row(values, name, len(ids))
+        row = as_list(kinds.as_row(values, name), name)
+        expected = f"but the row has {len(ids)} tokens, one entry each"
+        require(len(row) == len(ids), f"{name} is {len(row)} entries, {expected}")
         return like(values, [fill if at is None else row[at] for at in entries])
 
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
@@ -213,7 +203,7 @@ def place_image_blocks(
         output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
         block_spans=spans,
-        labels=moved(labels, "labels", IGNORE_INDEX),
+        labels=moved(labels, "labels", kinds.IGNORE_INDEX),
         loss_mask=moved(loss_mask, "loss_mask", 0),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),
@@ -223,28 +213,27 @@ def place_image_blocks(
 
 @dataclass(frozen=True)
 class _Edit:
-    """``[start, stop)`` of the prompt, in sequence ``seq``, becomes a block."""
+    """``[start, stop)`` of the prompt, in sequence ``seq``, becomes the next block."""
 
     start: int
     stop: int
-    block: int
     seq: int
     video: bool = False
 
 
-def _mismatch(expected: int, actual: int, message: str) -> PlaceholderMismatch:
-    return PlaceholderMismatch(actual=actual, expected=expected, message=message)
+def _agree(expected: int, actual: int, message: str) -> None:
+    if expected != actual:
+        raise PlaceholderMismatch(message, actual=actual, expected=expected)
 
 
 def _as_blocks(blocks) -> list[list[int]]:
     return [as_ids(one, f"blocks[{i}]") for i, one in enumerate(as_list(blocks, "blocks"))]
 
 
-def _stand_ins(family: Family) -> dict[int, bool]:
+def _stand_ins(one: Family) -> dict[int, bool]:
     """What stands for an image or a video in the prompt, and whether it is a video."""
-    image, video = family.prompt_token_id, family.video_prompt_token_id
-    image = family.image_token_id if image is None else image
-    video = family.video_token_id if video is None else video
+    image = one.image_token_id if one.prompt_token_id is None else one.prompt_token_id
+    video = one.video_token_id if one.video_prompt_token_id is None else one.video_prompt_token_id
     return {token: kind for token, kind in ((video, True), (image, False)) if token is not None}
 
 
@@ -257,12 +246,12 @@ def _opener_ends(ids: list[int], opener: list[int], offset: int) -> list[int]:
 
 def _types(prompt_ids, output, spans, edits, family: Family) -> Any:
     """1 for images and 2 for videos; a video may be written with the image's placeholder."""
-    if family.image_token_id is None and family.video_token_id is None:
-        return None
     of_token = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
+    if len(of_token) == 1:
+        return None
     types = [of_token.get(token, 0) for token in output]
+    own_marker = {family.video_start_id} - {family.vision_start_id, None}
     for edit, (start, stop) in zip(edits, spans, strict=True):
-        own_marker = {family.video_start_id} - {family.vision_start_id, None}
         if edit.video or own_marker & set(output[start:stop]):
             types[start:stop] = [2 if kind else 0 for kind in types[start:stop]]
     return like_ids(prompt_ids, types)
@@ -272,83 +261,61 @@ def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | N
     """``images_per_turn`` as one list per sequence, None where nothing was said."""
     if images_per_turn is None:
         return [None] * len(turn_ends)
-    flat = as_counts(as_list(images_per_turn, "images_per_turn"), "images_per_turn")
+    flat = as_ids(as_list(images_per_turn, "images_per_turn"), "images_per_turn", minimum=0)
     stops = [0, *accumulate(len(ends) for ends in turn_ends)]
-    require(
-        len(flat) == stops[-1],
-        f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} times; "
-        f"pass one for each (tool results open user turns too)",
-    )
-    if sum(flat) != num_blocks:
-        message = (
-            f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} blocks"
-        )
-        raise _mismatch(sum(flat), num_blocks, message)
+    message = f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} "
+    require(len(flat) == stops[-1], f"{message}times; pass one for each (tool results too)")
+    message = f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} blocks"
+    _agree(sum(flat), num_blocks, message)
     return [flat[start:stop] for start, stop in pairwise(stops)]
 
 
 def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks) -> list[int]:
     """How many blocks each sequence gets: said, or the only possibility."""
-    num_seqs, found = len(places), [len(positions) for positions in places]
-    said, hint = [sum(turn) for turn in turns if turn is not None], ""
-    if blocks_per_seq is not None:
-        counts = as_counts(blocks_per_seq, "blocks_per_seq")
-        what = f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images"
-        require(
-            len(counts) == num_seqs,
-            f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences",
-        )
-    elif said or num_seqs == 1:
-        counts, what = said or [num_blocks], ""  # checked above
+    num_seqs, said = len(places), [sum(turn) for turn in turns if turn is not None]
+    if blocks_per_seq is None and (said or num_seqs == 1):
+        return said or [num_blocks]
+    if blocks_per_seq is None:
+        counts = [len(found) for found in places]
+        what = f"the row has {sum(counts)} placeholders, {shorten(counts)} in its sequences, but "
+        message = f"{num_blocks} blocks for a row of {num_seqs} sequences without placeholders"
+        require(any(counts) or not num_blocks, f"{message}; say blocks_per_seq")
     else:
-        counts, what = found, f"the row has {sum(found)} placeholders, {shorten(found)} in its"
-        what, hint = f"{what} sequences", "; pass one for each, or say blocks_per_seq"
-        require(
-            any(found) or not num_blocks,
-            f"{num_blocks} blocks for a row of {num_seqs} sequences without placeholders; say "
-            f"blocks_per_seq",
-        )
-    if sum(counts) != num_blocks:
-        message = f"{what}, but there are {num_blocks} blocks{hint}"
-        raise _mismatch(sum(counts), num_blocks, message)
+        counts = as_ids(blocks_per_seq, "blocks_per_seq", minimum=0)
+        what = f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images, but "
+        message = f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences"
+        require(len(counts) == num_seqs, message)
+    _agree(sum(counts), num_blocks, f"{what}there are {num_blocks} blocks; check blocks_per_seq")
     for seq, (count, turn) in enumerate(zip(counts, said, strict=False)):
-        if turn != count:
-            message = f"sequence {seq}: images_per_turn adds up to {turn} images, but the sequence"
-            raise _mismatch(turn, count, f"{message} has {count} blocks")
+        _agree(turn, count, f"sequence {seq}: images_per_turn says {turn}, blocks_per_seq {count}")
     return counts
 
 
 def _check_turns(where: str, places: list[int], turn: list[int] | None, ends: list[int]) -> None:
     """Placeholders say where the images are: ``images_per_turn`` must say the same."""
-    if turn is None:
-        return
-    found = [0] * len(turn)
-    for position in places:
-        at = bisect_right(ends, position) - 1
-        if at >= 0:
-            found[at] += 1
-    if found != turn:
+    found = [bisect_right(ends, position) - 1 for position in places]
+    found = [found.count(at) for at in range(len(ends))]
+    if turn not in (None, found):
         message = f"{where}: the turns hold {shorten(found)} placeholders, but images_per_turn "
         message += f"says {shorten(turn)}; leave it out where the prompt has placeholders"
-        raise _mismatch(sum(found), sum(turn), message)
+        raise PlaceholderMismatch(message, actual=sum(turn), expected=sum(found))
 
 
-def _expand_in_place(ids, places, blocks, mine, family: Family, bounds, seq: int) -> list[_Edit]:
+def _expand_in_place(ids, places, blocks, first: int, one: Family, bounds, seq: int) -> list[_Edit]:
     """Each placeholder becomes its block, together with the markers that already surround it."""
-    stand_ins, edits, last = _stand_ins(family), [], bounds[0]
-    for position, limit, i in zip(places, [*places[1:], bounds[1]], mine, strict=True):
-        video = stand_ins[ids[position]]
-        wanted, other = family.image_token_id, family.video_token_id
+    stand_ins, edits, last = _stand_ins(one), [], bounds[0]
+    for i, (position, limit) in enumerate(pairwise([*places, bounds[1]]), first):
+        video, wanted, other = stand_ins[ids[position]], one.image_token_id, one.video_token_id
         if video and other is not None:
             wanted, other = other, wanted
-        if other in blocks[i] and wanted not in blocks[i]:
-            there, here = ("a video", "an image") if video else ("an image", "a video")
-            message = f"blocks[{i}] holds {here} (id {other}), but the prompt has {there} there; "
-            raise PackingError(message + "pass images and videos in their order in the row")
+        there, here = ("a video", "an image") if video else ("an image", "a video")
+        message = f"blocks[{i}] holds {here} (id {other}), but the prompt has {there} there; pass "
+        fits = other not in blocks[i] or wanted in blocks[i]
+        require(fits, f"{message}images and videos in their order in the row")
         low, high = _surrounded(ids, blocks[i], position, wanted)
         if low < last or high > limit:
             low, high = position, position + 1
-        edits.append(_Edit(low, high, i, seq, video))
+        edits.append(_Edit(low, high, seq, video))
         last = high
     return edits
 
@@ -369,13 +336,11 @@ def _apply(ids, edits, blocks, starts):
     """The row, where each of its tokens stood (None in a block), spans of the blocks, starts."""
     output, source, spans, last = [], [], [], 0
     lengths = [stop - start for start, stop in pairwise(starts)]
-    for edit in edits:
-        output += ids[last : edit.start]
-        source += range(last, edit.start)
-        spans.append([len(output), len(output) + len(blocks[edit.block])])
-        output += blocks[edit.block]
-        source += [None] * len(blocks[edit.block])
-        lengths[edit.seq] += len(blocks[edit.block]) - (edit.stop - edit.start)
+    for edit, block in zip(edits, blocks, strict=True):
+        output += ids[last : edit.start] + block
+        source += [*range(last, edit.start)] + [None] * len(block)
+        spans.append([len(output) - len(block), len(output)])
+        lengths[edit.seq] += len(block) - (edit.stop - edit.start)
         last = edit.stop
     source += range(last, len(ids))
     return output + ids[last:], source, spans, [0, *accumulate(lengths)]

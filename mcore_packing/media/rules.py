@@ -2,19 +2,18 @@
 
 They follow the processors in float arithmetic too: one rounding more or less is another number of
 placeholders. The keyword arguments of a rule are the settings of the family's processor, by its own
-names: each is declared here only, with its default and, as annotation, with what reads its value.
+names: each is declared here only, with its default and, in its annotation, with what reads it.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from inspect import Signature, signature
+from functools import lru_cache, partial
+from inspect import Parameter, Signature, signature
 from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from .kinds import as_flag as flag
-from .kinds import as_int, require
+from .kinds import as_flag, as_int, require
 
 MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.23.0
 GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
@@ -23,72 +22,67 @@ GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
 
-
-def positive(value: Any, name: str) -> int:
-    return as_int(value, name, minimum=1)
+as_positive = partial(as_int, minimum=1)
 
 
-def not_negative(value: Any, name: str) -> int:
-    return as_int(value, name, minimum=0)
-
-
-def ratio(value: Any, name: str) -> float:
+def as_ratio(value: Any, name: str) -> float:
     number = isinstance(value, Real) and not isinstance(value, bool)
     require(number and value > 0, f"{name} is {value!r}, expected a positive number")
     return value
 
 
-def sides(value: Any, name: str) -> tuple[int, int]:
+def as_sides(value: Any, name: str) -> tuple[int, int]:
     """``(height, width)`` of a setting that is an int or has both by name."""
     if not isinstance(value, Mapping):
-        return (positive(value, name),) * 2
+        return (as_positive(value, name),) * 2
     both = {"height", "width"} <= set(value)
     require(both, f"{name} is {dict(value)}, expected an int or height and width")
-    return positive(value["height"], f"{name}: height"), positive(value["width"], f"{name}: width")
+    height, width = (as_positive(value[side], f"{name}: {side}") for side in ("height", "width"))
+    return height, width
 
 
-_READERS = (positive, not_negative, ratio, sides, flag)
+Positive, OrZero = Annotated[int, as_positive], Annotated[int, partial(as_int, minimum=0)]
+Flag, Ratio, Sides = Annotated[bool, as_flag], Annotated[float, as_ratio], Annotated[Any, as_sides]
 
 
 @lru_cache
-def settings_of(rule: Callable, num_sizes: int) -> tuple[dict, dict] | None:
-    """Defaults and readers of what a rule declares; None if it takes all settings as one mapping.
+def settings_of(rule: Callable, num_sizes: int) -> dict[str, Parameter] | None:
+    """What a rule declares behind its sizes; None if it takes all settings as one mapping.
 
     ``num_sizes`` is 2 for images (height, width), 3 for videos (frames, height, width).
     """
-    parameters = list(signature(rule).parameters.values())
-    declared = [p for p in parameters[num_sizes:] if p.kind is not p.VAR_KEYWORD]
-    if any(p.default is p.empty for p in declared) or any(
-        p.kind is p.VAR_POSITIONAL for p in parameters
-    ):
-        return None
-    readers = {p.name: p.annotation for p in declared if p.annotation in _READERS}
-    return {p.name: p.default for p in declared}, readers
+    every = list(signature(rule).parameters.values())
+    declared = [p for p in every[num_sizes:] if p.kind is not p.VAR_KEYWORD]
+    mapping = any(p.kind is p.VAR_POSITIONAL for p in every)
+    mapping = mapping or any(p.default is p.empty for p in declared)
+    return None if mapping else {p.name: p for p in declared}
 
 
 def apply_rule(rule: Callable, size: tuple[int, ...], settings: Mapping[str, Any]) -> Any:
     """What the rule says of this size, its settings read and checked first."""
-    declared = settings_of(rule, len(size))
+    declared, read = settings_of(rule, len(size)), dict(settings)
     if declared is None:
         return rule(*size, settings)
-    _, readers = declared
-    read = {name: readers[name](v, name) if name in readers else v for name, v in settings.items()}
+    for name in read:
+        annotation = declared[name].annotation
+        if annotation in (Positive, OrZero, Flag, Ratio, Sides):
+            read[name] = annotation.__metadata__[0](read[name], name)
     return rule(*size, **read)
 
 
 def qwen_vl(
-    height: int, width: int, *, patch_size: positive = 14, merge_size: positive = 2,
-    min_pixels: positive = 56 * 56, max_pixels: positive = 28 * 28 * 1280,
+    height: int, width: int, *, patch_size: Positive = 14, merge_size: Positive = 2,
+    min_pixels: Positive = 56 * 56, max_pixels: Positive = 28 * 28 * 1280,
 ) -> int:  # fmt: skip
     """Both sides to multiples of a merged patch, then between min and max pixels."""
     return _smart_resize(height, width, patch_size * merge_size, min_pixels, max_pixels)
 
 
 def volume_video(
-    frames: int, height: int, width: int, *, patch_size: positive = 16, merge_size: positive = 2,
-    temporal_patch_size: positive = 2, min_pixels: positive = 128 * 32 * 32,
-    max_pixels: positive = 768 * 32 * 32, cap_pixels_per_frame: flag = False,
-    max_video_tokens: positive = 768,
+    frames: int, height: int, width: int, *, patch_size: Positive = 16, merge_size: Positive = 2,
+    temporal_patch_size: Positive = 2, min_pixels: Positive = 128 * 32 * 32,
+    max_pixels: Positive = 768 * 32 * 32, cap_pixels_per_frame: Flag = False,
+    max_video_tokens: Positive = 768,
 ) -> int:  # fmt: skip
     """Qwen3 and GLM: all frames together between min and max pixels, or each under a cap."""
     unit = patch_size * merge_size
@@ -98,6 +92,16 @@ def volume_video(
     limits = min_pixels, max_pixels
     per_group = _smart_resize(height, width, unit, *limits, frames, temporal_patch_size)
     return math.ceil(frames / temporal_patch_size) * per_group
+
+
+def glm_vl(
+    height: int, width: int, *, patch_size: Positive = 14, merge_size: Positive = 2,
+    temporal_patch_size: Positive = 2, min_pixels: Positive = 112 * 112,
+    max_pixels: Positive = 28 * 28 * 15000,
+) -> int:  # fmt: skip
+    """An image as a video of as many frames as are merged into one."""
+    unit, frames = patch_size * merge_size, temporal_patch_size
+    return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames)
 
 
 def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> int:
@@ -124,8 +128,8 @@ def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> in
 
 
 def kimi_vl(
-    height: int, width: int, *, patch_size: positive = 14, merge_size: positive = 2,
-    max_patches: positive = 16384, max_size_per_side: positive = 512,
+    height: int, width: int, *, patch_size: Positive = 14, merge_size: Positive = 2,
+    max_patches: Positive = 16384, max_size_per_side: Positive = 512,
 ) -> int:  # fmt: skip
     """Shrunk to a budget of patches and of patches a side, then padded to merged patches."""
     patches = max(1.0, height // patch_size) * max(1.0, width // patch_size)
@@ -138,9 +142,9 @@ def kimi_vl(
 
 
 def nemotron_omni(
-    height: int, width: int, *, patch_size: positive = 16, downsample_ratio: ratio = 0.5,
-    min_num_patches: positive = 1024, max_num_patches: not_negative = 13312,
-    max_model_len: positive = 16384,
+    height: int, width: int, *, patch_size: Positive = 16, downsample_ratio: Ratio = 0.5,
+    min_num_patches: Positive = 1024, max_num_patches: OrZero = 13312,
+    max_model_len: Positive = 16384,
 ) -> int:  # fmt: skip
     """RADIO's dynamic resolution: the image's own grid, scaled between two numbers of patches."""
     merge = round(1 / downsample_ratio)
@@ -161,9 +165,9 @@ def nemotron_omni(
 
 
 def nemotron_video(
-    frames: int, height: int, width: int, *, downsample_ratio: ratio = 0.5,
-    video_target_num_patches: positive = 1024, video_maintain_aspect_ratio: flag = True,
-    video_temporal_patch_dim: positive = 2,
+    frames: int, height: int, width: int, *, downsample_ratio: Ratio = 0.5,
+    video_target_num_patches: Positive = 1024, video_maintain_aspect_ratio: Flag = True,
+    video_temporal_patch_dim: Positive = 2,
 ) -> int:  # fmt: skip
     """One tile of about so many patches for every few frames."""
     merge, target = round(1 / downsample_ratio), video_target_num_patches
@@ -178,8 +182,8 @@ def nemotron_video(
 
 
 def gemma4(
-    height: int, width: int, *, patch_size: positive = 16, pooling_kernel_size: positive = 3,
-    max_soft_tokens: positive = 280,
+    height: int, width: int, *, patch_size: Positive = 16, pooling_kernel_size: Positive = 3,
+    max_soft_tokens: Positive = 280,
 ) -> int:  # fmt: skip
     """The largest grid of pooled patches that keeps the aspect ratio and fits the budget."""
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
@@ -198,9 +202,9 @@ def gemma4(
 
 
 def gemma3(
-    height: int, width: int, *, image_seq_length: positive = 256, do_pan_and_scan: flag = False,
-    pan_and_scan_min_crop_size: positive = 256, pan_and_scan_max_num_crops: positive = 4,
-    pan_and_scan_min_ratio_to_activate: ratio = 1.2,
+    height: int, width: int, *, image_seq_length: Positive = 256, do_pan_and_scan: Flag = False,
+    pan_and_scan_min_crop_size: Positive = 256, pan_and_scan_max_num_crops: Positive = 4,
+    pan_and_scan_min_ratio_to_activate: Ratio = 1.2,
 ) -> int:  # fmt: skip
     """One sequence for the image, one more for each crop of pan and scan along its long side."""
     long, short = max(height, width), min(height, width)
@@ -215,8 +219,8 @@ def gemma3(
 
 
 def llava15(
-    height: int, width: int, *, crop_size: sides = 336, patch_size: positive = 14,
-    vision_feature_select_strategy: str = "default", num_additional_image_tokens: not_negative = 1,
+    height: int, width: int, *, crop_size: Sides = 336, patch_size: Positive = 14,
+    vision_feature_select_strategy: str = "default", num_additional_image_tokens: OrZero = 1,
 ) -> int:  # fmt: skip
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
@@ -225,15 +229,15 @@ def llava15(
 
 
 def llava_onevision_video(
-    frames: int, height: int, width: int, *, num_image_tokens: positive = 729
+    frames: int, height: int, width: int, *, num_image_tokens: Positive = 729
 ) -> int:
     """Every frame pooled 2 x 2, and one newline."""
     return frames * math.ceil(int(math.sqrt(num_image_tokens)) / 2) ** 2 + 1
 
 
 def internvl3(
-    height: int, width: int, *, image_seq_length: positive = 256, crop_to_patches: flag = True,
-    min_patches: positive = 1, max_patches: positive = 12, size: sides = 448,
+    height: int, width: int, *, image_seq_length: Positive = 256, crop_to_patches: Flag = True,
+    min_patches: Positive = 1, max_patches: Positive = 12, size: Sides = 448,
 ) -> int:  # fmt: skip
     """Tiles of the best grid, and a thumbnail where there is more than one."""
     if not crop_to_patches or max_patches == 1:
@@ -243,12 +247,12 @@ def internvl3(
 
 
 def megatron_llava(
-    height: int, width: int, *, img_h: positive = 336, img_w: positive = 336,
-    patch_dim: positive = 14, vision_model_type: str = "clip",
-    disable_vision_class_token: flag = False, class_token_len: not_negative = 1,
-    pixel_shuffle: flag = False, use_tile_tags: flag = False, tokenizer_type: str | None = None,
-    use_tiling: flag = True, max_num_tiles: not_negative = 1, use_thumbnail: flag = False,
-    use_area_weighted_aspect_ratio: flag = False, dynamic_resolution: flag = False,
+    height: int, width: int, *, img_h: Positive = 336, img_w: Positive = 336,
+    patch_dim: Positive = 14, vision_model_type: str = "clip", tokenizer_type: str | None = None,
+    disable_vision_class_token: Flag = False, class_token_len: OrZero = 1,
+    pixel_shuffle: Flag = False, use_tile_tags: Flag = False, use_tiling: Flag = True,
+    max_num_tiles: OrZero = 1, use_thumbnail: Flag = False,
+    use_area_weighted_aspect_ratio: Flag = False, dynamic_resolution: Flag = False,
 ) -> int:  # fmt: skip
     """Rows of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic tiling.
 
@@ -272,74 +276,50 @@ def megatron_llava(
 
 
 @lru_cache
-def _grids(fewest: int, most: int) -> tuple[tuple[int, int], ...]:
+def _grids(fewest: int, most: int) -> list[tuple[int, int]]:
     """All ``(columns, rows)`` of ``fewest`` to ``most`` tiles, small grids first."""
-    grids = [
-        (columns, rows)
-        for columns in range(1, most + 1)
-        for rows in range(1, most // columns + 1)
-        if columns * rows >= fewest
-    ]
-    return tuple(sorted(grids, key=math.prod))
+    every = ((x, y) for x in range(1, most + 1) for y in range(1, most // x + 1))
+    return sorted((grid for grid in every if math.prod(grid) >= fewest), key=math.prod) or [(1, 1)]
 
 
 def _closest_grid(height: int, width: int, fewest: int, most: int, tile_area: int) -> int:
     """Tiles of the grid closest in aspect ratio; of equals the largest up to twice the image."""
-    best, closest = 1, math.inf
-    for columns, rows in _grids(fewest, most):
-        tiles = columns * rows
-        difference = abs(width / height - columns / rows)
-        if difference < closest:
-            best, closest = tiles, difference
-        elif difference == closest and height * width > MIN_AREA_OF_LARGER_GRID * tile_area * tiles:
-            best = tiles
-    return best
+    off = {grid: abs(width / height - grid[0] / grid[1]) for grid in _grids(fewest, most)}
+    closest = min(off.values())
+    first, *others = (math.prod(grid) for grid, difference in off.items() if difference == closest)
+    fits = [n for n in others if height * width > MIN_AREA_OF_LARGER_GRID * tile_area * n]
+    return fits[-1] if fits else first
 
 
 def _most_covering_grid(height: int, width: int, fewest: int, most: int, tile_area: int) -> int:
     """Tiles of the grid with the best product of covered area, up to 0.6, and aspect ratio."""
-    best, highest = 1, -math.inf
-    for columns, rows in _grids(fewest, most):
-        aspect, target = width / height, columns / rows
-        covered = min(columns * rows * tile_area / (height * width), MAX_COVERED_AREA)
-        factor = covered * min(target / aspect, aspect / target)
-        if factor > highest:
-            best, highest = columns * rows, factor
-    return best
 
+    def quality(grid: tuple[int, int]) -> float:
+        aspect, target = width / height, grid[0] / grid[1]
+        covered = min(math.prod(grid) * tile_area / (height * width), MAX_COVERED_AREA)
+        return covered * min(target / aspect, aspect / target)
 
-def _still(video_rule: Callable) -> Callable:
-    """The rule of an image that is taken for a video of as many frames as are merged into one."""
-
-    def rule(height: int, width: int, *, temporal_patch_size: positive = 2, **settings) -> int:
-        frames = temporal_patch_size
-        return video_rule(frames, height, width, temporal_patch_size=frames, **settings)
-
-    return _declaring(rule, video_rule, 2)
+    return math.prod(max(_grids(fewest, most), key=quality))
 
 
 def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
-    """The rule of a video every few frames of which count as one image."""
+    """The rule of a video every few frames of which count as one image, with its settings."""
 
-    def rule(frames: int, height: int, width: int, *, temporal_patch_size=merged, **settings):
+    def rule(
+        frames: int, height: int, width: int, *, temporal_patch_size: Positive = merged, **settings
+    ) -> int:
         return math.ceil(frames / temporal_patch_size) * image_rule(height, width, **settings)
 
-    return _declaring(rule, image_rule, 3)
-
-
-def _declaring(rule: Callable, other: Callable, num_sizes: int) -> Callable:
-    """``rule`` with the settings of the rule that it asks beside its own."""
-    mine, theirs = ({**signature(f).parameters} for f in (rule, other))
-    del mine["settings"]
-    keywords = {n: p for n, p in theirs.items() if p.kind is p.KEYWORD_ONLY}
-    rule.__signature__ = Signature([*{**mine, **keywords}.values()])
+    declared = {**signature(rule).parameters, **signature(image_rule).parameters}
+    del declared["settings"]
+    rule.__signature__ = Signature([*declared.values()])
     return rule
 
 
-_BY_NAME = (gemma3, gemma4, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl)
-RULES: Mapping[str, Callable] = MappingProxyType(
-    {rule.__name__: rule for rule in _BY_NAME} | {"glm_vl": _still(volume_video)}
-)
+_IMAGES = (
+    gemma3, gemma4, glm_vl, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl,
+)  # fmt: skip
+RULES: Mapping[str, Callable] = MappingProxyType({rule.__name__: rule for rule in _IMAGES})
 VIDEO_RULES: Mapping[str, Callable] = MappingProxyType(
     {
         "gemma4": _frame_by_frame(gemma4),

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from .families import LAYOUT_WORDS, Family, get_family
-from .kinds import as_counts, as_ids, as_int, as_list, length, nested, require, shorten, take_spans
+from .kinds import as_ids, as_int, as_list, length, nested, require, shorten, take_spans
 
 
 def split_samples(
@@ -34,9 +34,8 @@ def split_samples(
         chunks: ``[start, stop)`` of the samples of each chunk, also as a ``range``, in any order;
             an int is the number of samples in each chunk, of which the last may have fewer.
         family: in place of ``layout``, which is None then.
-        tiles_per_image: how many tiles each image has, where a key counts tiles.
+        tiles_per_image, frames_per_video: how many each has, where a key counts them.
         num_videos: how many videos each sample has, where there are any.
-        frames_per_video: how many frames each video has, where a key counts them.
 
     Returns:
         One dict for each chunk: views of its rows, where the kind allows. A key that counts images
@@ -55,19 +54,18 @@ def split_samples(
         >>> split_samples(batch, layout, [2, 0, 1], 2)[1]
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
-    layout = family if layout is None and family is not None else layout
-    rows = _Rows(batch, layout, num_images, tiles_per_image, num_videos, frames_per_video)
+    given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
+    rows = _Rows(batch, layout or family, num_images, num_videos, given)
+    total, checked = rows.num_samples, []
     if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
-        starts = range(0, rows.num_samples, size)
-        chunks = [(start, min(start + size, rows.num_samples)) for start in starts]
-    checked = []
+        chunks = [(start, min(start + size, total)) for start in range(0, total, size)]
     for i, chunk in enumerate(as_list(chunks, "chunks")):
-        bounds = _as_bounds(chunk, f"chunks[{i}]")
-        require(
-            len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= rows.num_samples,
-            f"chunks[{i}] is {bounds}, expected [start, stop) of {rows.num_samples} samples",
-        )
+        name, step = f"chunks[{i}]", getattr(chunk, "step", 1)
+        require(step == 1, f"{name} is {chunk}, expected a step of 1")
+        bounds = [chunk.start, chunk.stop] if isinstance(chunk, range) else as_ids(chunk, name)
+        inside = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= total
+        require(inside, f"{name} is {bounds}, expected [start, stop) of {total} samples")
         checked.append(range(*bounds))
     return [rows.of(samples) for samples in checked]
 
@@ -88,12 +86,12 @@ def take_samples(
     Inside a sample the order of its images, and of their rows, stays as it is.
 
     Args:
-        batch, layout, num_images: as for ``split_samples``.
-        order: the samples to take.
-        family, tiles_per_image, num_videos, frames_per_video: as for ``split_samples``.
+        order: the samples to take, ``[N]``.
+        batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video: as for
+            ``split_samples``.
 
     Returns:
-        A batch of ``len(order)`` samples; a key that counts images is absent where they have none.
+        A batch of ``N`` samples; a key that counts images is absent where they have none.
 
     Raises:
         PackingError: as for ``split_samples``, or a sample in ``order`` does not exist.
@@ -104,68 +102,50 @@ def take_samples(
         >>> take_samples(batch, layout, [2, 1], [1, 0, 1])
         {'input_ids': [[6], [5], [6]], 'pixel_values': ['c', 'a', 'b', 'c']}
     """
-    layout = family if layout is None and family is not None else layout
-    rows = _Rows(batch, layout, num_images, tiles_per_image, num_videos, frames_per_video)
-    samples = as_ids(order, "order")
+    given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
+    rows = _Rows(batch, layout or family, num_images, num_videos, given)
+    samples, last = as_ids(order, "order"), rows.num_samples - 1
     for i, sample in enumerate(samples):
-        last = rows.num_samples - 1
         require(0 <= sample <= last, f"order[{i}] is {sample}, expected a sample from 0 to {last}")
     return rows.of(samples)
-
-
-def _as_bounds(chunk, name: str) -> list[int]:
-    if not isinstance(chunk, range):
-        return as_ids(chunk, name)
-    require(chunk.step == 1, f"{name} is {chunk}, expected a step of 1")
-    return [chunk.start, chunk.stop]
 
 
 class _Rows:
     """Where the rows of each sample begin in each tensor of a batch."""
 
-    def __init__(self, batch, layout, num_images, tiles_per_image, num_videos, frames_per_video):
-        kind = type(batch).__name__
-        require(hasattr(batch, "items"), f"batch is a {kind}, expected tensors by name")
-        self.batch = {key: value for key, value in batch.items() if value is not None}
+    def __init__(self, batch, layout, num_images, num_videos, given: Mapping[str, Any]):
+        found = type(batch).__name__
+        require(hasattr(batch, "items"), f"batch is a {found}, expected tensors by name")
         layout = get_family(layout).layout if isinstance(layout, (str, Family)) else layout
-        kind = type(layout).__name__
-        require(isinstance(layout, Mapping), f"layout is a {kind}, expected a dict or a family")
-        self.words = {key: layout.get(key) for key in self.batch}
+        found = type(layout).__name__
+        require(isinstance(layout, Mapping), f"layout is a {found}, expected a dict or a family")
+        self.batch = {key: value for key, value in batch.items() if value is not None}
+        self.words, self.given = {key: layout.get(key) for key in self.batch}, given
         for key, word in self.words.items():
             found = "is not in the layout" if word is None else f"is laid out by {word!r}"
-            require(
-                word in LAYOUT_WORDS,
-                f"{key} {found}; say what its first dimension counts, one of "
-                f"{', '.join(LAYOUT_WORDS)}",
-            )
-        self.given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
-        require(
-            num_images is not None or num_videos is not None,
-            "num_images is None, expected the number of images of each sample",
-        )
-        images = None if num_images is None else as_counts(num_images, "num_images")
-        videos = None if num_videos is None else as_counts(num_videos, "num_videos")
-        images = [0] * len(videos) if images is None else images
-        forgotten = [k for k, w in self.words.items() if "video" in w and length(self.batch[k], k)]
-        require(
-            videos is not None or not forgotten,
-            f"{', '.join(forgotten)} counts videos; pass num_videos",
-        )
-        videos = [0] * len(images) if videos is None else videos
-        require(
-            len(images) == len(videos),
-            f"num_images has {len(images)} entries and num_videos {len(videos)}; both have one for "
-            f"each sample",
-        )
-        self.items, self.num_samples = {"image": images, "video": videos}, len(images)
+            expected = f"; say what its first dimension counts, one of {', '.join(LAYOUT_WORDS)}"
+            require(word in LAYOUT_WORDS, f"{key} {found}{expected}")
+
+        both = {"image": num_images, "video": num_videos}
+        self.items = {
+            kind: as_ids(number, f"num_{kind}s", minimum=0)
+            for kind, number in both.items()
+            if number is not None
+        }
+        require(self.items, "num_images is None, expected the number of images of each sample")
+        for key, word in self.words.items():
+            given = "video" in self.items or "video" not in word or not length(self.batch[key], key)
+            require(given, f"{key} counts videos; pass num_videos")
+        self.num_samples = len(next(iter(self.items.values())))
+        numbers = [self.items.setdefault(kind, [0] * self.num_samples) for kind in both]
+        found = f"num_images has {len(numbers[0])} entries and num_videos {len(numbers[1])}"
+        require(len(numbers[0]) == len(numbers[1]), f"{found}; both have one for each sample")
         self.starts = {word: [0, *accumulate(self._count(word))] for word in self.words.values()}
         for key, word in self.words.items():
             found, expected = length(self.batch[key], key), self.starts[word][-1]
-            require(
-                found == expected,
-                f"{key} has {found} rows in its first dimension, but {self.num_samples} samples "
-                f"have {expected} of what it counts ({word})",
-            )
+            message = f"{key} has {found} rows in its first dimension, but {self.num_samples} "
+            message += f"samples have {expected} of what it counts ({word})"
+            require(found == expected, message)
 
     def of(self, samples: Sequence[int]) -> dict[str, Any]:
         """The rows of these samples, in their order."""
@@ -179,44 +159,34 @@ class _Rows:
 
     def _count(self, word: str) -> list[int]:
         """How many of ``word`` each sample has."""
-        if word == "sample":
-            return [1] * self.num_samples
-        if word == "nonempty_sample":
-            return [int(number > 0) for number in self.items["image"]]
         if word in self.items:
             return self.items[word]
+        if "sample" in word:
+            return [int(word == "sample" or number > 0) for number in self.items["image"]]
         item = "video" if "video" in word else "image"
+        keys = ", ".join(key for key, by in self.words.items() if by == word)
         per_sample = self.items[item]
-        name, rows = self._rows(word, item, any(per_sample))
-        require(
-            len(rows) == sum(per_sample),
-            f"{name} has {len(rows)} entries, but num_{item}s {shorten(per_sample)} adds up to "
-            f"{sum(per_sample)}",
-        )
+        if "patch" in word:
+            name = "image_grid_hw" if "image_grid_hw" in self.batch else "image_grid_thw"
+            name = "video_grid_thw" if item == "video" else name
+            known = name in self.batch or not any(per_sample)
+            require(known, f"{keys} counts by {name}, which is not in the batch")
+            rows = self._grid_products(name)
+        else:
+            name = "frames_per_video" if item == "video" else "tiles_per_image"
+            require(self.given[name] is not None, f"{keys} counts {word}s; pass {name}")
+            rows = as_ids(self.given[name], name, minimum=0)
+        expected = f"num_{item}s {shorten(per_sample)} adds up to {sum(per_sample)}"
+        require(len(rows) == sum(per_sample), f"{name} has {len(rows)} entries, but {expected}")
         starts, bounds = [0, *accumulate(rows)], [0, *accumulate(per_sample)]
         return [starts[last] - starts[first] for first, last in pairwise(bounds)]
 
-    def _rows(self, word: str, item: str, needed: bool) -> tuple[str, list[int]]:
-        """What says how many of ``word`` each image has, by name: a product of its grid's row."""
-        keys = ", ".join(key for key, by in self.words.items() if by == word)
-        if "patch" not in word:
-            name = "frames_per_video" if item == "video" else "tiles_per_image"
-            require(self.given[name] is not None, f"{keys} counts {word}s; pass {name}")
-            return name, as_counts(self.given[name], name)
-        name = "image_grid_hw" if "image_grid_hw" in self.batch else "image_grid_thw"
-        name = "video_grid_thw" if item == "video" else name
-        grid, sides = self.batch.get(name), name.rpartition("_")[2]
-        require(
-            grid is not None or not needed,
-            f"{keys} counts by {name}, which is not in the batch",
-        )
-        rows = []
-        grid = [] if grid is None else grid
+    def _grid_products(self, name: str) -> list[int]:
+        """How many patches each row of a grid is."""
+        grid, sides, products = self.batch.get(name, []), name.rpartition("_")[2], []
         for i, row in enumerate(grid) if length(grid, name) else ():
-            rows.append(as_counts(row, f"{name}[{i}]", minimum=1))
-            require(
-                len(rows[-1]) == len(sides),
-                f"{name}[{i}] has {len(rows[-1])} entries, expected {len(sides)}: "
-                f"{', '.join(sides[:-1])} and {sides[-1]}",
-            )
-        return name, [math.prod(row) for row in rows]
+            row = as_ids(row, f"{name}[{i}]", minimum=1)
+            expected = f"expected {len(sides)}: {', '.join(sides)}"
+            require(len(row) == len(sides), f"{name}[{i}] has {len(row)} entries, {expected}")
+            products.append(math.prod(row))
+        return products

@@ -2,9 +2,9 @@
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from ..errors import AmbiguousTruncation, PlaceholderMismatch
 from . import kinds
 from .families import Family, resolve
-from .kinds import IGNORE_INDEX, as_counts, as_flag, as_ids, as_int, as_list, like, require, shorten
+from .kinds import IGNORE_INDEX, as_flag, as_ids, as_int, as_list, like, require, shorten
 
 _KINDS = ("image", "video")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
@@ -61,23 +61,18 @@ class Truncation:
     def kept_row_ranges(self, rows_per_image: Sequence[int], per: str = "image") -> list[list[int]]:
         """Which rows of a pixel tensor stay: ``[start, stop)`` ranges, adjoining ones merged.
 
-        Args:
-            rows_per_image: how many rows each image (each video) has, for all of them in order.
-            per: "image" or "video".
-
-        Raises:
-            PackingError: ``rows_per_image`` has another number of entries than there are images.
+        ``rows_per_image`` has an entry for every image (every video, ``per="video"``) of the row.
 
         Example:
             >>> cut = truncate([7, 9, 9, 7, 9, 9, 9], [2, 3], 5, 9)
             >>> cut.kept_row_ranges([16, 24])
             [[0, 16]]
         """
-        kept, total = self._kept(per)
-        rows, name = as_counts(rows_per_image, f"rows_per_{per}"), f"rows_per_{per}"
-        require(
-            len(rows) == total, f"{name} has {len(rows)} entries, but there were {total} {per}s"
-        )
+        require(per in _KINDS, f"per is {per!r}, expected 'token', 'position', 'image' or 'video'")
+        kept, dropped = getattr(self, f"kept_{per}s"), getattr(self, f"dropped_{per}s")
+        rows, total = as_ids(rows_per_image, f"rows_per_{per}", 0), len(kept) + len(dropped)
+        expected = f"but there were {total} {per}s"
+        require(len(rows) == total, f"rows_per_{per} has {len(rows)} entries, {expected}")
         starts = [0, *accumulate(rows)]
         return kinds.merge_spans([starts[item : item + 2] for item in kept])
 
@@ -103,19 +98,19 @@ class Truncation:
             shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
                 that token was removed from inside the row, the entry becomes ``fill``. Never true
                 of an ``attention_mask`` among them.
-            fill: left out, -100, and 0 for what has a key with "mask" in it. A loss mask of ints
-                without its name cannot be told from labels: give 0 for it, and for advantages.
+            fill: left out, -100, and 0 for what has a key with "mask" in it. Say 0 for a loss mask
+                without its name, and for advantages.
             dim: the dimension of the tokens, where it is neither the first nor the second of
                 ``[1, T]``: 1 for the position ids ``[3, T]`` of M-RoPE.
 
         Returns:
-            What is left, of the same kind. Where no image (no video), or no row of one, is left,
-            None, and in a dict the key is absent: vision encoders do not take zero rows.
+            What is left, of the same kind; None, and in a dict no key, where no image (no video) or
+            no row of one is left: vision encoders do not take zero rows.
 
         Raises:
-            PackingError: ``values`` has another length than the row or the images, or holds no
-                signed ints and ``fill`` is left out; or looks like M-RoPE's position ids, which a
-                mere cut would leave with an offset.
+            PackingError: ``values`` has another length than the row or the images, holds no signed
+                ints for -100, or looks like M-RoPE's position ids, which a mere cut would leave
+                with an offset.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
@@ -126,94 +121,66 @@ class Truncation:
         if isinstance(values, Mapping):
             cut = {}
             for key, value in values.items():
-                positions = per == "token" and str(key).endswith("position_ids")
-                cut[key] = self.apply(
-                    value,
-                    "position" if positions else per,
-                    rows=rows,
-                    shifted=shifted and key != "attention_mask",
-                    fill=0 if fill is None and "mask" in str(key) else fill,
-                    dim=dim,
-                )
+                by = "position" if per == "token" and str(key).endswith("position_ids") else per
+                zero = 0 if fill is None and "mask" in str(key) else fill
+                next_one = shifted and key != "attention_mask"
+                cut[key] = self.apply(value, by, rows=rows, shifted=next_one, fill=zero, dim=dim)
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
             return None
         if per in ("token", "position"):
             return self._apply_to_tokens(values, shifted, fill, dim, per == "position")
         require(dim is None, f"dim is for tokens; {per}s are always the first dimension")
-        _, total = self._kept(per)
-        ranges = self.kept_row_ranges([1] * total if rows is None else rows, per)
-        expected = total if rows is None else sum(as_counts(rows, "rows"))
         found = kinds.length(values, "values")
-        require(
-            found == expected,
-            f"values have {found} entries, but the {total} {per}s have {expected} rows",
-        )
+        rows = [1] * found if rows is None else as_ids(rows, "rows")
+        ranges, expected = self.kept_row_ranges(rows, per), sum(rows)
+        require(found == expected, f"values have {found} entries, but {per}s {expected} rows")
         return kinds.take_spans(values, ranges) if ranges else None
 
-    def _dim_of_tokens(self, shape, dim: int | None) -> int:
-        """Where the tokens are: where that was said, else where the row has them."""
-        total = self._starts[-1]
-        if dim is None:
-            dim = int(len(shape) > 1 and shape[0] == 1)
-            if total == 1:  # [1, 1] is what the ids are
-                dim = dim and int(getattr(self.output_ids, "ndim", 1) == 2)
-        dim, size = as_int(dim, "dim"), len(shape)
-        require(-size <= dim < size, f"dim is {dim}, but values have {size} dimensions")
-        found = shape[dim]
-        require(found == total, f"values have {found} entries, but the row has {total} tokens")
-        return dim % size
-
     def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None, positions: bool):
-        ints, shape = None, getattr(values, "shape", None)
-        if shape is None or not len(shape):
-            kinds.length(values, "values")
-            ints, given = kinds.holds_ints(values), type(values)
+        kinds.length(values, "values")
+        given, ints = values, kinds.holds_ints(values)
+        if isinstance(values, (list, tuple)):
             values = np.fromiter(values, dtype=object, count=len(values))
-        dim = self._dim_of_tokens(values.shape, dim)
-        ints = kinds.holds_ints(values) if ints is None else ints
-        cut = kinds.take(values, self.keep_positions, dim)
-        if positions or (dim > 0 and values.shape[0] == 3 and ints):
+        shape, total = values.shape, self._starts[-1]
+        if dim is None:  # of [1, 1] the first, unless that is what the ids are
+            dim = int(len(shape) > 1 and shape[0] == 1)
+            dim = dim if total != 1 or getattr(self.output_ids, "ndim", 1) == 2 else 0
+        fits = -len(shape) <= as_int(dim, "dim") < len(shape)
+        require(fits, f"dim is {dim}, but values have {len(shape)} dimensions")
+        found, dim = shape[dim], dim % len(shape)
+        require(found == total, f"values have {found} entries, but the row has {total} tokens")
+        before = (slice(None),) * dim
+        cut = values[(*before, self.keep_positions)]
+        if positions or (dim > 0 and shape[0] == 3 and ints):
             require(ints, "position ids are no ints; pass them as the processor gave them")
             offsets = self._offsets(values, dim)
-            require(
-                positions or shifted or not any(offsets),
-                "values look like position ids of M-RoPE, which would keep an offset where tokens "
-                'were removed; pass per="position", or move the tokens to dimension 0',
-            )
+            message = "values look like position ids of M-RoPE, which would keep an offset where "
+            message += 'tokens were removed; pass per="position", or move the tokens to dimension 0'
+            require(positions or shifted or not any(offsets), message)
             if positions:
                 cut = cut - like(cut.reshape(-1), offsets).reshape(-1, *[1] * (cut.ndim - dim - 1))
         if shifted and self._holes and not positions:
-            signed = ints and "uint" not in str(values.dtype)
-            require(
-                fill is not None or signed,
-                "values are no signed ints, so they are no labels; pass fill=0",
-            )
+            known = fill is not None or (ints and "uint" not in str(values.dtype))
+            require(known, "values are no signed ints, so they are no labels; pass fill=0")
             fill = IGNORE_INDEX if fill is None else fill
             kinds.check_fits([fill], values.dtype)
-            cut = cut.clone() if hasattr(cut, "clone") else cut.copy()  # may be a view of the input
-            cut[(slice(None),) * dim + (self._holes,)] = fill
-        return given(cut.tolist()) if shape is None else cut
+            cut[(*before, self._holes)] = fill
+        return type(given)(cut.tolist()) if isinstance(given, (list, tuple)) else cut
 
     def _offsets(self, values, dim: int) -> list[int]:
         """By how much each position that stays moves forward, from all that was removed before."""
         if not self.keep_positions:
             return []
         rows = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)
-        at = np.moveaxis(rows, dim, -1).reshape(-1, self._starts[-1]).min(axis=0)
-        kept, offsets = np.array(self.keep_positions), []
+        at = np.moveaxis(rows, dim, 0).reshape(self._starts[-1], -1).min(axis=1)
+        kept, offsets = np.array(self.keep_positions, dtype=np.int64), []
         for start, stop in pairwise(self._starts):
             mine = kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)]
             if len(mine):
-                expected = np.concatenate(([start], mine[:-1] + 1))
-                moved = np.cumsum(at[mine] - at[expected])
+                moved = np.cumsum(at[mine] - at[np.concatenate(([start], mine[:-1] + 1))])
                 offsets += (moved + (at[mine] - moved).min()).tolist()
         return offsets
-
-    def _kept(self, per: str) -> tuple[list[int], int]:
-        require(per in _KINDS, f"per is {per!r}, expected 'token', 'position', 'image' or 'video'")
-        kept, dropped = getattr(self, f"kept_{per}s"), getattr(self, f"dropped_{per}s")
-        return kept, len(kept) + len(dropped)
 
 
 def truncate(
@@ -238,24 +205,23 @@ def truncate(
             placeholders stand in several runs the list of its runs (runs that adjoin are one). For
             a packed row flat ints, or one list per sequence: there a list is always a sequence's,
             and runs are one level deeper, ``[[[2, 2]], [[2, 2]]]``.
-        max_length: how many tokens may stay. For a packed row an int is the length of the whole
-            row; a list cuts each sequence to its own length.
+        max_length: how many tokens may stay, of the whole row; a list cuts each sequence of a
+            packed row to its own length.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
         family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
         tokens_per_video: the same as ``tokens_per_image``; a video of several runs stays or goes
             whole, with the timestamps between its outer markers.
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
-        image_token_id, **overrides: what to use instead of what the family says:
-            ``image_token_id``, ``video_token_id``, ``vision_start_id``, ``vision_end_id``,
-            ``video_start_id``, ``video_end_id``, ``break_token_ids``, ``drop_dangling``; or
-            ``mm_token_type_ids`` ``[T]`` instead of both placeholders, 1 for images, 2 for videos.
+        image_token_id, **overrides: instead of what the family says, ``image_token_id``,
+            ``video_token_id``, ``vision_start_id``, ``vision_end_id``, ``video_start_id``,
+            ``video_end_id``, ``break_token_ids``, ``drop_dangling``; or ``mm_token_type_ids``
+            ``[T]`` instead of both placeholders, 1 for images, 2 for videos.
 
     Returns:
         A ``Truncation``; its row is at most ``max_length`` long.
 
     Raises:
-        PlaceholderMismatch: the whole row does not have the placeholders that ``tokens_per_image``
-            says, in number or in order.
+        PlaceholderMismatch: the row does not have these placeholders, in number or in order.
         PackingError: an argument makes no sense, a marker or break token is a placeholder, or
             markers stand around placeholders of which nothing was said.
 
@@ -268,11 +234,9 @@ def truncate(
     row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=True)
     for stream in streams:
-        if len(stream.positions) != stream.starts[-1]:
-            raise stream._mismatch()
-        stream.align(row.only_breaks, row.starts[stream.seq : stream.seq + 2], None)
-    sides = _per_seq(side, row, ("left", "right"))
-    return row.result(input_ids, cu_seqlens, streams, _windows(row, max_length, sides))
+        stream.align(row, None, whole=True)
+    windows = _windows(row, max_length, _sides(side, row, ("left", "right")))
+    return row.result(input_ids, cu_seqlens, streams, windows)
 
 
 def reconcile(
@@ -298,13 +262,10 @@ def reconcile(
             a packed row one list per sequence.
         side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
             For a packed row also one per sequence.
-        family, tokens_per_video: as for ``truncate``.
         cu_seqlens: ``[B + 1]``, boundaries of what is left of a packed row.
-        image_token_id, **overrides: as for ``truncate``, and ``pad_token_id``: padding at either
-            end of a sequence is not its edge, so give it where a row was padded after the cut.
-
-    Returns:
-        A ``Truncation``.
+        image_token_id, family, tokens_per_video, **overrides: as for ``truncate``, and
+            ``pad_token_id``: padding at either end of a sequence is not its edge, so give it where
+            a row was padded after the cut.
 
     Raises:
         PlaceholderMismatch: no window fits; the images are others, or in another order.
@@ -320,9 +281,9 @@ def reconcile(
     """
     row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
     streams = row.streams(tokens_per_image, tokens_per_video, whole=False)
-    sides = _per_seq(side, row, ("left", "right", None))
+    sides = _sides(side, row, ("left", "right", None))
     for stream in streams:
-        stream.align(row.only_breaks, row.bounds(stream.seq), sides[stream.seq])
+        stream.align(row, sides[stream.seq])
     return row.result(input_ids, cu_seqlens, streams, None)
 
 
@@ -345,6 +306,11 @@ class _Stream:
     def __post_init__(self):
         self.starts = [0, *accumulate(sum(runs) for runs in self.items)]
 
+    @property
+    def last(self) -> int:
+        """The number behind that of the last placeholder left."""
+        return self.first + len(self.positions)
+
     def survivors(self, first: int, count: int) -> tuple[int, int]:
         """The images ``[i, j)`` that lie wholly in the window of ``count`` from ``first``."""
         i, j = bisect_left(self.starts, first), bisect_right(self.starts, first + count) - 1
@@ -358,35 +324,33 @@ class _Stream:
     @property
     def cut(self) -> tuple[bool, bool]:
         """Whether placeholders are, or may be, missing on the left and on the right."""
-        missing = self.starts[-1] - self.first - len(self.positions)
-        return self.unsure or self.first > 0, self.unsure or missing > 0
+        return self.unsure or self.first > 0, self.unsure or self.last < self.starts[-1]
 
     @property
     def next_lost(self) -> list[int]:
         """The runs of the image behind the last one that the row has whole, or of the last."""
-        after = bisect_right(self.starts, self.first + len(self.positions)) - 1
+        after = bisect_right(self.starts, self.last) - 1
         return self.items[min(after, len(self.items) - 1)]
 
-    def align(self, only_breaks: Callable, bounds: Sequence[int], side: str | None) -> None:
+    def align(self, row: "_Row", side: str | None, whole: bool = False) -> None:
         """Find the number of the first placeholder left, from what the row says of boundaries."""
-        positions, left, last = self.positions, len(self.positions), self.starts[-1]
-        if left > last:
-            raise self._mismatch()
+        positions, left, total = self.positions, len(self.positions), self.starts[-1]
+        if left > total or (whole and left < total):
+            raise self._mismatch("; pass the images of this row, all of them")
         gaps = [k for k in range(1, left) if positions[k] - positions[k - 1] > 1]
-        breaks = [k for k in gaps if not only_breaks(positions[k - 1] + 1, positions[k])]
-        if left:
-            breaks += [0] * (not only_breaks(bounds[0], positions[0]))
-            breaks += [left] * (not only_breaks(positions[-1] + 1, bounds[1]))
+        start, stop = row.bounds(self.seq)
+        ends = [start - 1, *positions, stop]  # a break before the first and behind the last, too
+        asked = (0, *gaps, left) if left else ()
+        breaks = [k for k in asked if not row.only_breaks(ends[k] + 1, ends[k + 1])]
         edges, apart = {0, *accumulate(run for runs in self.items for run in runs)}, set(gaps)
         inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
 
         def fits(first: int) -> bool:
-            low, high = bisect_right(inner, first), bisect_left(inner, first + left)
-            return all(first + k in edges for k in breaks) and all(
-                inner[i] - first in apart for i in range(low, high)
-            )
+            between = inner[bisect_right(inner, first) : bisect_left(inner, first + left)]
+            at_edges = all(first + k in edges for k in breaks)
+            return at_edges and all(edge - first in apart for edge in between)
 
-        candidates = range(last - left + 1)
+        candidates = range(total - left + 1)
         if side is not None or not left:
             candidates = candidates[-1:] if side == "left" else candidates[:1]
         keepers, others = [], []
@@ -396,31 +360,24 @@ class _Stream:
             if len(keepers) == _MAX_CANDIDATES:
                 break
         if not keepers and not others:
-            raise self._mismatch(gaps, side)
+            runs = [stop - start for start, stop in pairwise([0, *gaps, left])]
+            cut = f" after a cut on the {side}" if side else ""
+            why = f", and runs of {shorten(runs)} are no part of them{cut}; check the images, their "
+            why += "order and the side; give an image in several runs as the list of its runs, or "
+            raise self._mismatch(f"{why}say break_token_ids")
         # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
         if keepers and len(keepers) + len(others) > 1:
             raise self._ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
         self.first = (keepers or others)[0]
-        self.unsure = side is None and last > 0 and (not left or len(others) > 1)
+        self.unsure = side is None and total > 0 and (not left or len(others) > 1)
 
-    def _mismatch(self, gaps=None, side=None) -> PlaceholderMismatch:
+    def _mismatch(self, why: str) -> PlaceholderMismatch:
         """The error for placeholders that cannot come from these images."""
         found, total = len(self.positions), self.starts[-1]
-        message = (
-            f"sequence {self.seq}: {found} {self.kind} placeholders ({self.token}), but "
-            f"tokens_per_{self.kind} {shorten([sum(i) for i in self.items])} adds up to {total}"
-        )
-        if gaps is None:
-            message += "; pass the images of this row, all of them"
-        else:
-            runs = [stop - start for start, stop in pairwise([0, *gaps, found])]
-            message += (
-                f", and runs of {shorten(runs)} are no part of them"
-                f"{f' after a cut on the {side}' if side else ''}; check which images belong to "
-                f"this row, their order and the side; give one that stands in several runs as the "
-                f"list of its runs, or say break_token_ids"
-            )
-        return PlaceholderMismatch(actual=total, expected=found, message=message)
+        given = f"tokens_per_{self.kind} {shorten([sum(runs) for runs in self.items])}"
+        message = f"sequence {self.seq}: {found} {self.kind} placeholders ({self.token}), but {given}"
+        message += f" adds up to {total}{why}"
+        return PlaceholderMismatch(message, actual=total, expected=found)
 
     def _ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
         """The error for a row that several sets of images explain, with the first few of them."""
@@ -432,11 +389,9 @@ class _Stream:
             orphans = self.positions[:low] + self.positions[high:]
             found.append({f"kept_{self.kind}s": kept, "orphan_positions": orphans})
         sets = " or ".join(shorten(one[f"kept_{self.kind}s"]) for one in found)
-        error = AmbiguousTruncation(
-            f"sequence {self.seq}: what is left, {size} {self.kind} placeholders ({self.token}) of "
-            f"{self.starts[-1]}, could be of {self.kind}s {sets}; say which side was cut, or cut "
-            f"with truncate"
-        )
+        message = f"sequence {self.seq}: what is left, {size} {self.kind} placeholders of "
+        message += f"{self.starts[-1]} ({self.token}), could be of {self.kind}s {sets}; say which "
+        error = AmbiguousTruncation(f"{message}side was cut, or cut with truncate")
         error.candidates = found
         return error
 
@@ -461,68 +416,55 @@ class _Row:
         self.family = one = resolve(family, overrides)
         self.named = family is not None  # its family is known, so text inside a video is too
         self.ids = ids = as_ids(input_ids, "input_ids")
+        known = {one.image_token_id: "image", one.video_token_id: "video"}
         if types is None:
-            found = {"image": one.image_token_id, "video": one.video_token_id}
-            self.tokens = {
-                kind: f"id {token}" for kind, token in found.items() if token is not None
-            }
-            kind_of, kinds_by = {token: kind for kind, token in found.items()}, ids
-            require(
-                len(self.tokens) < 2 or len(kind_of) == 2,
-                f"image_token_id and video_token_id are both {one.image_token_id}; count their "
-                f"images and videos in tokens_per_image, in their order in the row",
-            )
+            same = one.image_token_id is not None and one.image_token_id == one.video_token_id
+            found = f"image_token_id and video_token_id are both {one.image_token_id}; count their "
+            require(not same, f"{found}images and videos together, in their order in the row")
+            self.tokens = {kind: f"id {id}" for id, kind in known.items() if id is not None}
+            types = ids
         else:
-            both = (overrides.get(f"{kind}_token_id") for kind in _KINDS)
-            require({*both} == {None}, "pass image_token_id=None where mm_token_type_ids are given")
-            kinds_by, kind_of = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}
-            self.tokens = {"image": "type 1", "video": "type 2"}
-            require(
-                len(kinds_by) == len(ids),
-                f"mm_token_type_ids has {len(kinds_by)} entries, but the row {len(ids)} tokens",
-            )
-        self.kinds = [kind_of.get(what) for what in kinds_by]
-        bounds = [0, len(ids)] if cu_seqlens is None else kinds.as_boundaries(cu_seqlens, len(ids))
+            told = {overrides.get("image_token_id"), overrides.get("video_token_id")}
+            require(told == {None}, "pass image_token_id=None where mm_token_type_ids are given")
+            types, known = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}
+            found = f"mm_token_type_ids has {len(types)} entries, but the row {len(ids)} tokens"
+            require(len(types) == len(ids), found)
+            self.tokens = {kind: f"type {number}" for number, kind in known.items()}
+        self.kinds = [known.get(what) for what in types]
+        placeholders = {token for token, kind in zip(ids, self.kinds, strict=True) if kind}
+        placeholders |= {*known} - {None} if types is ids else set()
+        bounds = kinds.as_boundaries(cu_seqlens, len(ids))
         self.starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
 
         begin, end = one.vision_start_id, one.vision_end_id
-        outer = begin if one.video_start_id is None else one.video_start_id
-        outer = outer, end if one.video_end_id is None else one.video_end_id
-        placeholders = {token for token, kind in zip(ids, self.kinds, strict=True) if kind}
-        placeholders |= set(found.values()) - {None} if types is None else set()
-        for name, tokens in (
-            ("break_token_ids", one.break_token_ids),
-            ("vision_start_id", (begin, outer[0])),
-            ("vision_end_id", (end, outer[1])),
-            ("pad_token_id", (one.pad_token_id,)),
-        ):
+        first = begin if one.video_start_id is None else one.video_start_id
+        last = end if one.video_end_id is None else one.video_end_id
+        others = {"vision_start_id": (begin, first), "vision_end_id": (end, last)}
+        others |= {"break_token_ids": one.break_token_ids, "pad_token_id": (one.pad_token_id,)}
+        for name, tokens in others.items():
             both = placeholders.intersection(tokens)
             require(not both, f"{name}: {min(both, default=None)} is a placeholder")
-        letters = {outer[0]: "<", outer[1]: ">", begin: "(", end: "|" if begin == end else ")"}
+        letters = {first: "<", last: ">", begin: "(", end: "|" if begin == end else ")"}
         letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "."}
         marked = zip(ids, self.kinds, strict=True)
         self.letters = ["p" if kind else letters.get(token, ".") for token, kind in marked]
         # A whole video, from one outer marker, or the edge of the row, to the other; the outer
         # markers may be those around its frames.
-        first, last = ("(?!)" if m is None else re.escape(letters[m]) for m in outer)
-        self.clips = re.compile(rf"(?P<open>{first}|^)[.b]*(?P<clip>v[v.b]*)?(?P<close>{last}|$)")
+        opens, closes = ("(?!)" if m is None else re.escape(letters[m]) for m in (first, last))
+        self.clips = re.compile(rf"(?P<open>{opens}|^)[.b]*(?P<clip>v[v.b]*)?(?P<close>{closes}|$)")
         if one.drop_dangling and "video" not in self.tokens and None not in (begin, end):
             self._refuse_unknown_media(begin, end)
 
     def _refuse_unknown_media(self, begin: int, end: int) -> None:
         """Markers around one token, repeated, mark an image or video of which nothing was said."""
-        ids, size = self.ids, len(self.ids)
-        for start in (p + 1 for p, token in enumerate(ids) if token == begin):
-            stop = start
-            while stop < size and ids[stop] == ids[start] and self.letters[stop] == ".":
-                stop += 1
-            require(
-                stop - start < 2 or stop == size or ids[stop] != end,
-                f"position {start - 1}: markers stand around {stop - start} tokens of id "
-                f"{ids[start] if start < size else None}, which is no image_token_id; a video "
-                f"needs video_token_id and tokens_per_video, or its family",
-            )
+        runs, position = [(token, len([*same])) for token, same in groupby(self.ids)], 0
+        for (left, size), (token, times), (right, _) in zip(runs, runs[1:], runs[2:], strict=False):
+            position += size
+            known = (left, right) != (begin, end) or times < 2 or self.letters[position] != "."
+            message = f"position {position - 1}: markers stand around {times} tokens of id {token}, "
+            message += "which is no image_token_id; a video needs video_token_id and "
+            require(known, f"{message}tokens_per_video, or its family")
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
@@ -541,16 +483,14 @@ class _Row:
         """One stream for each modality of each sequence."""
         streams = []
         for kind, spec in zip(_KINDS, (tokens_per_image, tokens_per_video), strict=True):
-            positions = [
-                [p for p in range(start, stop) if self.kinds[p] == kind]
-                for start, stop in pairwise(self.starts)
-            ]
-            token, tail = self.tokens.get(kind, ""), sum(map(len, positions[self.num_seqs :]))
-            if tail:
+            token, first = self.tokens.get(kind, ""), 0
+            spans = (range(start, stop) for start, stop in pairwise(self.starts))
+            positions = [[p for p in span if self.kinds[p] == kind] for span in spans]
+            if tail := sum(map(len, positions[self.num_seqs :])):
                 message = f"{tail} {kind} placeholders ({token}) lie past the last boundary at "
                 message += f"{self.starts[self.num_seqs]}, in no sequence"
-                raise PlaceholderMismatch(actual=0, expected=tail, message=message)
-            counts, first = [*map(len, positions[: self.num_seqs])], 0
+                raise PlaceholderMismatch(message, actual=0, expected=tail)
+            counts = [len(mine) for mine in positions[: self.num_seqs]]
             for seq, items in enumerate(self._items(spec, kind, counts, whole)):
                 streams.append(_Stream(seq, kind, token, first, items, positions[seq]))
                 first += len(items)
@@ -560,26 +500,18 @@ class _Row:
         """The runs of every image of every sequence."""
         where, num_seqs = f"tokens_per_{kind}", len(counts)
         entries = [] if spec is None else as_list(spec, where)
-        require(
-            not entries or kind in self.tokens,
-            f"{where} is given, but no {kind}_token_id to find them by; a family that writes its "
-            f"videos with the image's needs mm_token_type_ids",
-        )
+        message = f"{where} is given, but no {kind}_token_id to find them by; where that is the "
+        require(not entries or kind in self.tokens, f"{message}image's, give mm_token_type_ids")
         if not self.packed:
             return [_as_items(entries, where)]
         if any(e is None or kinds.nested(e) for e in entries) or (entries and not counts):
-            require(
-                len(entries) == num_seqs,
-                f"{where} has {len(entries)} entries, but the row has {num_seqs} sequences",
-            )
+            message = f"{where} has {len(entries)} entries, but the row has {num_seqs} sequences"
+            require(len(entries) == num_seqs, message)
             named = (([] if e is None else e, f"{where}[{seq}]") for seq, e in enumerate(entries))
             return [_as_items(*one) for one in named]
         items, split = _as_items(entries, where), [[] for _ in counts]
-        require(
-            not items or num_seqs == 1 or whole,
-            f"{where} is one list for {num_seqs} sequences, and what was cut off does not say "
-            f"whose images they were; pass one list per sequence",
-        )
+        message = f"{where} is one list for {num_seqs} sequences, and a cut row does not say whose "
+        require(not items or num_seqs == 1 or whole, f"{message}they were; pass one list per sequence")
         seq = 0
         for item in items:  # one too many, or a sequence that it does not fit, is said by align
             while seq < num_seqs - 1 and counts[seq] <= 0:
@@ -596,23 +528,23 @@ class _Row:
         for stream in streams:
             low, high = (bisect_left(stream.positions, edge) for edge in seen[stream.seq])
             i, j = stream.survivors(stream.first + low, high - low)
-            for item in range(len(stream.items)):
-                (kept if i <= item < j else dropped)[stream.kind].append(stream.first_item + item)
-            for item in (*range(i), *range(j, len(stream.items))):
-                lost.setdefault(stream.seq, []).append((stream, item))
-                clip = stream.kind == "video" or len(stream.items[item]) > 1
-                for position in stream.of(item):
-                    self.letters[position] = "v" if clip else "l"
+            for item, runs in enumerate(stream.items):
+                stays = i <= item < j
+                (kept if stays else dropped)[stream.kind].append(stream.first_item + item)
+                if not stays:
+                    lost.setdefault(stream.seq, []).append((stream, item))
+                    for position in stream.of(item):
+                        clip = stream.kind == "video" or len(runs) > 1
+                        self.letters[position] = "v" if clip else "l"
         state = bytearray(len(self.ids))  # _CUT
         for start, stop in seen:
             state[start:stop] = bytes([_KEPT]) * (stop - start)
         for seq, items in lost.items():
             at_edges = [s for s in streams if s.seq == seq] if windows is None else []
-            for start, stop in self._gone(seq, items, at_edges):
-                for position in range(start, stop):
-                    orphan = self.letters[position] in "lvb"
-                    if state[position] == _KEPT and (orphan or self.family.drop_dangling):
-                        state[position] = _ORPHAN if orphan else _DANGLING
+            for position in self._gone(seq, items, at_edges):
+                orphan = self.letters[position] in "lvb"
+                if state[position] == _KEPT and (orphan or self.family.drop_dangling):
+                    state[position] = _ORPHAN if orphan else _DANGLING
 
         lengths = [state.count(_KEPT, start, stop) for start, stop in pairwise(self.starts)]
         keep = [position for position, what in enumerate(state) if what == _KEPT]
@@ -634,8 +566,8 @@ class _Row:
             _holes=[n for n, p in enumerate(keep) if p not in ends and state[p + 1] != _KEPT],
         )
 
-    def _gone(self, seq: int, items, at_edges: list[_Stream]) -> Iterator[tuple[int, int]]:
-        """Spans of all that belongs to the lost images and videos of a sequence.
+    def _gone(self, seq: int, items, at_edges: list[_Stream]) -> Iterator[int]:
+        """The positions of all that belongs to the lost images and videos of a sequence.
 
         ``at_edges`` are its streams where the row is what somebody else's cut has left: then an
         image may be known by its last marker alone, and a video reach to the edge of the row.
@@ -645,17 +577,15 @@ class _Row:
         chunks = [m.span() for m in _CHUNKS.finditer(row) if m["lost"]]
         rest = _CHUNKS.sub(lambda m: "xv"[bool(m["lost"]) and "v" in m[0]] * len(m[0]), row)
         spans, size = [*chunks], len(row)
-        if self.named:  # then the text between two runs is known to be a label
-            for stream, item in items:
-                mine = [position - start for position in stream.of(item)]
-                if mine and (not stream.unsure or len(stream.items) == 1):
-                    edges = (chunks[bisect_left(chunks, (p + 1,)) - 1] for p in (mine[0], mine[-1]))
-                    (low, _), (_, high) = edges
-                    if at_edges and len(stream.items[item]) > 1 and not stream.unsure:
-                        low = 0 if stream.starts[item] < stream.first else low
-                        end = stream.first + len(stream.positions)
-                        high = size if stream.starts[item + 1] > end else high
-                    spans.append((low, high))
+        for stream, item in items if self.named else ():  # then text between two runs is a label
+            mine = [position - start for position in stream.of(item)]
+            if mine and (not stream.unsure or len(stream.items) == 1):
+                edges = (chunks[bisect_left(chunks, (p + 1,)) - 1] for p in (mine[0], mine[-1]))
+                (low, _), (_, high) = edges
+                if at_edges and len(stream.items[item]) > 1 and not stream.unsure:
+                    low = 0 if stream.starts[item] < stream.first else low
+                    high = size if stream.starts[item + 1] > stream.last else high
+                spans.append((low, high))
 
         # What a cut has left, at an edge, of images and videos without any of their placeholders.
         cut = [any(stream.cut[side] for stream in at_edges) for side in (0, 1)]
@@ -678,7 +608,7 @@ class _Row:
                 spans.append((low + m.start(), low + m.end()))
             elif m["clip"] and own and not opens and cut[0]:  # its last marker alone was cut off
                 spans.append((low + m.start(), low + m.start("clip") + m["clip"].rindex("v") + 1))
-        return ((start + low, start + high) for low, high in spans)
+        return (start + position for low, high in spans for position in range(low, high))
 
 
 def _as_items(entries, where: str) -> list[list[int]]:
@@ -687,10 +617,9 @@ def _as_items(entries, where: str) -> list[list[int]]:
     for i, entry in enumerate(as_list(entries, where)):
         name = f"{where}[{i}]"
         items.append(as_ids(entry, name) if kinds.nested(entry) else [as_int(entry, name)])
-        require(
-            items[-1] and min(items[-1]) > 0,
-            f"{name} is {entry}, expected at least 1; leave out an image that has no placeholders",
-        )
+        fits = items[-1] and min(items[-1]) > 0
+        expected = "expected at least 1; leave out an image that has no placeholders"
+        require(fits, f"{name} is {entry}, {expected}")
     return items
 
 
@@ -702,28 +631,21 @@ def _windows(row: _Row, max_length, sides: list) -> list[tuple[int, int]]:
         first = 0 if sides[0] == "right" else len(row.ids) - limit
         last = first + limit
         return [(min(max(first, a), last), max(min(last, b), first)) for a, b in seqs]
-    limits = as_counts(max_length, "max_length")
-    require(
-        len(limits) == row.num_seqs,
-        f"max_length has {len(limits)} entries for {row.num_seqs} sequences",
-    )
-    cuts = zip(seqs, limits, sides, strict=False)
-    return [(a, min(a + n, b)) if s == "right" else (max(a, b - n), b) for (a, b), n, s in cuts] + (
-        seqs[row.num_seqs :]
-    )
+    limits = as_ids(max_length, "max_length", minimum=0)
+    message = f"max_length has {len(limits)} entries for {row.num_seqs} sequences"
+    require(len(limits) == row.num_seqs, message)
+    cuts = zip(seqs, limits, sides, strict=False)  # not of the tail
+    cut = [(a, min(a + n, b)) if s == "right" else (max(a, b - n), b) for (a, b), n, s in cuts]
+    return cut + seqs[row.num_seqs :]
 
 
-def _per_seq(side, row: _Row, known: tuple) -> list:
+def _sides(side, row: _Row, known: tuple) -> list:
     """The side that was cut off, one for each sequence."""
     one = side is None or isinstance(side, str)
     sides = [side] * max(row.num_seqs, 1) if one else as_list(side, "side")
-    require(
-        len(sides) == row.num_seqs or one,
-        f"side has {len(sides)} entries for {row.num_seqs} sequences",
-    )
+    message = f"side has {len(sides)} entries for {row.num_seqs} sequences"
+    require(one or len(sides) == row.num_seqs, message)
     for each in sides:
-        require(
-            (each is None or isinstance(each, str)) and each in known,
-            f"side is {each!r}, expected 'left' or 'right', the side that is cut off",
-        )
+        fits = (each is None or isinstance(each, str)) and each in known
+        require(fits, f"side is {each!r}, expected 'left' or 'right', the side that is cut off")
     return sides
