@@ -2,16 +2,17 @@
 
 They follow the processors in float arithmetic too: one rounding more or less is another number of
 placeholders. The keyword arguments of a rule are the settings of the family's processor, by its own
-names: each is declared here only, with its default and, in its annotation, with what reads it.
+names: each is declared here only, with its default, and is read by its annotation: an int is at
+least 0, a float positive, a bool neither a string nor an array.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from inspect import Parameter, Signature, signature
 from numbers import Real
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
 from .kinds import as_flag, as_int, require
 
@@ -21,28 +22,6 @@ GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
 # dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
-
-as_positive = partial(as_int, minimum=1)
-
-
-def as_ratio(value: Any, name: str) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    require(number and value > 0, f"{name} is {value!r}, expected a positive number")
-    return value
-
-
-def as_sides(value: Any, name: str) -> tuple[int, int]:
-    """``(height, width)`` of a setting that is an int or has both by name."""
-    if not isinstance(value, Mapping):
-        return (as_positive(value, name),) * 2
-    both = {"height", "width"} <= set(value)
-    require(both, f"{name} is {dict(value)}, expected an int or height and width")
-    height, width = (as_positive(value[side], f"{name}: {side}") for side in ("height", "width"))
-    return height, width
-
-
-Positive, OrZero = Annotated[int, as_positive], Annotated[int, partial(as_int, minimum=0)]
-Flag, Ratio, Sides = Annotated[bool, as_flag], Annotated[float, as_ratio], Annotated[Any, as_sides]
 
 
 @lru_cache
@@ -60,44 +39,58 @@ def settings_of(rule: Callable, num_sizes: int) -> dict[str, Parameter] | None:
 
 def apply_rule(rule: Callable, size: tuple[int, ...], settings: Mapping[str, Any]) -> Any:
     """What the rule says of this size, its settings read and checked first."""
-    declared, read = settings_of(rule, len(size)), dict(settings)
+    declared = settings_of(rule, len(size))
     if declared is None:
         return rule(*size, settings)
-    for name in read:
-        annotation = declared[name].annotation
-        if annotation in (Positive, OrZero, Flag, Ratio, Sides):
-            read[name] = annotation.__metadata__[0](read[name], name)
-    return rule(*size, **read)
+    return rule(*size, **{name: _read(declared[name], value) for name, value in settings.items()})
+
+
+def _read(setting: Parameter, value: Any) -> Any:
+    if setting.annotation is bool:
+        return as_flag(value, setting.name)
+    if setting.annotation is int:
+        return as_int(value, setting.name, minimum=min(0, setting.default))
+    if setting.annotation is float:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        fits = number and (value > 0 or setting.default <= 0)
+        require(fits, f"{setting.name} is {value!r}, expected a positive number")
+    return value
+
+
+def _area(side: Any, name: str, unit: int = 1) -> int:
+    """Of a setting that is a side, or has height and width by name, in squares of ``unit``."""
+    both = side if isinstance(side, Mapping) else {"height": side, "width": side}
+    known = {"height", "width"} <= set(both)
+    require(known, f"{name} is {both}, expected an int or height and width")
+    height, width = (as_int(both[key], f"{name}: {key}", 1) for key in ("height", "width"))
+    return (height // unit) * (width // unit)
 
 
 def qwen_vl(
-    height: int, width: int, *, patch_size: Positive = 14, merge_size: Positive = 2,
-    min_pixels: Positive = 56 * 56, max_pixels: Positive = 28 * 28 * 1280,
+    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2,
+    min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280,
 ) -> int:  # fmt: skip
     """Both sides to multiples of a merged patch, then between min and max pixels."""
     return _smart_resize(height, width, patch_size * merge_size, min_pixels, max_pixels)
 
 
 def volume_video(
-    frames: int, height: int, width: int, *, patch_size: Positive = 16, merge_size: Positive = 2,
-    temporal_patch_size: Positive = 2, min_pixels: Positive = 128 * 32 * 32,
-    max_pixels: Positive = 768 * 32 * 32, cap_pixels_per_frame: Flag = False,
-    max_video_tokens: Positive = 768,
+    frames: int, height: int, width: int, *, patch_size: int = 16, merge_size: int = 2,
+    temporal_patch_size: int = 2, min_pixels: int = 128 * 32 * 32, max_pixels: int = 768 * 32 * 32,
+    cap_pixels_per_frame: bool = False, max_video_tokens: int = 768,
 ) -> int:  # fmt: skip
     """Qwen3 and GLM: all frames together between min and max pixels, or each under a cap."""
     unit = patch_size * merge_size
     if cap_pixels_per_frame:
         share = min(max_video_tokens * unit**2, max_pixels // frames)
         max_pixels = frames * max(share, int(min_pixels * 1.05))
-    limits = min_pixels, max_pixels
-    per_group = _smart_resize(height, width, unit, *limits, frames, temporal_patch_size)
-    return math.ceil(frames / temporal_patch_size) * per_group
+    resized = height, width, unit, min_pixels, max_pixels, frames, temporal_patch_size
+    return math.ceil(frames / temporal_patch_size) * _smart_resize(*resized)
 
 
 def glm_vl(
-    height: int, width: int, *, patch_size: Positive = 14, merge_size: Positive = 2,
-    temporal_patch_size: Positive = 2, min_pixels: Positive = 112 * 112,
-    max_pixels: Positive = 28 * 28 * 15000,
+    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2,
+    temporal_patch_size: int = 2, min_pixels: int = 112 * 112, max_pixels: int = 28 * 28 * 15000,
 ) -> int:  # fmt: skip
     """An image as a video of as many frames as are merged into one."""
     unit, frames = patch_size * merge_size, temporal_patch_size
@@ -128,8 +121,8 @@ def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> in
 
 
 def kimi_vl(
-    height: int, width: int, *, patch_size: Positive = 14, merge_size: Positive = 2,
-    max_patches: Positive = 16384, max_size_per_side: Positive = 512,
+    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2, max_patches: int = 16384,
+    max_size_per_side: int = 512,
 ) -> int:  # fmt: skip
     """Shrunk to a budget of patches and of patches a side, then padded to merged patches."""
     patches = max(1.0, height // patch_size) * max(1.0, width // patch_size)
@@ -142,9 +135,8 @@ def kimi_vl(
 
 
 def nemotron_omni(
-    height: int, width: int, *, patch_size: Positive = 16, downsample_ratio: Ratio = 0.5,
-    min_num_patches: Positive = 1024, max_num_patches: OrZero = 13312,
-    max_model_len: Positive = 16384,
+    height: int, width: int, *, patch_size: int = 16, downsample_ratio: float = 0.5,
+    min_num_patches: int = 1024, max_num_patches: int = 13312, max_model_len: int = 16384,
 ) -> int:  # fmt: skip
     """RADIO's dynamic resolution: the image's own grid, scaled between two numbers of patches."""
     merge = round(1 / downsample_ratio)
@@ -165,9 +157,9 @@ def nemotron_omni(
 
 
 def nemotron_video(
-    frames: int, height: int, width: int, *, downsample_ratio: Ratio = 0.5,
-    video_target_num_patches: Positive = 1024, video_maintain_aspect_ratio: Flag = True,
-    video_temporal_patch_dim: Positive = 2,
+    frames: int, height: int, width: int, *, downsample_ratio: float = 0.5,
+    video_target_num_patches: int = 1024, video_maintain_aspect_ratio: bool = True,
+    video_temporal_patch_dim: int = 2,
 ) -> int:  # fmt: skip
     """One tile of about so many patches for every few frames."""
     merge, target = round(1 / downsample_ratio), video_target_num_patches
@@ -182,8 +174,8 @@ def nemotron_video(
 
 
 def gemma4(
-    height: int, width: int, *, patch_size: Positive = 16, pooling_kernel_size: Positive = 3,
-    max_soft_tokens: Positive = 280,
+    height: int, width: int, *, patch_size: int = 16, pooling_kernel_size: int = 3,
+    max_soft_tokens: int = 280,
 ) -> int:  # fmt: skip
     """The largest grid of pooled patches that keeps the aspect ratio and fits the budget."""
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
@@ -202,9 +194,9 @@ def gemma4(
 
 
 def gemma3(
-    height: int, width: int, *, image_seq_length: Positive = 256, do_pan_and_scan: Flag = False,
-    pan_and_scan_min_crop_size: Positive = 256, pan_and_scan_max_num_crops: Positive = 4,
-    pan_and_scan_min_ratio_to_activate: Ratio = 1.2,
+    height: int, width: int, *, image_seq_length: int = 256, do_pan_and_scan: bool = False,
+    pan_and_scan_min_crop_size: int = 256, pan_and_scan_max_num_crops: int = 4,
+    pan_and_scan_min_ratio_to_activate: float = 1.2,
 ) -> int:  # fmt: skip
     """One sequence for the image, one more for each crop of pan and scan along its long side."""
     long, short = max(height, width), min(height, width)
@@ -219,40 +211,40 @@ def gemma3(
 
 
 def llava15(
-    height: int, width: int, *, crop_size: Sides = 336, patch_size: Positive = 14,
-    vision_feature_select_strategy: str = "default", num_additional_image_tokens: OrZero = 1,
+    height: int, width: int, *, crop_size: Any = 336, patch_size: int = 14,
+    vision_feature_select_strategy: str = "default", num_additional_image_tokens: int = 1,
 ) -> int:  # fmt: skip
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
-    grid = (crop_size[0] // patch_size) * (crop_size[1] // patch_size)
+    grid = _area(crop_size, "crop_size", patch_size)
     return grid + num_additional_image_tokens - dropped
 
 
 def llava_onevision_video(
-    frames: int, height: int, width: int, *, num_image_tokens: Positive = 729
-) -> int:
+    frames: int, height: int, width: int, *, num_image_tokens: int = 729,
+) -> int:  # fmt: skip
     """Every frame pooled 2 x 2, and one newline."""
     return frames * math.ceil(int(math.sqrt(num_image_tokens)) / 2) ** 2 + 1
 
 
 def internvl3(
-    height: int, width: int, *, image_seq_length: Positive = 256, crop_to_patches: Flag = True,
-    min_patches: Positive = 1, max_patches: Positive = 12, size: Sides = 448,
+    height: int, width: int, *, image_seq_length: int = 256, crop_to_patches: bool = True,
+    min_patches: int = 1, max_patches: int = 12, size: Any = 448,
 ) -> int:  # fmt: skip
     """Tiles of the best grid, and a thumbnail where there is more than one."""
     if not crop_to_patches or max_patches == 1:
         return image_seq_length
-    tiles = _closest_grid(height, width, min_patches, max_patches, size[0] * size[1])
+    tiles = _closest_grid(height, width, min_patches, max_patches, _area(size, "size"))
     return image_seq_length * (tiles + (tiles > 1))
 
 
 def megatron_llava(
-    height: int, width: int, *, img_h: Positive = 336, img_w: Positive = 336,
-    patch_dim: Positive = 14, vision_model_type: str = "clip", tokenizer_type: str | None = None,
-    disable_vision_class_token: Flag = False, class_token_len: OrZero = 1,
-    pixel_shuffle: Flag = False, use_tile_tags: Flag = False, use_tiling: Flag = True,
-    max_num_tiles: OrZero = 1, use_thumbnail: Flag = False,
-    use_area_weighted_aspect_ratio: Flag = False, dynamic_resolution: Flag = False,
+    height: int, width: int, *, img_h: int = 336, img_w: int = 336, patch_dim: int = 14,
+    vision_model_type: str = "clip", tokenizer_type: str | None = None,
+    disable_vision_class_token: bool = False, class_token_len: int = 1, pixel_shuffle: bool = False,
+    use_tile_tags: bool = False, use_tiling: bool = True, max_num_tiles: int = 1,
+    use_thumbnail: bool = False, use_area_weighted_aspect_ratio: bool = False,
+    dynamic_resolution: bool = False,
 ) -> int:  # fmt: skip
     """Rows of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic tiling.
 
@@ -306,7 +298,7 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
     """The rule of a video every few frames of which count as one image, with its settings."""
 
     def rule(
-        frames: int, height: int, width: int, *, temporal_patch_size: Positive = merged, **settings
+        frames: int, height: int, width: int, *, temporal_patch_size: int = merged, **settings
     ) -> int:
         return math.ceil(frames / temporal_patch_size) * image_rule(height, width, **settings)
 

@@ -54,8 +54,7 @@ def split_samples(
         >>> split_samples(batch, layout, [2, 0, 1], 2)[1]
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
-    given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
-    rows = _Rows(batch, layout or family, num_images, num_videos, given)
+    rows = _Rows(batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video)
     total, checked = rows.num_samples, []
     if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
@@ -75,20 +74,15 @@ def take_samples(
     layout: Mapping[str, str] | str | Family | None,
     num_images: Sequence[int] | None,
     order: Sequence[int],
-    *,
-    family: str | Family | None = None,
-    tiles_per_image: Sequence[int] | None = None,
-    num_videos: Sequence[int] | None = None,
-    frames_per_video: Sequence[int] | None = None,
+    **given: Any,
 ) -> dict[str, Any]:
     """Gather samples of a batch in any order, with repetition, and all their rows with them.
 
     Inside a sample the order of its images, and of their rows, stays as it is.
 
     Args:
+        batch, layout, num_images, **given: as for ``split_samples``, whose keywords these are.
         order: the samples to take, ``[N]``.
-        batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video: as for
-            ``split_samples``.
 
     Returns:
         A batch of ``N`` samples; a key that counts images is absent where they have none.
@@ -102,8 +96,7 @@ def take_samples(
         >>> take_samples(batch, layout, [2, 1], [1, 0, 1])
         {'input_ids': [[6], [5], [6]], 'pixel_values': ['c', 'a', 'b', 'c']}
     """
-    given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
-    rows = _Rows(batch, layout or family, num_images, num_videos, given)
+    rows = _Rows(batch, layout, num_images, **given)
     samples, last = as_ids(order, "order"), rows.num_samples - 1
     for i, sample in enumerate(samples):
         require(0 <= sample <= last, f"order[{i}] is {sample}, expected a sample from 0 to {last}")
@@ -113,33 +106,35 @@ def take_samples(
 class _Rows:
     """Where the rows of each sample begin in each tensor of a batch."""
 
-    def __init__(self, batch, layout, num_images, num_videos, given: Mapping[str, Any]):
+    def __init__(
+        self, batch, layout, num_images, family=None, tiles_per_image=None, num_videos=None,
+        frames_per_video=None,
+    ):  # fmt: skip
         found = type(batch).__name__
         require(hasattr(batch, "items"), f"batch is a {found}, expected tensors by name")
+        layout = family if layout is None else layout
         layout = get_family(layout).layout if isinstance(layout, (str, Family)) else layout
         found = type(layout).__name__
         require(isinstance(layout, Mapping), f"layout is a {found}, expected a dict or a family")
         self.batch = {key: value for key, value in batch.items() if value is not None}
-        self.words, self.given = {key: layout.get(key) for key in self.batch}, given
+        self.words = {key: layout.get(key) for key in self.batch}
+        self.given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
         for key, word in self.words.items():
             found = "is not in the layout" if word is None else f"is laid out by {word!r}"
-            expected = f"; say what its first dimension counts, one of {', '.join(LAYOUT_WORDS)}"
-            require(word in LAYOUT_WORDS, f"{key} {found}{expected}")
+            expected = f"expected what it counts, one of {', '.join(LAYOUT_WORDS)}"
+            require(word in LAYOUT_WORDS, f"{key} {found}, {expected}")
 
         both = {"image": num_images, "video": num_videos}
-        self.items = {
-            kind: as_ids(number, f"num_{kind}s", minimum=0)
-            for kind, number in both.items()
-            if number is not None
-        }
-        require(self.items, "num_images is None, expected the number of images of each sample")
+        both = {kind: as_ids(n, f"num_{kind}s", 0) for kind, n in both.items() if n is not None}
+        require(both, "num_images is None, expected the number of images of each sample")
         for key, word in self.words.items():
-            given = "video" in self.items or "video" not in word or not length(self.batch[key], key)
-            require(given, f"{key} counts videos; pass num_videos")
-        self.num_samples = len(next(iter(self.items.values())))
-        numbers = [self.items.setdefault(kind, [0] * self.num_samples) for kind in both]
-        found = f"num_images has {len(numbers[0])} entries and num_videos {len(numbers[1])}"
-        require(len(numbers[0]) == len(numbers[1]), f"{found}; both have one for each sample")
+            told = "video" in both or "video" not in word or not length(self.batch[key], key)
+            require(told, f"{key} counts videos; pass num_videos")
+        self.num_samples = len(next(iter(both.values())))
+        self.items = {kind: both.get(kind, [0] * self.num_samples) for kind in ("image", "video")}
+        images, videos = (len(numbers) for numbers in self.items.values())
+        found = f"num_images has {images} entries and num_videos {videos}"
+        require(images == videos, f"{found}; both have one for each sample")
         self.starts = {word: [0, *accumulate(self._count(word))] for word in self.words.values()}
         for key, word in self.words.items():
             found, expected = length(self.batch[key], key), self.starts[word][-1]
@@ -151,8 +146,7 @@ class _Rows:
         """The rows of these samples, in their order."""
         parts = {}
         for key, word in self.words.items():
-            starts = self.starts[word]
-            spans = [(starts[sample], starts[sample + 1]) for sample in samples]
+            spans = [self.starts[word][sample : sample + 2] for sample in samples]
             if word == "sample" or any(start < stop for start, stop in spans):
                 parts[key] = take_spans(self.batch[key], spans)
         return parts

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import AmbiguousTruncation, PlaceholderMismatch
+from ..errors import AmbiguousTruncation, PackingError, PlaceholderMismatch
 from . import kinds
 from .families import Family, resolve
 from .kinds import IGNORE_INDEX, as_flag, as_ids, as_int, as_list, like, require, shorten
@@ -306,11 +306,6 @@ class _Stream:
     def __post_init__(self):
         self.starts = [0, *accumulate(sum(runs) for runs in self.items)]
 
-    @property
-    def last(self) -> int:
-        """The number behind that of the last placeholder left."""
-        return self.first + len(self.positions)
-
     def survivors(self, first: int, count: int) -> tuple[int, int]:
         """The images ``[i, j)`` that lie wholly in the window of ``count`` from ``first``."""
         i, j = bisect_left(self.starts, first), bisect_right(self.starts, first + count) - 1
@@ -324,12 +319,13 @@ class _Stream:
     @property
     def cut(self) -> tuple[bool, bool]:
         """Whether placeholders are, or may be, missing on the left and on the right."""
-        return self.unsure or self.first > 0, self.unsure or self.last < self.starts[-1]
+        missing = self.starts[-1] - self.first - len(self.positions)
+        return self.unsure or self.first > 0, self.unsure or missing > 0
 
     @property
     def next_lost(self) -> list[int]:
         """The runs of the image behind the last one that the row has whole, or of the last."""
-        after = bisect_right(self.starts, self.last) - 1
+        after = bisect_right(self.starts, self.first + len(self.positions)) - 1
         return self.items[min(after, len(self.items) - 1)]
 
     def align(self, row: "_Row", side: str | None, whole: bool = False) -> None:
@@ -362,9 +358,9 @@ class _Stream:
         if not keepers and not others:
             runs = [stop - start for start, stop in pairwise([0, *gaps, left])]
             cut = f" after a cut on the {side}" if side else ""
-            why = f", and runs of {shorten(runs)} are no part of them{cut}; check the images, their "
-            why += "order and the side; give an image in several runs as the list of its runs, or "
-            raise self._mismatch(f"{why}say break_token_ids")
+            why = f", and runs of {shorten(runs)} are no part of them{cut}; check the images, the "
+            why += "side, break_token_ids, and that an image of several runs is a list of them"
+            raise self._mismatch(why)
         # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
         if keepers and len(keepers) + len(others) > 1:
             raise self._ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
@@ -374,10 +370,9 @@ class _Stream:
     def _mismatch(self, why: str) -> PlaceholderMismatch:
         """The error for placeholders that cannot come from these images."""
         found, total = len(self.positions), self.starts[-1]
-        given = f"tokens_per_{self.kind} {shorten([sum(runs) for runs in self.items])}"
-        message = f"sequence {self.seq}: {found} {self.kind} placeholders ({self.token}), but {given}"
-        message += f" adds up to {total}{why}"
-        return PlaceholderMismatch(message, actual=total, expected=found)
+        message = f"sequence {self.seq}: {found} {self.kind} placeholders ({self.token}), but "
+        message += f"tokens_per_{self.kind} {shorten([sum(runs) for runs in self.items])} adds up "
+        return PlaceholderMismatch(f"{message}to {total}{why}", actual=total, expected=found)
 
     def _ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
         """The error for a row that several sets of images explain, with the first few of them."""
@@ -461,19 +456,16 @@ class _Row:
         runs, position = [(token, len([*same])) for token, same in groupby(self.ids)], 0
         for (left, size), (token, times), (right, _) in zip(runs, runs[1:], runs[2:], strict=False):
             position += size
-            known = (left, right) != (begin, end) or times < 2 or self.letters[position] != "."
-            message = f"position {position - 1}: markers stand around {times} tokens of id {token}, "
-            message += "which is no image_token_id; a video needs video_token_id and "
-            require(known, f"{message}tokens_per_video, or its family")
+            if (left, right) == (begin, end) and times > 1 and self.letters[position] == ".":
+                found = f"position {position - 1}: markers stand around {times} tokens of id "
+                why = f"{token}, which is no image_token_id; a video needs video_token_id and "
+                raise PackingError(f"{found}{why}tokens_per_video, or its family")
 
     def bounds(self, seq: int) -> tuple[int, int]:
         """Where a sequence begins and ends, padding at its ends left out."""
-        (start, stop), pad = self.starts[seq : seq + 2], self.family.pad_token_id
-        while pad is not None and start < stop and self.ids[start] == pad:
-            start += 1
-        while pad is not None and start < stop and self.ids[stop - 1] == pad:
-            stop -= 1
-        return start, stop
+        start, stop = self.starts[seq : seq + 2]
+        real = [p for p in range(start, stop) if self.ids[p] != self.family.pad_token_id]
+        return (real[0], real[-1] + 1) if real else (stop, stop)
 
     def only_breaks(self, start: int, stop: int) -> bool:
         """Whether nothing but break tokens stands in ``[start, stop)``."""
@@ -510,8 +502,8 @@ class _Row:
             named = (([] if e is None else e, f"{where}[{seq}]") for seq, e in enumerate(entries))
             return [_as_items(*one) for one in named]
         items, split = _as_items(entries, where), [[] for _ in counts]
-        message = f"{where} is one list for {num_seqs} sequences, and a cut row does not say whose "
-        require(not items or num_seqs == 1 or whole, f"{message}they were; pass one list per sequence")
+        found = f"{where} is one list for {num_seqs} sequences, and a cut row does not say whose"
+        require(not items or num_seqs == 1 or whole, f"{found}; pass one list per sequence")
         seq = 0
         for item in items:  # one too many, or a sequence that it does not fit, is said by align
             while seq < num_seqs - 1 and counts[seq] <= 0:
@@ -583,8 +575,9 @@ class _Row:
                 edges = (chunks[bisect_left(chunks, (p + 1,)) - 1] for p in (mine[0], mine[-1]))
                 (low, _), (_, high) = edges
                 if at_edges and len(stream.items[item]) > 1 and not stream.unsure:
-                    low = 0 if stream.starts[item] < stream.first else low
-                    high = size if stream.starts[item + 1] > stream.last else high
+                    first, last = stream.starts[item : item + 2]
+                    low = 0 if first < stream.first else low
+                    high = size if last > stream.first + len(stream.positions) else high
                 spans.append((low, high))
 
         # What a cut has left, at an edge, of images and videos without any of their placeholders.
@@ -617,9 +610,8 @@ def _as_items(entries, where: str) -> list[list[int]]:
     for i, entry in enumerate(as_list(entries, where)):
         name = f"{where}[{i}]"
         items.append(as_ids(entry, name) if kinds.nested(entry) else [as_int(entry, name)])
-        fits = items[-1] and min(items[-1]) > 0
-        expected = "expected at least 1; leave out an image that has no placeholders"
-        require(fits, f"{name} is {entry}, {expected}")
+        fits = items[-1] and min(items[-1]) > 0  # an image without placeholders is left out
+        require(fits, f"{name} is {entry}, expected at least 1")
     return items
 
 
@@ -643,8 +635,8 @@ def _sides(side, row: _Row, known: tuple) -> list:
     """The side that was cut off, one for each sequence."""
     one = side is None or isinstance(side, str)
     sides = [side] * max(row.num_seqs, 1) if one else as_list(side, "side")
-    message = f"side has {len(sides)} entries for {row.num_seqs} sequences"
-    require(one or len(sides) == row.num_seqs, message)
+    found = f"side has {len(sides)} entries for {row.num_seqs} sequences"
+    require(one or len(sides) == row.num_seqs, found)
     for each in sides:
         fits = (each is None or isinstance(each, str)) and each in known
         require(fits, f"side is {each!r}, expected 'left' or 'right', the side that is cut off")
