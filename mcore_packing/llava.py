@@ -17,8 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
-from . import versions
-from .context_parallel import alignment
+from . import model_rows, versions
 from .errors import PackingError, PlaceholderMismatch
 from .expand import count_lost, expand_tokens, fill_rows
 from .layout import PackedLayout, check_on_overflow, max_seqlen_bound, read_later, round_up
@@ -127,7 +126,7 @@ def layout_options(model) -> dict:
     hook = _hook_of(llava)
     if hook is not None:
         return hook.layout_options(llava)
-    return _layout_options(llava, "auto", "raise")
+    return model_rows.layout_options(llava, "auto", "raise")
 
 
 class Installation:
@@ -286,7 +285,7 @@ class _Hook:
     def _is_known(self, model) -> bool:
         """Whether the expansion may be replaced: it must be Megatron's own, of a known release."""
         names = ["_preprocess_data"]
-        if _splits_rows(model):
+        if model_rows.splits_rows(model):
             names.append("_process_embedding_token_parallel")
         why = None
         if changed := versions.overridden(model, names):
@@ -476,11 +475,11 @@ class _Hook:
                 "the hook was removed from the model that this one is a shallow copy of"
             )
         params, input_ids = given["packed_seq_params"], given.get("input_ids")
-        _check_context_parallel(model, params)
+        model_rows.check_context_parallel(model, params)
         fused = self.fused and not _infers(given) and not _has_sound(given)
         if input_ids is None:
             options = self.layout_options(model, fused)
-            layout = stage_layout(params, _num_stage_rows(model), **options)
+            layout = stage_layout(params, model_rows.num_stage_rows(model), **options)
         else:
             layout = self._lay_out(model, given, fused)
         cp_size = model.context_parallel_lm
@@ -520,7 +519,7 @@ class _Hook:
             space.learn(layout.space, model.training)
         if not fused:
             layout = layout if layout.is_exact else layout.exact_later()()
-            _check_megatrons_row(model, layout, options)
+            model_rows.check_megatrons_row(model, layout, options)
         return layout
 
     def _tokens_per_image(self, model, given) -> tuple[Tensor, int | None]:
@@ -557,8 +556,8 @@ class _Hook:
         space = self.settings.space.of(model.training) or "auto"
         on_overflow = self.settings.on_overflow
         if self.fused if fused is None else fused:
-            return _layout_options(model, space, on_overflow)
-        return _megatrons_layout_options(model, self.release, infers, space, on_overflow)
+            return model_rows.layout_options(model, space, on_overflow)
+        return model_rows.megatrons_layout_options(model, self.release, infers, space, on_overflow)
 
     # What only the GPU knows
 
@@ -725,118 +724,6 @@ def find_llava(model) -> LLaVAModel:
             f"LLaVAModel, a wrapper around one, or a list of pipeline chunks"
         )
     return found[0]
-
-
-# What the model asks of a row
-
-
-def _splits_rows(model) -> bool:
-    return model.context_parallel_lm > 1 or model.sequence_parallel_lm
-
-
-def _megatron_fixes_length(model) -> bool:
-    """Whether Megatron pads every row to the language model's maximum: for pipelines, and for
-    communication that overlaps."""
-    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
-    return model._language_is_pipeline_parallel or overlaps
-
-
-def _alignment(model, gemm_alignment: int = 1) -> tuple[int, int]:
-    """What the parallelism of the language model asks of sequences, and of the row."""
-    return alignment(
-        model.context_parallel_lm,
-        model.tensor_model_parallel_size_lm,
-        model.sequence_parallel_lm,
-        gemm_alignment,
-    )
-
-
-def _layout_options(model, space: str, on_overflow: str) -> dict:
-    seq_multiple, total_multiple = _alignment(model, versions.gemm_alignment(model.config))
-    longest = model._language_max_sequence_length
-    # Layers that are captured take no other length.
-    is_fixed = _megatron_fixes_length(model) or versions.asks_for_layer_graphs(model.config)
-    if is_fixed and longest % total_multiple:
-        raise PackingError(
-            f"language_max_sequence_length is {longest}, expected a multiple of "
-            f"{total_multiple}: the pipeline expects rows of exactly this length"
-        )
-    longest = longest // total_multiple * total_multiple
-    return {
-        "space": space,
-        "seq_multiple": seq_multiple,
-        "total_multiple": total_multiple,
-        "num_padded_rows": longest if is_fixed else None,
-        "max_expanded": longest,
-        "on_overflow": on_overflow,
-    }
-
-
-def _megatrons_layout_options(model, release, infers: bool, space: str, on_overflow: str) -> dict:
-    """What Megatron's own expansion does: it pads no sequence, a row for pipelines, and from 0.18
-    on one that parallelism could not divide."""
-    longest, is_fixed = model._language_max_sequence_length, _megatron_fixes_length(model)
-    total_multiple = 1
-    if release is not None and release.pads_rows:
-        _, total_multiple = _alignment(model)
-    return {
-        "space": space,
-        "seq_multiple": 1,
-        "total_multiple": total_multiple,
-        "num_padded_rows": longest if is_fixed and not infers else None,
-        "max_expanded": longest // total_multiple * total_multiple,
-        "on_overflow": on_overflow,
-    }
-
-
-def _num_stage_rows(model) -> int:
-    """How many rows a stage without tokens has, those of all its ranks together."""
-    hidden = getattr(getattr(model.language_model, "decoder", None), "input_tensor", None)
-    if hidden is None:
-        raise PackingError(
-            "input_ids are None, but this stage has no hidden states to compare its boundaries with"
-        )
-    num_rows = hidden.shape[0] * model.context_parallel_lm
-    return num_rows * (model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1)
-
-
-def _check_context_parallel(model, params: PackedSeqParams) -> None:
-    size = getattr(params, "local_cp_size", None)
-    if size not in (None, model.context_parallel_lm):
-        raise PackingError(
-            f"local_cp_size is {size}, but the model's context_parallel_size "
-            f"{model.context_parallel_lm}: LLaVAModel cannot change it from row to row"
-        )
-
-
-def _check_megatrons_row(model, layout: PackedLayout, options: dict) -> None:
-    """Megatron's own expansion pads no sequence, and a row only as ``options`` say; neither
-    attention nor TE's partition would complain."""
-    lengths = layout.cu_seqlens_padded.diff()
-    if layout.seq_multiple > 1 and bool((lengths[:-1] != layout.cu_seqlens_expanded.diff()).any()):
-        raise PackingError(
-            f"the layout pads sequences to multiples of {layout.seq_multiple}, which only "
-            f"fused=True does"
-        )
-    multiple, _ = _alignment(model)
-    wrong = lengths % multiple != 0
-    if multiple > 1 and bool(wrong.any()):
-        seq = int(wrong.nonzero()[0])
-        raise PackingError(
-            f"sequence {seq}: {int(lengths[seq])} rows, expected a multiple of 2 * cp_size = "
-            f"{multiple}; only fused=True pads sequences"
-        )
-    num_rows = options["num_padded_rows"]
-    if num_rows is None:
-        num_rows = layout.num_collapsed - layout.image_start.numel() + layout.num_image_rows
-        num_rows = round_up(num_rows, options["total_multiple"])
-        num_rows = min(num_rows, options["max_expanded"])
-    if layout.num_expanded != num_rows:
-        raise PackingError(
-            f"the layout has {layout.num_expanded} rows, but Megatron's own expansion makes "
-            f"{num_rows}: only fused=True pads rows; build it with **mp.layout_options(model) of "
-            f"the installed model"
-        )
 
 
 # What a call is about
