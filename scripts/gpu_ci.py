@@ -21,9 +21,9 @@ A check fails where its command fails or runs into its limit, and where a benchm
 the figures of this kind of GPU in scripts/results beyond noise: the median by more than a quarter,
 and even the p20 above their p80. Where there are no such figures, speed is reported only.
 
-The check parity needs Transformer Engine and fails where that is missing; --allow-missing-te skips
-it. Single tests that need it skip themselves, and say so. No other check is skipped. Every limit
-fits a command of 10 minutes; --only splits the job over several.
+The checks parity and bench_max_seqlen need Transformer Engine and fail where that is missing;
+--allow-missing-te skips them. Single tests that need it skip themselves, and say so. No other check
+is skipped. Every limit fits a command of 10 minutes; --only splits the job over several.
 
 gpu_ci.json, gpu_ci.md, the log of every check and gpu_ci.tar.gz with all of them are written
 anew after each check. The exit status is 0 where all passed or were skipped, 1 where a check
@@ -60,6 +60,13 @@ def checks(output: Path) -> list[Check]:
         Check("parity", [*python, "-m", "mcore_packing.cli", "parity"], 100, needs_te=True),
         Check("bench_layout", [*python, "scripts/bench_layout.py", *results], 180, figures=True),
         Check("bench_expand", [*python, "scripts/bench_expand.py", *results], 300, figures=True),
+        Check(
+            "bench_max_seqlen",
+            [*python, "scripts/bench_max_seqlen.py", *results],
+            120,
+            needs_te=True,
+        ),
+        Check("bench_step", [*python, "scripts/bench_step.py", *results], 400),
     ]
 
 

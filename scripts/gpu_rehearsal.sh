@@ -38,7 +38,7 @@ without_network() { # a checkout of its own, a package index that nobody answers
 
 each_starts() { # every script of the job imports what it needs and knows its arguments
     local script
-    for script in demo bench_layout bench_expand gpu_ci; do
+    for script in demo bench_layout bench_expand bench_max_seqlen bench_step gpu_ci; do
         "$PYTHON" -W ignore "scripts/$script.py" --help
     done
     "$PYTHON" -W ignore -m mcore_packing.cli parity --help && echo "all start"
@@ -46,9 +46,10 @@ each_starts() { # every script of the job imports what it needs and knows its ar
 
 benchmarks() { # on this CPU, the smallest case: values are checked before anything is timed
     local name
-    for name in bench_layout bench_expand; do
+    for name in bench_layout bench_expand bench_max_seqlen; do
         "$PYTHON" -W ignore "scripts/$name.py" --smallest --budget 0 --output "$folder/out"
     done
+    "$PYTHON" -W ignore scripts/bench_step.py --smallest --output "$folder/out"
 }
 
 mkdir "$folder/checkout"
@@ -58,8 +59,8 @@ step "tests marked gpu are collected" "[0-9]+/[0-9]+ tests collected" \
 step "no host read, on fake CUDA tensors" "[0-9]+ passed" \
     "$PYTHON" -W ignore -m pytest -q -m "not gpu" tests/test_ops.py
 step "every script of the job starts" "all start" each_starts
-step "benchmarks find the same as Megatron" "wrote .*bench_expand" benchmarks
-step "gpu_ci --dry-run" "bench_expand" "$PYTHON" -W ignore scripts/gpu_ci.py --dry-run
+step "benchmarks find the same as Megatron" "wrote .*bench_step" benchmarks
+step "gpu_ci --dry-run" "bench_step" "$PYTHON" -W ignore scripts/gpu_ci.py --dry-run
 step "no network: one line says what is missing" "still missing: torch" without_network
 printf '%s\n' "${results[@]}"
 [ -z "$failed" ]

@@ -1,0 +1,114 @@
+"""What an exact ``max_seqlen`` is worth: RoPE and attention of a packed row, by what they are told.
+
+64 sequences of at most 1,024 in a row of 32,768, told their longest (which the hook reads before
+the language model) or a bound, the row's length and more. Transformer Engine's fused RoPE launches
+a grid of that size; without it, and elsewhere than on a GPU, Megatron's unfused RoPE is timed.
+"""
+
+import random
+import sys
+
+import bench
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from mcore_packing.testing import tiny
+
+LARGE = bench.HAVE_GPU
+LENGTH, SEQUENCES, LONGEST, BOUND = (32_768, 64, 1_024, 33_792) if LARGE else (2_048, 8, 512, 4_096)
+TOLERANCE = {"rtol": 2e-2, "atol": 2e-2} if LARGE else {"rtol": 0, "atol": 0}  # atomics, in bf16
+HEADS, HEAD_DIM = (32, 128) if LARGE else (4, 16)
+
+
+def boundaries() -> torch.Tensor:
+    """int32 ``[SEQUENCES + 1]``: one of the longest, the others such that the row is full."""
+    draw, lengths = random.Random(0), [LENGTH // SEQUENCES] * SEQUENCES
+    for _ in range(20 * SEQUENCES):
+        giver, taker = draw.sample(range(1, SEQUENCES), 2)
+        rows = draw.randint(0, min(lengths[giver] - 1, LONGEST - lengths[taker]))
+        lengths[giver], lengths[taker] = lengths[giver] - rows, lengths[taker] + rows
+    missing = LONGEST - lengths[0]
+    for seq in range(1, SEQUENCES):
+        rows = min(missing, lengths[seq] - 1)
+        lengths[0], lengths[seq], missing = lengths[0] + rows, lengths[seq] - rows, missing - rows
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    assert max(lengths) == LONGEST and starts[-1] == LENGTH
+    return starts.int().to(tiny.DEVICE)
+
+
+def told(cu_seqlens, longest: int) -> PackedSeqParams:
+    return PackedSeqParams(
+        "thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )  # fmt: skip
+
+
+def rope(config, cu_seqlens, rows, longest: int):
+    """Forward and backward of RoPE, told the longest sequence."""
+    make = RotaryEmbedding(HEAD_DIM, rotary_percent=1.0, use_cpu_initialization=not LARGE)
+    angles = make(longest).to(rows.device)
+
+    def run():
+        rows.grad = None
+        turned = apply_rotary_pos_emb(rows, angles, config, cu_seqlens=cu_seqlens)
+        turned.backward(rows.detach())
+        return turned.detach(), rows.grad
+
+    return run
+
+
+def attention(core, cu_seqlens, rows, longest: int):
+    """Forward and backward of the model's attention."""
+    params = told(cu_seqlens, longest)
+
+    def run():
+        rows.grad = None
+        out = core(
+            rows, rows, rows, attention_mask=None, attn_mask_type=AttnMaskType.padding_causal,
+            packed_seq_params=params,
+        )  # fmt: skip
+        out.backward(torch.ones_like(out))
+        return out.detach(), rows.grad
+
+    return run
+
+
+def main() -> int:
+    options = bench.parser(__doc__, budget=1.0).parse_args()
+    rows = []
+    with tiny.megatron():
+        language = {"num_attention_heads": HEADS, "kv_channels": HEAD_DIM,
+                    "apply_rope_fusion": tiny.HAVE_TE}  # fmt: skip
+        model = tiny.llava_model("rope", img_size=28, language_layers=1, language=language)
+        layer = model.language_model.decoder.layers[0].self_attention
+        cu_seqlens = boundaries()
+        draw = torch.Generator().manual_seed(0)
+        values = torch.randn(LENGTH, HEADS, HEAD_DIM, generator=draw)
+        values = values.to(tiny.DEVICE, tiny.DTYPE).requires_grad_()
+        fused = "fused" if tiny.HAVE_TE else "unfused"
+        contenders = {
+            f"RoPE, {fused}": lambda n: rope(model.config, cu_seqlens, values, n),
+            f"attention, {tiny.attention_name()}": lambda n: attention(
+                layer.core_attention, cu_seqlens, values, n
+            ),
+        }
+        for name, make in contenders.items():
+            exact, bound = make(LONGEST), make(BOUND)
+            for one, other in zip(exact(), bound(), strict=True):
+                torch.testing.assert_close(one, other, **TOLERANCE)
+            found = bench.measure_all({"exact": exact, "bound": bound}, options.budget)
+            ratio = found["bound"]["median_us"] / found["exact"]["median_us"]
+            rows.append({"name": name, "tokens": LENGTH, "sequences": SEQUENCES, "longest": LONGEST,
+                         "bound": BOUND, **found, "ratio": ratio})  # fmt: skip
+            exact_us, bound_us = (found[what]["median_us"] for what in ("exact", "bound"))
+            print(f"{name:38} told {LONGEST}: {exact_us:9.1f} us, told {BOUND}: {bound_us:9.1f} us,"
+                  f" {ratio:5.2f} times", flush=True)  # fmt: skip
+    print(f"wrote {bench.save('bench_max_seqlen', rows, options)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
