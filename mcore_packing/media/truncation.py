@@ -229,9 +229,7 @@ def truncate(
         ([1, 7, 9, 9, 8, 2], [0])
     """
     row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
-    streams = row.streams(tokens_per_image, tokens_per_video, whole=True)
-    for stream in chain(*streams):
-        stream.align(None, whole=True)
+    streams = row.streams(tokens_per_image, tokens_per_video)
     windows = _windows(row, max_length, _sides(side, row, ("left", "right")))
     return row.result(input_ids, cu_seqlens, streams, windows)
 
@@ -277,10 +275,8 @@ def reconcile(
         ([1], [2, 7, 9, 9, 9, 8, 3])
     """
     row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
-    streams = row.streams(tokens_per_image, tokens_per_video, whole=False)
     sides = _sides(side, row, ("left", "right", None))
-    for stream in chain(*streams):
-        stream.align(sides[stream.seq])
+    streams = row.streams(tokens_per_image, tokens_per_video, sides)
     return row.result(input_ids, cu_seqlens, streams, pairwise(row.starts))
 
 
@@ -293,12 +289,13 @@ class _Stream:
     """
 
     def __init__(self, row: "_Row", seq: int, kind: str, first_item: int, items: list[list[int]]):
-        self.seq, self.kind, self.first_item, self.items = seq, kind, first_item, items
+        self.kind, self.first_item, self.items = kind, first_item, items
         self.starts = [0, *accumulate(map(sum, items))]
-        (start, stop), letter = row.spans[seq], kind[0]
-        self.text = row.letters[start:stop]
-        self.positions = [p for p, found in enumerate(self.text, start) if found == letter]
-        self.name = f"{len(self.positions)} {kind} placeholders ({row.tokens.get(kind)})"
+        self.start, stop = row.spans[seq]
+        self.text = row.letters[self.start : stop]
+        self.positions = [p for p, what in enumerate(self.text, self.start) if what == kind[0]]
+        token, found = row.tokens.get(kind), len(self.positions)
+        self.name = f"sequence {seq}: {found} {kind} placeholders ({token})"
 
     def survivors(self, first: int, count: int) -> range:
         """The images that lie wholly in the window of ``count`` placeholders from ``first``."""
@@ -306,11 +303,12 @@ class _Stream:
 
     def align(self, side: str | None, whole: bool = False) -> None:
         """Find the number of the first placeholder left, from what the row says of boundaries."""
-        left, letter = len(self.positions), self.kind[0]
-        missing = self.starts[-1] - left
-        runs = [len(run) for run in re.findall(f"{letter}+", self.text)]
-        between, gaps = re.split(f"{letter}+", self.text), [0, *accumulate(runs)]
-        breaks = [k for k, text in zip(gaps, between, strict=True) if text.strip("b")]
+        left, total = len(self.positions), self.starts[-1]
+        run, missing = f"{self.kind[0]}+", total - left
+        runs = [len(found) for found in re.findall(run, self.text)]
+        gaps = [0, *accumulate(runs)]
+        around = zip(gaps, re.split(run, self.text), strict=True)
+        breaks = [k for k, text in around if text.strip("b")]
         edges, apart = {0, *accumulate(chain(*self.items))}, set(gaps)
         inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
 
@@ -329,11 +327,10 @@ class _Stream:
                 break
         if not keepers and not others:
             counts = f"tokens_per_{self.kind} {shorten([sum(item) for item in self.items])}"
-            found = f"sequence {self.seq}: {self.name}, but {counts} adds up to {self.starts[-1]}"
-            found += f", and runs of {shorten(runs)} are no part of them"
-            found += f" after a cut on the {side}" if side else ""
-            message = f"{found}; check the images, the side and break_token_ids"
-            raise PlaceholderMismatch(message, actual=self.starts[-1], expected=left)
+            found = f"{self.name}, but {counts} adds up to {total}, and runs of {shorten(runs)}"
+            cut = f" after a cut on the {side}" if side else ""
+            message = f"{found} are no part of them{cut}; check the side and break_token_ids"
+            raise PlaceholderMismatch(message, actual=total, expected=left)
         # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
         if keepers and len(keepers) + len(others) > 1:
             raise self._ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
@@ -345,13 +342,12 @@ class _Stream:
         sets, found = [], []
         for first in candidates:
             stay = self.survivors(first, len(self.positions))
-            whole = range(self.starts[stay.start], self.starts[stay.stop]) if stay else ()
+            whole = range(self.starts[stay.start], self.starts[stay.stop])
             orphans = [p for k, p in enumerate(self.positions, first) if k not in whole]
             sets.append([self.first_item + item for item in stay])
             found.append({f"kept_{self.kind}s": sets[-1], "orphan_positions": orphans})
         could = f"{self.name} could be of {self.kind}s {' or '.join(map(shorten, sets))}"
-        message = f"sequence {self.seq}: {could}; say which side was cut, or cut with truncate"
-        error = AmbiguousTruncation(message)
+        error = AmbiguousTruncation(f"{could}; say which side was cut, or cut with truncate")
         error.candidates = found
         return error
 
@@ -372,7 +368,7 @@ class _Row:
     def __init__(self, input_ids, image_token_id, family, cu_seqlens, overrides):
         types = overrides.pop("mm_token_type_ids", None)
         if image_token_id is not None:
-            overrides = {"image_token_id": image_token_id, **overrides}
+            overrides["image_token_id"] = image_token_id
         self.family = one = resolve(family, overrides)
         self.named = family is not None  # then text between the runs of a video is its own
         self.ids = what = as_ids(input_ids, "input_ids")
@@ -426,8 +422,8 @@ class _Row:
             found = f"position {m.start() - 1}: markers stand around {len(m[0])} tokens of id "
             require(others, f"{found}{token}; for a video pass video_token_id, or its family")
 
-    def streams(self, tokens_per_image, tokens_per_video, whole: bool) -> list[list[_Stream]]:
-        """The images, and the videos, of every sequence, and none of the tail."""
+    def streams(self, tokens_per_image, tokens_per_video, sides=None) -> list[list[_Stream]]:
+        """The images, and the videos, of every sequence; all of them where no side was cut."""
         streams = []
         for kind, spec in zip(_KINDS, (tokens_per_image, tokens_per_video), strict=True):
             counts = [self.letters.count(kind[0], *span) for span in self.spans]
@@ -435,10 +431,13 @@ class _Row:
                 past = f"past the last boundary at {self.starts[-2]}, in no sequence"
                 message = f"{tail} {kind} placeholders ({self.tokens[kind]}) lie {past}"
                 raise PlaceholderMismatch(message, actual=0, expected=tail)
-            items = self._items(spec, kind, counts[: self.num_seqs], whole)
+            items = self._items(spec, kind, counts[: self.num_seqs], sides is None)
             items += [[]] * (len(counts) - len(items))  # of the tail
             each = zip(accumulate(map(len, items), initial=0), items, strict=False)
             streams.append([_Stream(self, seq, kind, *one) for seq, one in enumerate(each)])
+        for of_kind in streams:
+            for seq, stream in enumerate(of_kind):
+                stream.align(sides[seq] if sides else None, whole=sides is None)
         return streams
 
     def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list[list[int]]]:
@@ -497,7 +496,7 @@ class _Row:
 
     def _gone(self, images: _Stream, videos: _Stream, lost: list) -> dict[int, str]:
         """What leaves a sequence with its lost images and videos: positions, and their letters."""
-        (start, _), letters, spans = self.spans[images.seq], list(images.text), []
+        start, letters, spans = images.start, list(images.text), []
         for stream, item in lost:
             first, last = (edge - stream.first for edge in stream.starts[item : item + 2])
             mine = [p - start for p in stream.positions[max(0, first) : max(0, last)]]
@@ -519,10 +518,9 @@ class _Row:
         # Whole videos, from one outer marker to the other, or to an edge that was cut.
         own = self.family.video_start_id is not None
         several = any(len(stream.items[item]) > 1 for stream, item in lost)
-        begun = self.named and self.family.break_token_ids
-        if videos.cut[1] and not begun:
-            after = videos.survivors(videos.first, len(videos.positions)).stop
-            begun = own or len(videos.items[min(after, len(videos.items) - 1)]) > 1
+        after = videos.survivors(videos.first, len(videos.positions)).stop
+        begun = videos.cut[1] and (own or len(videos.items[after]) > 1)
+        begun = begun or (self.named and self.family.break_token_ids)
         for m in self.clips.finditer(rest[low:high]):
             opens, closes = bool(m["open"]), bool(m["close"])
             if m["clip"]:
@@ -543,9 +541,9 @@ def _as_items(entries, where: str) -> list[list[int]]:
     items = []
     for i, entry in enumerate(as_list(entries, where)):
         name = f"{where}[{i}]"
-        items.append(as_ids(entry, name) if kinds.nested(entry) else [as_int(entry, name)])
-        fits = items[-1] and min(items[-1]) > 0  # an image without placeholders is left out
-        require(fits, f"{name} is {entry}, expected at least 1")
+        runs = as_ids(entry, name, 1) if kinds.nested(entry) else [as_int(entry, name, 1)]
+        require(runs, f"{name} is [], expected at least one run")
+        items.append(runs)
     return items
 
 
