@@ -23,8 +23,7 @@ _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 class Truncation:
     """What is left of a row, and of everything that belongs to it.
 
-    Positions are those of the row that was given; images and videos are numbered through all of
-    ``tokens_per_image`` and ``tokens_per_video``.
+    Positions are those of the row that was given; images (videos) are numbered through all of it.
 
     Attributes:
         output_ids: the ids that stay, of the same kind as those given.
@@ -88,17 +87,13 @@ class Truncation:
         """Cut an array as the row was cut.
 
         Args:
-            values: a list, tensor or array with one entry per token, image, video or row; or a dict
-                of them.
+            values: a list, tensor or array with an entry per token, image, video or row; or a dict.
             per: what the first dimension counts: "token", "image" or "video"; or "position" for
-                position ids, M-RoPE's too: they close up behind what was removed, and start at 0 in
-                every sequence. Keys of a dict that end in "position_ids" are known by name.
+                position ids (in a dict known by name), which close up and start at 0 per sequence.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
-            shifted: token ``t + 1`` is what entry ``t`` is about, as with Megatron's labels. Where
-                that token was removed from inside the row, the entry becomes ``fill``. Never true
-                of an ``attention_mask`` among them.
-            fill: left out, -100, and 0 for what has a key with "mask" in it. Say 0 for a loss mask
-                without its name, and for advantages.
+            shifted: entry ``t`` is about token ``t + 1``, as Megatron's labels; where that was
+                removed from inside the row it becomes ``fill``. Never of an ``attention_mask``.
+            fill: if not -100, or 0 for keys with "mask" in them. Say 0 for advantages and masks.
             dim: the dimension of the tokens, where it is neither the first nor the second of
                 ``[1, T]``: 1 for the position ids ``[3, T]`` of M-RoPE.
 
@@ -107,9 +102,8 @@ class Truncation:
             no row of one is left: vision encoders do not take zero rows.
 
         Raises:
-            PackingError: ``values`` has another length than the row or the images, holds no signed
-                ints for -100, or looks like M-RoPE's position ids, which a mere cut would leave
-                with an offset.
+            PackingError: ``values`` has another length, holds no signed ints for -100, or looks
+                like M-RoPE's position ids, which a mere cut would leave with an offset.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
@@ -194,28 +188,19 @@ def truncate(
 ) -> Truncation:
     """Cut a row to a length, and drop every image that the cut went through.
 
-    Doing the cut itself, it knows what is lost: nothing is ever ambiguous here.
-
     Args:
         input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
-        tokens_per_image: how many placeholders each image has, in order; for an image whose
-            placeholders stand in several runs the list of its runs (runs that adjoin are one). For
-            a packed row flat ints, or one list per sequence: there a list is always a sequence's,
-            and runs are one level deeper, ``[[[2, 2]], [[2, 2]]]``.
-        max_length: how many tokens may stay, of the whole row; a list cuts each sequence of a
-            packed row to its own length.
+        tokens_per_image: how many placeholders each image has, in order; the list of its runs
+            where they stand in several (runs that adjoin are one). For a packed row flat ints, or
+            one list per sequence, with runs one level deeper: ``[[[2, 2]], [[2, 2]]]``.
+        max_length: how many tokens may stay, of the row; or a list, of each sequence.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
         family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
-        tokens_per_video: the same as ``tokens_per_image``; a video of several runs stays or goes
-            whole, with the timestamps between its outer markers.
+        tokens_per_video: the same for videos, which stay or go whole, with their timestamps.
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
-        image_token_id, **overrides: instead of what the family says, ``image_token_id``,
-            ``video_token_id``, ``vision_start_id``, ``vision_end_id``, ``video_start_id``,
-            ``video_end_id``, ``break_token_ids``, ``drop_dangling``; or ``mm_token_type_ids``
-            ``[T]`` instead of both placeholders, 1 for images, 2 for videos.
-
-    Returns:
-        A ``Truncation``; its row is at most ``max_length`` long.
+        image_token_id, **overrides: instead of what the family says, these attributes of
+            ``Family``: placeholders, markers, ``break_token_ids``, ``drop_dangling``. Or instead of
+            both placeholders ``mm_token_type_ids`` ``[T]``: 1 for images, 2 for videos.
 
     Raises:
         PlaceholderMismatch: the row does not have these placeholders, in number or in order.
@@ -248,24 +233,23 @@ def reconcile(
     """Find out which images survived a cut that somebody else made, and repair the row.
 
     What is left of the placeholders is a window ``[a, a + n)`` of all of them. A row that does not
-    begin (end) with a placeholder, every break between two runs, and a given side each say where
-    image boundaries are. An image stays only if its whole range lies in the window.
+    begin (end) with a placeholder, every gap between two runs, and a given side each say where
+    images begin and end. An image stays only if it lies wholly in the window.
 
     Args:
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
         tokens_per_image: the placeholders of all images of the whole row, as for ``truncate``; for
             a packed row one list per sequence.
-        side: the side that was cut off, "left" or "right"; None if that is unknown or both were.
-            For a packed row also one per sequence.
+        side: the side that was cut off, "left" or "right"; None if unknown or both. For a packed
+            row also one per sequence.
         cu_seqlens: ``[B + 1]``, boundaries of what is left of a packed row.
-        image_token_id, family, tokens_per_video, **overrides: as for ``truncate``, and
-            ``pad_token_id``: padding at either end of a sequence is not its edge, so give it where
-            a row was padded after the cut.
+        image_token_id, family, tokens_per_video, **overrides: as for ``truncate``. Give
+            ``pad_token_id`` where a row was padded after the cut: padding is not its edge.
 
     Raises:
         PlaceholderMismatch: no window fits; the images are others, or in another order.
-        AmbiguousTruncation: more than one set of images, or of orphaned placeholders, fits. The
-            first few are in its ``candidates``.
+        AmbiguousTruncation: more than one set of images, or of orphaned placeholders, fits; the
+            first few are its ``candidates``.
         PackingError: an argument makes no sense, as for ``truncate``.
 
     Example:
@@ -293,7 +277,9 @@ class _Stream:
         self.starts = [0, *accumulate(map(sum, items))]
         self.start, stop = row.spans[seq]
         self.text = row.letters[self.start : stop]
-        self.positions = [p for p, what in enumerate(self.text, self.start) if what == kind[0]]
+        spans = (m.span() for m in re.finditer(f"{kind[0]}+", self.text))
+        self.runs = [range(self.start + first, self.start + last) for first, last in spans]
+        self.positions = [*chain(*self.runs)]
         token, found = row.tokens.get(kind), len(self.positions)
         self.name = f"sequence {seq}: {found} {kind} placeholders ({token})"
 
@@ -301,13 +287,12 @@ class _Stream:
         """The images that lie wholly in the window of ``count`` placeholders from ``first``."""
         return range(bisect_left(self.starts, first), bisect_right(self.starts, first + count) - 1)
 
-    def align(self, side: str | None, whole: bool = False) -> None:
+    def align(self, side: str | None, whole: bool) -> None:
         """Find the number of the first placeholder left, from what the row says of boundaries."""
         left, total = len(self.positions), self.starts[-1]
-        run, missing = f"{self.kind[0]}+", total - left
-        runs = [len(found) for found in re.findall(run, self.text)]
+        missing, runs = total - left, [len(run) for run in self.runs]
         gaps = [0, *accumulate(runs)]
-        around = zip(gaps, re.split(run, self.text), strict=True)
+        around = zip(gaps, re.split(f"{self.kind[0]}+", self.text), strict=True)
         breaks = [k for k, text in around if text.strip("b")]
         edges, apart = {0, *accumulate(chain(*self.items))}, set(gaps)
         inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
@@ -320,6 +305,9 @@ class _Stream:
         candidates = range(0 if whole and missing else missing + 1)
         if side is not None:
             candidates = candidates[-1:] if side == "left" else candidates[:1]
+        elif breaks:
+            at_edge = (edge - breaks[0] for edge in sorted(edges))
+            candidates = [first for first in at_edge if first in candidates]
         keepers, others = [], []
         for first in filter(fits, candidates):
             (keepers if self.survivors(first, left) else others).append(first)
@@ -371,23 +359,24 @@ class _Row:
             overrides["image_token_id"] = image_token_id
         self.family = one = resolve(family, overrides)
         self.named = family is not None  # then text between the runs of a video is its own
-        self.ids = what = as_ids(input_ids, "input_ids")
-        known, by = {one.image_token_id: "image", one.video_token_id: "video"}, "id"
-        placeholders = {*known} - {None}
-        if types is None:
-            both = f"image_token_id and video_token_id are both {one.image_token_id}"
-            require(len(known) == 2 or None in known, f"{both}; count all of them as images")
-        else:
+        self.ids = marks = as_ids(input_ids, "input_ids")
+        size, by = len(marks), "id"
+        known = {one.image_token_id: "image", one.video_token_id: "video"}
+        if types is not None:
             told = overrides.get("image_token_id"), overrides.get("video_token_id")
             require(told == (None, None), "mm_token_type_ids are given; pass image_token_id=None")
-            what, known, by = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}, "type"
-            found = f"mm_token_type_ids has {len(what)} entries, but the row {len(self.ids)} tokens"
-            require(len(what) == len(self.ids), found)
-            placeholders = {token for token, w in zip(self.ids, what, strict=True) if w in known}
-        self.tokens = {kind: f"{by} {token}" for token, kind in known.items() if token is not None}
-        bounds = kinds.as_boundaries(cu_seqlens, len(self.ids))
+            marks, known, by = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}, "type"
+            found = f"mm_token_type_ids has {len(marks)} entries, but the row {size} tokens"
+            require(len(marks) == size, found)
+        both = f"image_token_id and video_token_id are both {one.image_token_id}"
+        require(len(known) == 2 or None in known, f"{both}; count all of them as images")
+        self.tokens = {kind: f"{by} {mark}" for mark, kind in known.items() if mark is not None}
+        pairs = [*zip(self.ids, marks, strict=True)]
+        marked = {id for id, mark in pairs if mark in known}
+        placeholders = {*known} - {None} if types is None else marked
+        bounds = kinds.as_boundaries(cu_seqlens, size)
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
-        self.starts = [*bounds, len(self.ids)] if bounds[-1] < len(self.ids) else bounds
+        self.starts = [*bounds, size] if bounds[-1] < size else bounds
         self.spans = [self._unpadded(start, stop) for start, stop in pairwise(self.starts)]
 
         begin, end = one.vision_start_id, one.vision_end_id
@@ -400,8 +389,8 @@ class _Row:
             require(not both, f"{name}: {min(both, default=None)} is a placeholder")
         letters = {first: "<", last: ">", begin: "(", end: "|" if begin == end else ")"}
         letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "-"}  # which is nowhere
-        marked = zip(what, (letters.get(token, ".") for token in self.ids), strict=True)
-        self.letters = "".join(known[w][0] if w in known else mark for w, mark in marked)
+        of_kind = {mark: kind[0] for mark, kind in known.items()}
+        self.letters = "".join(of_kind.get(mark) or letters.get(id, ".") for id, mark in pairs)
         # A whole video, from one outer marker, or the edge of the row, to the other; the outer
         # markers may be those around its frames.
         self.clips = re.compile(
@@ -424,20 +413,20 @@ class _Row:
 
     def streams(self, tokens_per_image, tokens_per_video, sides=None) -> list[list[_Stream]]:
         """The images, and the videos, of every sequence; all of them where no side was cut."""
-        streams = []
+        streams, whole = [], sides is None
         for kind, spec in zip(_KINDS, (tokens_per_image, tokens_per_video), strict=True):
             counts = [self.letters.count(kind[0], *span) for span in self.spans]
             if tail := sum(counts[self.num_seqs :]):
                 past = f"past the last boundary at {self.starts[-2]}, in no sequence"
-                message = f"{tail} {kind} placeholders ({self.tokens[kind]}) lie {past}"
+                message = f"{tail} {kind} placeholders lie {past}"
                 raise PlaceholderMismatch(message, actual=0, expected=tail)
-            items = self._items(spec, kind, counts[: self.num_seqs], sides is None)
+            items = self._items(spec, kind, counts[: self.num_seqs], whole)
             items += [[]] * (len(counts) - len(items))  # of the tail
             each = zip(accumulate(map(len, items), initial=0), items, strict=False)
             streams.append([_Stream(self, seq, kind, *one) for seq, one in enumerate(each)])
         for of_kind in streams:
             for seq, stream in enumerate(of_kind):
-                stream.align(sides[seq] if sides else None, whole=sides is None)
+                stream.align(None if whole else sides[seq], whole)
         return streams
 
     def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list[list[int]]]:
@@ -565,8 +554,8 @@ def _sides(side, row: _Row, known: tuple) -> list:
     """The side that was cut off, one for each sequence, and None for the tail."""
     one = side is None or isinstance(side, str)
     sides = [side] * max(row.num_seqs, 1) if one else as_list(side, "side")
-    found = f"side has {len(sides)} entries for {row.num_seqs} sequences"
-    require(one or len(sides) == row.num_seqs, found)
+    fits = one or len(sides) == row.num_seqs
+    require(fits, f"side has {len(sides)} entries for {row.num_seqs} sequences")
     for each in sides:
         fits = (each is None or isinstance(each, str)) and each in known
         require(fits, f"side is {each!r}, expected 'left' or 'right', the side that is cut off")
