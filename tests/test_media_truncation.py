@@ -640,6 +640,12 @@ def test_lengths_that_make_no_sense():
             truncate([1], [], limit, IMAGE)
     with pytest.raises(PackingError, match="max_length has 2 entries"):
         truncate([1], [], [1, 1], IMAGE)
+    with pytest.raises(PackingError, match="side differs, but max_length is one"):
+        truncate([1, 1], None, 1, IMAGE, side=["left", "right"], cu_seqlens=[0, 1, 2])
+    both_left = {"side": ["left", "left"], "cu_seqlens": [0, 1, 2]}
+    assert truncate([1, 2], None, 1, IMAGE, **both_left).output_ids == [2]
+    with pytest.raises(PackingError, match="video_start_id: 9 is a placeholder"):
+        truncate([1, 9], [1], 1, IMAGE, video_start_id=9)
     with pytest.raises(PackingError, match="side has 1 entries for 2 sequences"):
         reconcile([1, 1], None, IMAGE, side=["left"], cu_seqlens=[0, 1, 2])
     with pytest.raises(PackingError, match="pass one list per sequence"):

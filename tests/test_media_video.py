@@ -90,6 +90,15 @@ def test_a_cut_video_takes_its_timestamps_along(by_family):
         assert found.output_ids == [TEXT + 1], start
 
 
+def test_an_image_between_two_frames_of_a_lost_video_stays():
+    """The text between frames is a label of the video; a whole image there is not."""
+    row = [TEXT, START, VIDEO, VIDEO, END, STAMP, *PICTURE, START, VIDEO, VIDEO, END]
+    cut = truncate(row, [2], len(row) - 2, family=mine(), tokens_per_video=[[2, 2]])
+    assert cut.output_ids == [TEXT, *PICTURE] and cut.kept_images == [0]
+    found = reconcile(row[:-2], [2], family=mine(), tokens_per_video=[[2, 2]], side="right")
+    assert found.output_ids == [TEXT, *PICTURE] and found.kept_images == [0]
+
+
 def test_images_and_videos_in_one_prompt():
     family = get_family("qwen3_vl")
     image, video = family.image_token_id, family.video_token_id

@@ -382,11 +382,13 @@ class _Row:
         begin, end = one.vision_start_id, one.vision_end_id
         first = begin if one.video_start_id is None else one.video_start_id
         last = end if one.video_end_id is None else one.video_end_id
-        others = {"vision_start_id": (begin, first), "vision_end_id": (end, last)}
-        others |= {"break_token_ids": one.break_token_ids, "pad_token_id": (one.pad_token_id,)}
-        for name, tokens in others.items():
-            both = placeholders.intersection(tokens)
-            require(not both, f"{name}: {min(both, default=None)} is a placeholder")
+        others = {"vision_start_id": begin, "vision_end_id": end, "video_start_id": first}
+        others |= {"video_end_id": last, "pad_token_id": one.pad_token_id}
+        for name, token in [
+            *others.items(),
+            *(("break_token_ids", b) for b in one.break_token_ids),
+        ]:
+            require(token not in placeholders, f"{name}: {token} is a placeholder")
         letters = {first: "<", last: ">", begin: "(", end: "|" if begin == end else ")"}
         letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "-"}  # which is nowhere
         of_kind = {mark: kind[0] for mark, kind in known.items()}
@@ -497,7 +499,9 @@ class _Row:
                 cut = last > len(stream.positions) and not stream.unsure
                 spans.append((low, len(letters) if cut else mine[-1]))
         row, size = "".join(letters), len(letters)
-        spans += [m.span() for m in _CHUNKS.finditer(row) if m["lost"]]
+        chunks = [*_CHUNKS.finditer(row)]
+        spans += [m.span() for m in chunks if m["lost"]]
+        stays = {p for m in chunks if not m["lost"] for p in range(*m.span())}
         rest = _CHUNKS.sub(lambda m: ("V" if "V" in m[0] else "x") * len(m[0]), row)
         # What a cut has left, at an edge, of images and videos without any of their placeholders.
         cut_left, cut_right = (any(ends) for ends in zip(images.cut, videos.cut, strict=True))
@@ -521,7 +525,7 @@ class _Row:
             elif m["clip"] and own and not opens and cut_left:  # its last marker alone was cut off
                 spans.append((low + m.start(), low + m.start("clip") + m["clip"].rindex("V") + 1))
         all_of_it = self.family.drop_dangling
-        found = (p for span in spans for p in range(*span))
+        found = {p for span in spans for p in range(*span)} - stays  # an image between two frames
         return {start + p: row[p] for p in found if all_of_it or row[p] in "bIV"}
 
 
@@ -540,6 +544,7 @@ def _windows(row: _Row, max_length, sides: list) -> list[tuple[int, int]]:
     """What stays of every sequence, and of the tail, before anything is repaired."""
     if not kinds.nested(max_length):
         limit = min(as_int(max_length, "max_length", minimum=0), len(row.ids))
+        require(len({*sides[:-1]}) < 2, "side differs, but max_length is one, of the whole row")
         first = 0 if sides[0] == "right" else len(row.ids) - limit
         return list(pairwise(min(max(first, edge), first + limit) for edge in row.starts))
     limits, seqs = as_ids(max_length, "max_length", minimum=0), list(pairwise(row.starts))
