@@ -193,7 +193,7 @@ def place_image_blocks(
     def moved(values, name: str, fill: int):
         if values is None:
             return None
-        row = as_list(kinds.as_row(values, name), name)
+        row = kinds.as_row(values, name)
         expected = f"but the row has {len(ids)} tokens, one entry each"
         require(len(row) == len(ids), f"{name} is {len(row)} entries, {expected}")
         return like(values, [fill if at is None else row[at] for at in entries])
