@@ -6,9 +6,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
-from .families import Family, get_family
+from .families import SETTINGS, Family, get_family
 from .kinds import as_boundaries, as_ids, as_int, as_list, holds_ints, nested, require, shorten
-from .rules import apply_rule
+from .rules import SIZES, apply_rule
 
 
 def num_image_tokens(family: str | Family, height: int, width: int, **settings: Any) -> int:
@@ -36,7 +36,7 @@ def num_image_tokens(family: str | Family, height: int, width: int, **settings: 
         >>> num_image_tokens("qwen2_vl", 224, 224), num_image_tokens("gemma4", 3, 900)
         (64, 280)
     """
-    return _count(family, "count", "settings", {"height": height, "width": width}, settings)
+    return _count(family, "count", (height, width), settings)
 
 
 def num_video_tokens(
@@ -60,27 +60,26 @@ def num_video_tokens(
         >>> num_video_tokens("qwen3_vl", 8, 224, 224), num_video_tokens("internvl3", 8, 224, 224)
         (196, 2048)
     """
-    size = {"frames": frames, "height": height, "width": width}
-    return _count(family, "video_count", "video_settings", size, settings)
+    return _count(family, "video_count", (frames, height, width), settings)
 
 
-def _count(family: str | Family, what: str, settings: str, size: dict, given: dict) -> int:
+def _count(family: str | Family, count: str, size: tuple, given: dict) -> int:
     """What the rule says with the family's settings and those of the call."""
     family = get_family(family)
-    sides = tuple(as_int(value, name, minimum=1) for name, value in size.items())
-    rule, known, name = family.rule(what), getattr(family, settings), f"family {family.name!r}"
-    advice = f"ask its processor with count_with_processor, or give register_family a {what}"
-    require(rule is not None, f"{name} has no count rule; {advice}")
-    unknown = ", ".join(sorted(set(given) - set(known)))
-    require(not unknown, f"{name} has no setting {unknown}, expected some of {', '.join(known)}")
+    size = tuple(as_int(side, name, 1) for side, name in zip(size, SIZES[count], strict=True))
+    rule, known, name = family.rule(count), getattr(family, SETTINGS[count]), family.name
+    advice = f"ask its processor with count_with_processor, or give register_family a {count}"
+    require(rule is not None, f"family {name!r} has no count rule; {advice}")
+    unknown, expected = ", ".join(sorted(set(given) - set(known))), ", ".join(known)
+    require(not unknown, f"family {name!r} has no setting {unknown}, expected some of {expected}")
+    settings = {**known, **given}
     try:
-        family.check_choices({**known, **given})
-        return as_int(apply_rule(rule, sides, {**known, **given}), f"the count of {name}", 1)
+        family.check_choices(settings)
+        return as_int(apply_rule(rule, size, settings), f"the count of family {name!r}", 1)
     except PackingError:
         raise
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        message = f"{name} cannot count with this size and these settings: {error}"
-        raise PackingError(message) from error
+        raise PackingError(f"family {name!r} cannot count with this size: {error}") from error
 
 
 def count_with_processor(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from inspect import Parameter, Signature, signature
 from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 from .kinds import as_flag, as_int, require
@@ -22,6 +21,9 @@ GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
 # dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
+
+
+SIZES = {"count": ("height", "width"), "video_count": ("frames", "height", "width")}
 
 
 @lru_cache
@@ -311,15 +313,13 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
 _IMAGES = (
     gemma3, gemma4, glm_vl, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl,
 )  # fmt: skip
-RULES: Mapping[str, Callable] = MappingProxyType({rule.__name__: rule for rule in _IMAGES})
-VIDEO_RULES: Mapping[str, Callable] = MappingProxyType(
-    {
-        "gemma4": _frame_by_frame(gemma4),
-        "internvl3": _frame_by_frame(internvl3),
-        "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
-        "llava_onevision": llava_onevision_video,
-        "nemotron": nemotron_video,
-        "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
-        "volume": volume_video,
-    }
-)
+_VIDEOS = {
+    "gemma4": _frame_by_frame(gemma4),
+    "internvl3": _frame_by_frame(internvl3),
+    "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
+    "llava_onevision": llava_onevision_video,
+    "nemotron": nemotron_video,
+    "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
+    "volume": volume_video,
+}
+RULES = {"count": {rule.__name__: rule for rule in _IMAGES}, "video_count": _VIDEOS}
