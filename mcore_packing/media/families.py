@@ -8,9 +8,9 @@ from typing import Any, get_origin
 from .kinds import as_flag, as_ids, as_int, require
 from .rules import RULES, SIZES, settings_of
 
-# What the first dimension of a tensor can count; slicing.py knows how many of each a sample has.
-# A nonempty_sample has images; as patches count the products of the rows of image_grid_thw or
-# image_grid_hw, and of video_grid_thw.
+# What the first dimension of a tensor can count; slicing.py knows how many of each a sample has. A
+# nonempty_sample has images; patches are the product of a row of image_grid_thw (or image_grid_hw),
+# or of video_grid_thw.
 LAYOUT_WORDS = (
     "sample", "nonempty_sample", "image", "patch", "tile", "video", "video_patch", "video_frame",
 )  # fmt: skip
@@ -70,16 +70,16 @@ class Family:
     def __post_init__(self):
         where = f"family {self.name!r}: " if self.name else ""
         for item in fields(self):
-            value, name = getattr(self, item.name), where + item.name
-            if get_origin(item.type) is Mapping:
+            value, name, kind = getattr(self, item.name), where + item.name, item.type
+            if get_origin(kind) is Mapping:
                 found = type(value).__name__
                 require(isinstance(value, Mapping), f"{name} is a {found}, expected a dict")
                 value = MappingProxyType(dict(value))
-            elif item.type == tuple[int, ...]:
+            elif kind == tuple[int, ...]:
                 value = tuple(as_ids(value, name))
-            elif item.type is bool:
+            elif kind is bool:
                 value = as_flag(value, name)
-            elif item.type == int | None and value is not None:
+            elif kind == int | None and value is not None:
                 value = as_int(value, name)
             vars(self)[item.name] = value  # frozen for everybody else
         for key, word in self.layout.items():
@@ -192,26 +192,21 @@ def _layout(**keys: str) -> dict[str, str]:
     return {key: word for word, names in keys.items() for key in names.split()}
 
 
-def _add(
-    name, image=None, start=None, end=None, video=None, bos=None, opener=None, text=None,
-    hf="its configuration and processor", **others,
-):  # fmt: skip
-    """Register a family of the table; ``hf`` is where transformers says it."""
-    short = {"image_token_id": image, "vision_start_id": start, "vision_end_id": end}
-    short |= {"video_token_id": video, "bos_token_id": bos}
-    short |= {"turn_opener": opener, "turn_opener_text": text}
-    given = {key: value for key, value in short.items() if value is not None}
-    register_family(name, **{"source": f"transformers 5.23.0: {hf}", **given, **others})
+def _add(name, *ids, hf="its configuration and processor", **others) -> None:
+    """Register a row of the table: ``_IDS`` by position, and where transformers says all this."""
+    known = {key: token for key, token in zip(_IDS, ids, strict=False) if token is not None}
+    register_family(name, **{"source": f"transformers 5.23.0: {hf}", **known, **others})
 
 
+_IDS = ("image_token_id", "vision_start_id", "vision_end_id", "video_token_id", "bos_token_id")
 _GRIDS = _layout(
     patch="pixel_values", image="image_grid_thw", video_patch="pixel_values_videos",
     video="video_grid_thw second_per_grid_ts video_second_per_grid",
 )  # fmt: skip
 _TILES, _IMAGES = _layout(tile="pixel_values"), _layout(image="pixel_values")
 _SIZED, _PIXELS = _layout(image="pixel_values image_sizes"), "pixel_values pixel_attention_mask "
-_CHATML = {"opener": (151644, 872, 198), "text": "<|im_start|>user\n"}
-_GEMMA = {"opener": (105, 2364, 107), "bos": 2}
+_CHATML = {"turn_opener": (151644, 872, 198), "turn_opener_text": "<|im_start|>user\n"}
+_GEMMA = {"turn_opener": (105, 2364, 107), "bos_token_id": 2}
 
 # fmt: off
 _add("qwen2_vl", 151655, 151652, 151653, 151656, **_CHATML, layout=_GRIDS, count="qwen_vl",
@@ -228,29 +223,29 @@ _add("qwen3_omni", like="qwen3_vl", video_start_id=None, video_end_id=None, vide
      settings={"min_pixels": 56**2, "max_pixels": 28**2 * 16384},
      video_settings={"patch_size": 16, "min_pixels": 128 * 32**2, "max_pixels": 768 * 32**2},
      hf="Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeProcessor, without audio")
-_add("qwen3_5", 248056, 248053, 248054, 248057, opener=(248045, 846, 198), like="qwen3_vl",
+_add("qwen3_5", 248056, 248053, 248054, 248057, turn_opener=(248045, 846, 198), like="qwen3_vl",
      video_start_id=248053, video_end_id=248054,
-     hf="Qwen3_5Config, which Qwen3.6 shares; Qwen3VLProcessor; its tokenizer")
-_add("glm4v", 151343, 151339, 151340, bos=151331, opener=(151336, 198), text="<|user|>\n",
-     video_start_id=151341, video_end_id=151342, video_prompt_token_id=151344, layout=_GRIDS,
-     count="glm_vl", video_count="volume",
+     hf="Qwen3_5Config (Qwen3.6 too), Qwen3VLProcessor, its tokenizer")
+_add("glm4v", 151343, 151339, 151340, None, 151331, turn_opener=(151336, 198),
+     turn_opener_text="<|user|>\n", video_start_id=151341, video_end_id=151342,
+     video_prompt_token_id=151344, layout=_GRIDS, count="glm_vl", video_count="volume",
      video_settings={"patch_size": 14, "min_pixels": 112**2, "max_pixels": 28**2 * 2 * 30000},
      hf="Glm4vConfig (GLM-4.1V), Glm4vProcessor and its model test (opener)")
 _add("glm4_5v", 151363, like="glm4v", video_prompt_token_id=151364,
      hf="Glm4vMoeConfig (GLM-4.5V, and GLM-4.6V by its model test), Glm46VProcessor")
 # video_grid_thw has one row for each chunk of four frames: count chunks.
-_add("kimi_k2_5", 163605, 163602, 163604, 163840, 163584, (163587, 2482, 163601),
-     "<|im_user|>user<|im_middle|>", break_token_ids=(163603,), layout=_GRIDS,
-     count="kimi_vl", video_count="kimi_vl", video_settings={"max_patches": 4096},
+_add("kimi_k2_5", 163605, 163602, 163604, 163840, 163584, break_token_ids=(163603,),
+     turn_opener=(163587, 2482, 163601), turn_opener_text="<|im_user|>user<|im_middle|>",
+     layout=_GRIDS, count="kimi_vl", video_count="kimi_vl", video_settings={"max_patches": 4096},
      hf="Kimi_K25Config, Kimi_K25Processor (Kimi-K2.6 too); the paddle port's test (opener)")
 _add("kimi_vl", like="kimi_k2_5", video_token_id=None, video_count=None,
      settings={"max_patches": 4096},
      hf="Kimi_K25ImageProcessor; vLLM's image processor of moonshotai/Kimi-VL-A3B-Instruct")
-_add("llama4", 200092, 200080, 200081, bos=200000, opener=(200005, 1556, 200006, 368),
-     text="<|header_start|>user<|header_end|>\n\n", break_token_ids=(200084, 200085, 200090),
-     prompt_token_id=200090, layout=_TILES,
+_add("llama4", 200092, 200080, 200081, None, 200000, turn_opener=(200005, 1556, 200006, 368),
+     turn_opener_text="<|header_start|>user<|header_end|>\n\n",
+     break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, layout=_TILES,
      hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer")
-_add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, text="<|turn>user\n",
+_add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, turn_opener_text="<|turn>user\n",
      layout=_layout(
          image="pixel_values image_position_ids num_soft_tokens_per_image",
          video_frame="pixel_values_videos video_position_ids",
@@ -258,7 +253,7 @@ _add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, text="<|turn>user\n",
      count="gemma4", choices={"max_soft_tokens": (70, 140, 280, 560, 1120)},
      video_count="gemma4", video_settings={"max_soft_tokens": 70},
      hf="Gemma4Config, Gemma4Processor; tokenizer of google/gemma-4-E4B-it (opener)")
-_add("gemma3", 262144, 255999, 256000, **_GEMMA, text="<start_of_turn>user\n",
+_add("gemma3", 262144, 255999, 256000, **_GEMMA, turn_opener_text="<start_of_turn>user\n",
      prompt_token_id=255999, layout=_IMAGES, count="gemma3",
      hf="Gemma3Config, Gemma3Processor; TRL's gemma3 chat template")
 _add("gemma3_pan_and_scan", like="gemma3", layout=_TILES, settings={"do_pan_and_scan": True},
@@ -268,21 +263,22 @@ _add("internvl3", 151667, 151665, 151666, **_CHATML, layout=_TILES, count="inter
      hf="InternVLConfig, InternVLProcessor; tokenizer of OpenGVLab/InternVL3-1B-hf")
 _add("internvl3_5", 151671, 151669, 151670, like="internvl3",
      hf="InternVLProcessor; img_context_token_id that MindSpeed-MM gives InternVL3_5")
-_add("llava15", 32000, bos=1, opener=(3148, 1001, 29901), text="USER:", layout=_IMAGES,
-     count="llava15", choices={"vision_feature_select_strategy": ("default", "full")},
+_add("llava15", 32000, bos_token_id=1, turn_opener=(3148, 1001, 29901), turn_opener_text="USER:",
+     layout=_IMAGES, count="llava15",
+     choices={"vision_feature_select_strategy": ("default", "full")},
      hf="LlavaConfig, LlavaProcessor and its test for llava-1.5-7b-hf (opener)")
-_add("llava_onevision", 151646, video=151647, **_CHATML, video_count="llava_onevision",
+_add("llava_onevision", 151646, None, None, 151647, **_CHATML, video_count="llava_onevision",
      layout=_SIZED | _layout(nonempty_sample="batch_num_images", video="pixel_values_videos"),
      hf="LlavaOnevisionConfig, LlavaOnevisionProcessor; its tokenizer (opener)")
-_add("pixtral", 10, end=13, bos=1, opener=(3,), text="[INST]", break_token_ids=(12,), layout=_SIZED,
+_add("pixtral", 10, None, 13, None, 1, turn_opener=(3,), turn_opener_text="[INST]",
+     break_token_ids=(12,), layout=_SIZED,
      hf="PixtralProcessor; tokens of mistralai/Pixtral-12B-2409 (Tekken)")
-_add("mistral3", like="pixtral",
-     hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+_add("mistral3", like="pixtral", hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
 _add("megatron_llava", -200, count="megatron_llava", layout=_TILES | _layout(
          sample="tokens", tile="images", image="num_image_tiles num_tiles imgs_sizes"),
      source="Megatron-Core 0.12.3 to main: LLaVAModel, get_num_image_embeddings; Megatron-LM main: "
      "examples/multimodal/image_processing.py and multimodal_args.py")
-_add("nemotron_nano_vl_v2", 131072, 131073, 131074, text="<SPECIAL_11>User\n",
+_add("nemotron_nano_vl_v2", 131072, 131073, 131074, turn_opener_text="<SPECIAL_11>User\n",
      like="megatron_llava", layout=_layout(
          sample="tokens", tile="images pixel_values",
          image="num_image_tiles num_patches imgs_sizes"),
@@ -290,18 +286,19 @@ _add("nemotron_nano_vl_v2", 131072, 131073, 131074, text="<SPECIAL_11>User\n",
                "class_token_len": 10, "disable_vision_class_token": True, "pixel_shuffle": True,
                "max_num_tiles": 12, "use_thumbnail": True},
      source="Megatron-Bridge main: NemotronNano12Bv2VLModelProvider and its collate function")
-_add("nemotron_omni", 18, 21, 22, opener=(10, 3263, 1010), text="<|im_start|>user\n",
-     video_prompt_token_id=131081, count="nemotron_omni", video_count="nemotron",
-     layout=_layout(
+_add("nemotron_omni", 18, 21, 22, **_CHATML | {"turn_opener": (10, 3263, 1010)},
+     video_prompt_token_id=131081, count="nemotron_omni", video_count="nemotron", layout=_layout(
          patch="pixel_values", image="image_grid_hw", video_frame="pixel_values_videos"),
      hf="NemotronH_Omni_Reasoning_V3Processor; tokenizer of Nemotron 3 Nano (opener); "
      "Megatron-Bridge main: NemotronOmniBridge (ids)")
 # On no trainer's list: kept for their layouts.
-_add("idefics3", 128257, bos=128000, text="User:", layout=_layout(sample=_PIXELS))
-_add("smolvlm", 49190, bos=1, text="User:", layout=_layout(sample=_PIXELS))
-_add("mllama", 128256, bos=128000, text="<|start_header_id|>user<|end_header_id|>\n\n",
-     layout=_layout(
+_add("idefics3", 128257, None, None, None, 128000, turn_opener_text="User:",
+     layout=_layout(sample=_PIXELS))
+_add("smolvlm", 49190, like="idefics3", bos_token_id=1)
+_add("mllama", 128256, bos_token_id=128000,
+     turn_opener_text="<|start_header_id|>user<|end_header_id|>\n\n", layout=_layout(
          sample="pixel_values aspect_ratio_ids aspect_ratio_mask cross_attention_mask"))
-_add("llava_next", 32000, bos=1, text="[INST] ", layout=_SIZED)
-_add("lfm2_vl", 396, text=_CHATML["text"], layout=_layout(tile=_PIXELS + "spatial_shapes"))
+_add("llava_next", 32000, bos_token_id=1, turn_opener_text="[INST] ", layout=_SIZED)
+_add("lfm2_vl", 396, **_CHATML | {"turn_opener": ()},
+     layout=_layout(tile=_PIXELS + "spatial_shapes"))
 # fmt: on
