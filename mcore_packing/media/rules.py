@@ -69,18 +69,18 @@ def _area(side: Any, name: str, unit: int = 1) -> int:
 
 
 def qwen_vl(
-    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2,
-    min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280,
-) -> int:  # fmt: skip
+    height, width, *, patch_size: int = 14, merge_size: int = 2, min_pixels: int = 56 * 56,
+    max_pixels: int = 28 * 28 * 1280,
+):  # fmt: skip
     """Both sides to multiples of a merged patch, then between min and max pixels."""
     return _smart_resize(height, width, patch_size * merge_size, min_pixels, max_pixels)
 
 
 def volume_video(
-    frames: int, height: int, width: int, *, patch_size: int = 16, merge_size: int = 2,
+    frames, height, width, *, patch_size: int = 16, merge_size: int = 2,
     temporal_patch_size: int = 2, min_pixels: int = 128 * 32 * 32, max_pixels: int = 768 * 32 * 32,
     cap_pixels_per_frame: bool = False, max_video_tokens: int = 768,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Qwen3 and GLM: all frames together between min and max pixels, or each under a cap."""
     unit = patch_size * merge_size
     if cap_pixels_per_frame:
@@ -91,9 +91,9 @@ def volume_video(
 
 
 def glm_vl(
-    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2,
-    temporal_patch_size: int = 2, min_pixels: int = 112 * 112, max_pixels: int = 28 * 28 * 15000,
-) -> int:  # fmt: skip
+    height, width, *, patch_size: int = 14, merge_size: int = 2, temporal_patch_size: int = 2,
+    min_pixels: int = 112 * 112, max_pixels: int = 28 * 28 * 15000,
+):  # fmt: skip
     """An image as a video of as many frames as are merged into one."""
     unit, frames = patch_size * merge_size, temporal_patch_size
     return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames)
@@ -123,9 +123,9 @@ def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> in
 
 
 def kimi_vl(
-    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2, max_patches: int = 16384,
+    height, width, *, patch_size: int = 14, merge_size: int = 2, max_patches: int = 16384,
     max_size_per_side: int = 512,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Shrunk to a budget of patches and of patches a side, then padded to merged patches."""
     patches = max(1.0, height // patch_size) * max(1.0, width // patch_size)
     longest = max_size_per_side * patch_size
@@ -137,9 +137,9 @@ def kimi_vl(
 
 
 def nemotron_omni(
-    height: int, width: int, *, patch_size: int = 16, downsample_ratio: float = 0.5,
+    height, width, *, patch_size: int = 16, downsample_ratio: float = 0.5,
     min_num_patches: int = 1024, max_num_patches: int = 13312, max_model_len: int = 16384,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """RADIO's dynamic resolution: the image's own grid, scaled between two numbers of patches."""
     merge = round(1 / downsample_ratio)
     budget = max((max_model_len - 4) * merge**2, min_num_patches)
@@ -159,10 +159,9 @@ def nemotron_omni(
 
 
 def nemotron_video(
-    frames: int, height: int, width: int, *, downsample_ratio: float = 0.5,
-    video_target_num_patches: int = 1024, video_maintain_aspect_ratio: bool = True,
-    video_temporal_patch_dim: int = 2,
-) -> int:  # fmt: skip
+    frames, height, width, *, downsample_ratio: float = 0.5, video_target_num_patches: int = 1024,
+    video_maintain_aspect_ratio: bool = True, video_temporal_patch_dim: int = 2,
+):  # fmt: skip
     """One tile of about so many patches for every few frames."""
     merge, target = round(1 / downsample_ratio), video_target_num_patches
     grid = [int(math.sqrt(target))] * 2
@@ -176,9 +175,8 @@ def nemotron_video(
 
 
 def gemma4(
-    height: int, width: int, *, patch_size: int = 16, pooling_kernel_size: int = 3,
-    max_soft_tokens: int = 280,
-) -> int:  # fmt: skip
+    height, width, *, patch_size: int = 16, pooling_kernel_size: int = 3, max_soft_tokens: int = 280,
+):  # fmt: skip
     """The largest grid of pooled patches that keeps the aspect ratio and fits the budget."""
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
     unit = pooling_kernel_size * patch_size
@@ -196,10 +194,10 @@ def gemma4(
 
 
 def gemma3(
-    height: int, width: int, *, image_seq_length: int = 256, do_pan_and_scan: bool = False,
+    height, width, *, image_seq_length: int = 256, do_pan_and_scan: bool = False,
     pan_and_scan_min_crop_size: int = 256, pan_and_scan_max_num_crops: int = 4,
     pan_and_scan_min_ratio_to_activate: float = 1.2,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """One sequence for the image, one more for each crop of pan and scan along its long side."""
     long, short = max(height, width), min(height, width)
     if not do_pan_and_scan or long / short < pan_and_scan_min_ratio_to_activate:
@@ -213,26 +211,24 @@ def gemma3(
 
 
 def llava15(
-    height: int, width: int, *, crop_size: Any = 336, patch_size: int = 14,
+    height, width, *, crop_size: Any = 336, patch_size: int = 14,
     vision_feature_select_strategy: str = "default", num_additional_image_tokens: int = 1,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
     grid = _area(crop_size, "crop_size", patch_size)
     return grid + num_additional_image_tokens - dropped
 
 
-def llava_onevision_video(
-    frames: int, height: int, width: int, *, num_image_tokens: int = 729,
-) -> int:  # fmt: skip
+def llava_onevision_video(frames, height, width, *, num_image_tokens: int = 729):
     """Every frame pooled 2 x 2, and one newline."""
     return frames * math.ceil(int(math.sqrt(num_image_tokens)) / 2) ** 2 + 1
 
 
 def internvl3(
-    height: int, width: int, *, image_seq_length: int = 256, crop_to_patches: bool = True,
+    height, width, *, image_seq_length: int = 256, crop_to_patches: bool = True,
     min_patches: int = 1, max_patches: int = 12, size: Any = 448,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Tiles of the best grid, and a thumbnail where there is more than one."""
     if not crop_to_patches or max_patches == 1:
         return image_seq_length
@@ -241,13 +237,13 @@ def internvl3(
 
 
 def megatron_llava(
-    height: int, width: int, *, img_h: int = 336, img_w: int = 336, patch_dim: int = 14,
+    height, width, *, img_h: int = 336, img_w: int = 336, patch_dim: int = 14,
     vision_model_type: str = "clip", tokenizer_type: str | None = None,
     disable_vision_class_token: bool = False, class_token_len: int = 1, pixel_shuffle: bool = False,
     use_tile_tags: bool = False, use_tiling: bool = True, max_num_tiles: int = 1,
     use_thumbnail: bool = False, use_area_weighted_aspect_ratio: bool = False,
     dynamic_resolution: bool = False,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Rows of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic tiling.
 
     With ``dynamic_resolution`` the image is one tile of the size that it has already been given.
