@@ -135,9 +135,9 @@ def get_family(name: str | Family) -> Family:
     """
     if isinstance(name, Family):
         return name
-    known = f"expected one of {', '.join(sorted(_FAMILIES))}; register_family adds one"
-    found = isinstance(name, str) and name in _FAMILIES
-    require(found, f"family {name!r} is not registered, {known}, count_with_processor needs none")
+    known = isinstance(name, str) and name in _FAMILIES
+    expected = f"expected one of {', '.join(sorted(_FAMILIES))}; register_family adds one"
+    require(known, f"family {name!r} is not registered, {expected}")
     return _FAMILIES[name]
 
 

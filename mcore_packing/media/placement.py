@@ -152,12 +152,10 @@ def place_image_blocks(
             _check_turns(where, found, turn, ends)
             edits.append(_expand_in_place(ids, found, blocks, first, one, *span))
         else:
-            opener = "turn opener does not occur" if one.turn_opener else "no turn opener is known"
-            message = (
-                f"{where}: {opener} ({one.turn_opener_text!r} as text), nor a placeholder, so "
-            )
-            message += "the blocks would go after BOS, outside the user's turn; pass turn_opener"
-            require(ends or not number, f"{message}, or use splice_image_blocks")
+            what = "turn opener does not occur" if one.turn_opener else "no turn opener is known"
+            message = f"{where}: {what} ({one.turn_opener_text!r} as text), nor a placeholder; its "
+            message += "blocks would go after BOS, outside the user's turn; pass turn_opener, or "
+            require(ends or not number, f"{message}use splice_image_blocks")
             into = zip(ends, turn, strict=True) if turn else [(end, number) for end in ends[-1:]]
             edits.append([_Edit(end, end) for end, times in into for _ in range(times)])
 
@@ -170,8 +168,8 @@ def place_image_blocks(
         if values is None:
             return None
         row = kinds.as_row(values, name)
-        found = f"{name} is {len(row)} entries, but the row has {len(ids)} tokens"
-        require(len(row) == len(ids), found)
+        message = f"{name} is {len(row)} entries, but the row has {len(ids)} tokens"
+        require(len(row) == len(ids), message)
         return like(values, [fill if at is None else row[at] for at in source])
 
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]

@@ -21,17 +21,13 @@ GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
 # dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
-
-
+# What a rule takes first: an image's, a video's.
 SIZES = {"count": ("height", "width"), "video_count": ("frames", "height", "width")}
 
 
 @lru_cache
 def settings_of(rule: Callable, num_sizes: int) -> dict[str, Parameter] | None:
-    """What a rule declares behind its sizes; None if it takes all settings as one mapping.
-
-    ``num_sizes`` is 2 for images (height, width), 3 for videos (frames, height, width).
-    """
+    """What a rule declares behind its sizes; None if it takes all settings as one mapping."""
     every = list(signature(rule).parameters.values())
     declared = [p for p in every[num_sizes:] if p.kind is not p.VAR_KEYWORD]
     mapping = any(p.kind is p.VAR_POSITIONAL for p in every)
@@ -86,7 +82,7 @@ def volume_video(
     if cap_pixels_per_frame:
         share = min(max_video_tokens * unit**2, max_pixels // frames)
         max_pixels = frames * max(share, int(min_pixels * 1.05))
-    resized = height, width, unit, min_pixels, max_pixels, frames, temporal_patch_size
+    resized = height, width, unit, min_pixels, max_pixels, frames, temporal_patch_size, True
     return math.ceil(frames / temporal_patch_size) * _smart_resize(*resized)
 
 
@@ -96,22 +92,20 @@ def glm_vl(
 ):  # fmt: skip
     """An image as a video of as many frames as are merged into one."""
     unit, frames = patch_size * merge_size, temporal_patch_size
-    return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames)
+    return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames, True)
 
 
-def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> int:
-    """Merged patches of one frame, rounded half to even; ``temporal`` where all frames count."""
-    if temporal is not None:
-        require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
-        if min(height, width) < unit:
-            scale = max(unit / height, unit / width)
-            height, width = int(height * scale), int(width * scale)
+def _smart_resize(height, width, unit, low, high, frames=1, temporal=1, enlarge=False) -> int:
+    """Merged patches of one frame, rounded half to even."""
+    require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
+    if enlarge and min(height, width) < unit:
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
     aspect = max(height, width) / min(height, width)
     found = f"{height} x {width} has an aspect ratio of {aspect:.1f}"
     require(aspect <= MAX_ASPECT_RATIO, f"{found}, expected at most {MAX_ASPECT_RATIO}")
     rows, columns = round(height / unit), round(width / unit)  # may be 0: there is no clamp here
-    depth = 1 if temporal is None else round(frames / temporal) * temporal
-    pixels = depth * rows * unit * columns * unit
+    pixels = round(frames / temporal) * temporal * rows * unit * columns * unit
     if pixels > high:
         beta = math.sqrt(frames * height * width / high)
         rows = max(1, math.floor(height / beta / unit))
@@ -130,10 +124,8 @@ def kimi_vl(
     patches = max(1.0, height // patch_size) * max(1.0, width // patch_size)
     longest = max_size_per_side * patch_size
     scale = min(1.0, math.sqrt(max_patches / patches), longest / height, longest / width)
-    unit, count = patch_size * merge_size, 1
-    for side in (height, width):
-        count *= math.ceil(min(max(1, int(side * scale)), longest) / unit)
-    return count
+    sides = (min(max(1, int(side * scale)), longest) for side in (height, width))
+    return math.prod(math.ceil(side / (patch_size * merge_size)) for side in sides)
 
 
 def nemotron_omni(
@@ -175,21 +167,21 @@ def nemotron_video(
 
 
 def gemma4(
-    height, width, *, patch_size: int = 16, pooling_kernel_size: int = 3, max_soft_tokens: int = 280,
+    height, width, *, patch_size: int = 16, pooling_kernel_size: int = 3,
+    max_soft_tokens: int = 280,
 ):  # fmt: skip
     """The largest grid of pooled patches that keeps the aspect ratio and fits the budget."""
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
     unit = pooling_kernel_size * patch_size
     scale = math.sqrt(pixels / (height * width))
     rows, columns = math.floor(scale * height / unit), math.floor(scale * width / unit)
-    what, budget = f"{height} x {width} is resized to", f"max_soft_tokens {max_soft_tokens}"
-    require(rows or columns, f"{what} nothing at {budget}")
-    if rows == 0:  # the long side alone decides, and the budget is its limit
-        rows, columns = 1, min(math.floor(width / height), max_soft_tokens)
-    elif columns == 0:
-        rows, columns = min(math.floor(height / width), max_soft_tokens), 1
+    budget = f"max_soft_tokens {max_soft_tokens}"
+    require(rows or columns, f"{height} x {width} is resized to nothing at {budget}")
     tokens = rows * columns
-    require(tokens <= max_soft_tokens, f"{what} {tokens} tokens, more than {budget}")
+    if tokens == 0:  # the long side alone decides, and the budget is its limit
+        aspect = height / width if rows else width / height
+        tokens = min(math.floor(aspect), max_soft_tokens)
+    require(tokens <= max_soft_tokens, f"{height} x {width} has {tokens} tokens, over {budget}")
     return tokens
 
 
@@ -216,8 +208,7 @@ def llava15(
 ):  # fmt: skip
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
-    grid = _area(crop_size, "crop_size", patch_size)
-    return grid + num_additional_image_tokens - dropped
+    return _area(crop_size, "crop_size", patch_size) + num_additional_image_tokens - dropped
 
 
 def llava_onevision_video(frames, height, width, *, num_image_tokens: int = 729):
@@ -295,9 +286,7 @@ def _most_covering_grid(height: int, width: int, fewest: int, most: int, tile_ar
 def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
     """The rule of a video every few frames of which count as one image, with its settings."""
 
-    def rule(
-        frames: int, height: int, width: int, *, temporal_patch_size: int = merged, **settings
-    ) -> int:
+    def rule(frames, height, width, *, temporal_patch_size: int = merged, **settings):
         return math.ceil(frames / temporal_patch_size) * image_rule(height, width, **settings)
 
     declared = {**signature(rule).parameters, **signature(image_rule).parameters}
@@ -309,13 +298,15 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
 _IMAGES = (
     gemma3, gemma4, glm_vl, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl,
 )  # fmt: skip
-_VIDEOS = {
-    "gemma4": _frame_by_frame(gemma4),
-    "internvl3": _frame_by_frame(internvl3),
-    "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
-    "llava_onevision": llava_onevision_video,
-    "nemotron": nemotron_video,
-    "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
-    "volume": volume_video,
+RULES = {
+    "count": {rule.__name__: rule for rule in _IMAGES},
+    "video_count": {
+        "gemma4": _frame_by_frame(gemma4),
+        "internvl3": _frame_by_frame(internvl3),
+        "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
+        "llava_onevision": llava_onevision_video,
+        "nemotron": nemotron_video,
+        "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
+        "volume": volume_video,
+    },
 }
-RULES = {"count": {rule.__name__: rule for rule in _IMAGES}, "video_count": _VIDEOS}
