@@ -6,9 +6,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import PackingError, PlaceholderMismatch
-from .families import Family, get_family
+from .families import SETTINGS, Family, get_family, resolve
 from .kinds import as_boundaries, as_ids, as_int, as_list, holds_ints, nested, require, shorten
-from .rules import apply_rule
+from .rules import SIZES, apply_rule
 
 
 def num_image_tokens(family: str | Family, height: int, width: int, **settings: Any) -> int:
@@ -20,23 +20,20 @@ def num_image_tokens(family: str | Family, height: int, width: int, **settings: 
         **settings: those of the family's processor, by its own names;
             ``get_family(family).settings`` lists them with their defaults.
 
-    Returns:
-        The number of placeholders, which is the number of feature rows.
-
     Raises:
         PackingError: a size is not positive, the family or a setting is unknown, or the processor
             would refuse the image or the setting.
 
     Source:
-        ``replace_image_token`` and the image processors of transformers 5.23.0, which the tests
-        run; for Megatron's own models its ``get_num_image_embeddings`` and ``dynamic_preprocess``
-        of Megatron-LM's examples/multimodal/image_processing.py.
+        ``replace_image_token`` and the image processors of transformers 5.23.0; for Megatron's
+        models its ``get_num_image_embeddings``, and ``dynamic_preprocess`` of Megatron-LM's
+        examples/multimodal/image_processing.py.
 
     Example:
         >>> num_image_tokens("qwen2_vl", 224, 224), num_image_tokens("gemma4", 3, 900)
         (64, 280)
     """
-    return _count(family, "count", "settings", {"height": height, "width": width}, settings)
+    return _count(family, "count", (height, width), settings)
 
 
 def num_video_tokens(
@@ -60,42 +57,40 @@ def num_video_tokens(
         >>> num_video_tokens("qwen3_vl", 8, 224, 224), num_video_tokens("internvl3", 8, 224, 224)
         (196, 2048)
     """
-    size = {"frames": frames, "height": height, "width": width}
-    return _count(family, "video_count", "video_settings", size, settings)
+    return _count(family, "video_count", (frames, height, width), settings)
 
 
-def _count(family: str | Family, what: str, settings: str, size: dict, given: dict) -> int:
+def _count(family: str | Family, count: str, size: tuple, given: dict) -> int:
     """What the rule says with the family's settings and those of the call."""
     family = get_family(family)
-    sides = tuple(as_int(value, name, minimum=1) for name, value in size.items())
-    rule, known, name = family.rule(what), getattr(family, settings), f"family {family.name!r}"
-    advice = f"ask its processor with count_with_processor, or give register_family a {what}"
-    require(rule is not None, f"{name} has no count rule; {advice}")
-    unknown = ", ".join(sorted(set(given) - set(known)))
-    require(not unknown, f"{name} has no setting {unknown}, expected some of {', '.join(known)}")
+    size = _as_size(size, SIZES[count])
+    rule, known, name = family.rule(count), getattr(family, SETTINGS[count]), family.name
+    advice = f"ask its processor with count_with_processor, or give register_family a {count}"
+    require(rule is not None, f"family {name!r} has no count rule; {advice}")
+    unknown, expected = ", ".join(sorted(set(given) - set(known))), ", ".join(known)
+    require(not unknown, f"family {name!r} has no setting {unknown}, expected some of {expected}")
+    settings = {**known, **given}
     try:
-        family.check_choices({**known, **given})
-        return as_int(apply_rule(rule, sides, {**known, **given}), f"the count of {name}", 1)
+        family.check_choices(settings)
+        return as_int(apply_rule(rule, size, settings), f"the count of family {name!r}", 1)
     except PackingError:
         raise
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        message = f"{name} cannot count with this size and these settings: {error}"
-        raise PackingError(message) from error
+        raise PackingError(f"family {name!r} cannot count with this size: {error}") from error
+
+
+def _as_size(sides: Sequence, names: Sequence[str], where: str = "") -> tuple[int, ...]:
+    return tuple(as_int(side, where + name, 1) for side, name in zip(sides, names, strict=True))
 
 
 def count_with_processor(
-    processor: Any,
-    sizes: Iterable[Sequence[int]],
-    *,
-    image_token_id: int | None = None,
-    family: str | Family | None = None,
-    **images_kwargs: Any,
-) -> list[int]:
+    processor: Any, sizes: Iterable[Sequence[int]], *, image_token_id: int | None = None,
+    family: str | Family | None = None, **images_kwargs: Any,
+) -> list[int]:  # fmt: skip
     """How many placeholders each image of one sample needs, as its processor itself writes them.
 
     Blank images of these sizes go through the processor together, as one sample: some processors
-    give an image among others fewer tokens than an image alone (LLaVA-OneVision). Their own helper
-    for this counts begin and end tokens for some, and does not know the other images.
+    give an image among others fewer tokens than an image alone (LLaVA-OneVision).
 
     Args:
         processor: a processor object with its image processor and tokenizer.
@@ -104,9 +99,6 @@ def count_with_processor(
             the processor says.
         family: a registered family, or a ``Family``, where the processor has its real tokenizer.
         **images_kwargs: passed on to the image processor.
-
-    Returns:
-        One count for every size.
 
     Raises:
         PackingError: a size is not positive, the processor refuses it, or it cannot be asked.
@@ -118,72 +110,61 @@ def count_with_processor(
         >>> count_with_processor(processor, [(480, 640)])  # doctest: +SKIP
         [391]
     """
-    checked = []
+    name, checked = type(processor).__name__, []
     for i, size in enumerate(as_list(sizes, "sizes")):
-        try:
-            height, width = size
-        except (TypeError, ValueError):
-            raise PackingError(f"sizes[{i}] is {size!r}, expected (height, width)") from None
-        where = f"sizes[{i}]: "
-        checked.append((as_int(height, where + "height", 1), as_int(width, where + "width", 1)))
+        sides = as_list(size, f"sizes[{i}]")
+        require(len(sides) == 2, f"sizes[{i}] is {size!r}, expected (height, width)")
+        checked.append(_as_size(sides, SIZES["count"], f"sizes[{i}]: "))
     if not checked:
         return []
-    name = type(processor).__name__
-    if image_token_id is None and family is not None:
-        image_token_id = get_family(family).image_token_id
+    if image_token_id is None:
+        image_token_id = resolve(family, {}).image_token_id
     try:
         counts = _count_blanks(processor, checked, image_token_id, images_kwargs)
     except PackingError:
         raise
     except Exception as error:
         raise PackingError(f"{name} refused: {type(error).__name__}: {error}") from error
-    found = f"{name} wrote placeholders for {len(counts)} of {len(checked)} images of (height, "
-    found += f"width) {shorten(checked, 4)}; pass the image_token_id it writes"
-    require(len(counts) == len(checked), found)
+    found = f"{name} wrote placeholders for {len(counts)} of the images {shorten(checked, 4)}"
+    require(len(counts) == len(checked), f"{found}; pass the image_token_id it writes")
     return counts
 
 
 def _count_blanks(processor, sizes, image_token_id: int | None, images_kwargs) -> list[int]:
     """The placeholders between separators, which are special tokens and so never merged."""
-    text, name = getattr(processor, "image_token", None), type(processor).__name__
+    text, tokens = getattr(processor, "image_token", None), getattr(processor, "tokenizer", None)
     if image_token_id is None:
         # What stands once per image row is not always the token in the prompt (Llama 4), and the
         # list has begin, end and break tokens too, but the placeholder comes first.
-        written = getattr(processor, "img_patch_token", None)
-        known = getattr(processor, "image_token_ids", None) or [None]
-        image_token_id = next(iter(known))
-        if written is not None:
-            image_token_id = processor.tokenizer.convert_tokens_to_ids(written)
+        patch = getattr(processor, "img_patch_token", None)
+        first, *_ = getattr(processor, "image_token_ids", None) or [None]
+        image_token_id = first if patch is None else tokens.convert_tokens_to_ids(patch)
     known = image_token_id is not None and text is not None
+    name = type(processor).__name__
     require(known, f"{name} does not say its image token; pass image_token_id")
     from PIL import Image
 
     between, ends = "", None
     if len(sizes) > 1:
-        tokens = processor.tokenizer
         names = (getattr(tokens, f"{kind}_token", None) for kind in ("eos", "pad", "bos"))
-        between = next(name for name in names if name is not None and name != text)
+        between = next(name for name in names if name not in (None, text))
         ends = tokens.convert_tokens_to_ids(between)
     blanks = [Image.new("RGB", (width, height)) for height, width in sizes]
     prompt = between.join([text] * len(blanks))
     output = processor(images=[blanks], text=[prompt], images_kwargs=images_kwargs)
     counts = [0]
     for token in as_ids(output["input_ids"][0], "input_ids"):
-        if token == ends and counts[-1]:
+        if token == ends:
             counts.append(0)
         counts[-1] += token == image_token_id
     return [count for count in counts if count]
 
 
 def check_placeholders(
-    input_ids: Any,
-    features: Any,
-    image_token_id: int | None = None,
-    *,
-    family: str | Family | None = None,
-    cu_seqlens: Any = None,
+    input_ids: Any, features: Any, image_token_id: int | None = None, *,
+    family: str | Family | None = None, cu_seqlens: Any = None,
     num_images: Sequence[int] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Raise if there are not as many placeholders as feature rows, sample by sample.
 
     Totals alone do not do: samples of 4 and 6 placeholders with features of 6 and 4 rows add up and
@@ -195,8 +176,8 @@ def check_placeholders(
         features: what should replace the placeholders: a tensor ``[rows, H]`` or ``[images, rows,
             H]``, tensors nested in lists, or ints for that many rows. With samples one entry for
             each of them (empty or None where it has no images), or one for each image together
-            with ``num_images``. Of a batch with all its features in one tensor ``[rows, H]``, which
-            does not say where a sample ends, only totals are compared.
+            with ``num_images``. One tensor ``[rows, H]`` does not say where a sample ends, so that
+            with it only the totals of a batch are compared.
         image_token_id: the placeholder; by default that of ``family``.
         family: a registered family, or a ``Family``.
         cu_seqlens: ``[B + 1]``, the samples of a packed row.
@@ -212,12 +193,12 @@ def check_placeholders(
         >>> check_placeholders([5, 9, 9, 6, 9], [1, 2], 9, cu_seqlens=[0, 3, 5])
         Traceback (most recent call last):
         mcore_packing.errors.PlaceholderMismatch: sequence 0: 2 placeholders (id 9) but 1 feature \
-rows; the row has 3 placeholders and 3 feature rows
+rows
     """
-    if image_token_id is None and family is not None:
-        image_token_id = get_family(family).image_token_id
-    image_token_id = as_int(image_token_id, "image_token_id")
-    placeholders = _placeholders_per_sample(input_ids, image_token_id, cu_seqlens)
+    if image_token_id is None:
+        image_token_id = resolve(family, {}).image_token_id
+    token = as_int(image_token_id, "image_token_id")
+    placeholders = _placeholders_per_sample(input_ids, token, cu_seqlens)
     flat_batch = cu_seqlens is None and getattr(features, "ndim", 0) == 2
     if num_images is None and (flat_batch or len(placeholders) == 1):
         placeholders, rows = [sum(placeholders)], [_num_rows(features, "features")]
@@ -225,26 +206,22 @@ rows; the row has 3 placeholders and 3 feature rows
         rows = _rows_per_sample(features, len(placeholders), num_images)
     for seq, (expected, actual) in enumerate(zip(placeholders, rows, strict=True)):
         if expected != actual:
-            message = f"{expected} placeholders (id {image_token_id}) but {actual} feature rows"
-            if len(rows) > 1:
-                message = f"sequence {seq}: {message}; the row has {sum(placeholders)} placeholders"
-                message += f" and {sum(rows)} feature rows"
-            raise PlaceholderMismatch(actual=actual, expected=expected, message=message)
+            where = f"sequence {seq}: " if len(rows) > 1 else ""
+            message = f"{where}{expected} placeholders (id {token}) but {actual} feature rows"
+            raise PlaceholderMismatch(message, actual=actual, expected=expected)
 
 
-def _placeholders_per_sample(input_ids, image_token_id: int, cu_seqlens) -> list[int]:
+def _placeholders_per_sample(input_ids, token: int, cu_seqlens) -> list[int]:
     batch = getattr(input_ids, "ndim", 1) == 2 and len(input_ids) != 1
     if batch or (isinstance(input_ids, (list, tuple)) and input_ids and nested(input_ids[0])):
         require(cu_seqlens is None, "cu_seqlens go with one packed row, not with several rows")
-        rows = [as_ids(row, f"input_ids[{i}]") for i, row in enumerate(input_ids)]
-        return [row.count(image_token_id) for row in rows]
+        return [as_ids(row, f"input_ids[{i}]").count(token) for i, row in enumerate(input_ids)]
     ids = as_ids(input_ids, "input_ids")
     bounds = as_boundaries(cu_seqlens, len(ids))
-    if tail := ids[bounds[-1] :].count(image_token_id):
-        message = f"{tail} placeholders (id {image_token_id}) lie past the last boundary at "
-        message += f"{bounds[-1]}, in no sequence"
-        raise PlaceholderMismatch(message, actual=0, expected=tail)
-    return [ids[start:stop].count(image_token_id) for start, stop in pairwise(bounds)]
+    if tail := ids[bounds[-1] :].count(token):
+        found = f"{tail} placeholders (id {token}) lie past the last boundary at {bounds[-1]}"
+        raise PlaceholderMismatch(f"{found}, in no sequence", actual=0, expected=tail)
+    return [ids[start:stop].count(token) for start, stop in pairwise(bounds)]
 
 
 def _num_rows(features, name: str) -> int:
@@ -263,17 +240,17 @@ def _num_rows(features, name: str) -> int:
 def _rows_per_sample(features, num_samples: int, num_images) -> list[int]:
     """Feature rows of each sample, whose entries are its own, or ``num_images`` of them."""
     shape = getattr(features, "shape", ())
-    counts = len(shape) == 1 and holds_ints(features)
     if features is None:
-        features = [] if num_images is not None else [None] * num_samples
-    elif counts or (num_images is not None and len(shape) > 2):  # [images, rows, H]
-        features = list(features)
-    message = f"features are a {type(features).__name__} {[*shape]} for {num_samples} samples, "
-    message += "which does not say where each sample ends; pass one entry for each, or one for "
-    require(isinstance(features, (list, tuple)), f"{message}each image and say num_images")
+        features = [None] * num_samples if num_images is None else []
+    elif (len(shape) == 1 and holds_ints(features)) or (len(shape) > 2 and num_images is not None):
+        features = list(features)  # counts, or [images, rows, H]
+    known = isinstance(features, (list, tuple))
+    found = f"features are a {type(features).__name__} {[*shape]} for {num_samples} samples"
+    require(known, f"{found}, which does not say where each sample ends; say num_images")
     rows = [_num_rows(entry, f"features[{i}]") for i, entry in enumerate(features)]
     images = [1] * len(rows) if num_images is None else as_ids(num_images, "num_images", 0)
-    message = f"features have {len(rows)} entries for {num_samples} samples"
-    message += "; say num_images" if num_images is None else f", num_images {shorten(images)}"
-    require(len(images) == num_samples and sum(images) == len(rows), message)
+    found = (
+        f"features have {len(rows)} entries for {num_samples} samples of {shorten(images)} images"
+    )
+    require(len(images) == num_samples and sum(images) == len(rows), f"{found}; say num_images")
     return [sum(rows[start:stop]) for start, stop in pairwise([0, *accumulate(images)])]

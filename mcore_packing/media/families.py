@@ -3,22 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_origin
 
 from .kinds import as_flag, as_ids, as_int, require
-from .rules import RULES, VIDEO_RULES, settings_of
+from .rules import RULES, SIZES, settings_of
 
-# What the first dimension of a tensor can count; slicing.py knows how many of each a sample has.
+# What the first dimension of a tensor can count; slicing.py knows how many of each a sample has. A
+# nonempty_sample has images; patches are the product of a row of image_grid_thw (or image_grid_hw),
+# or of video_grid_thw.
 LAYOUT_WORDS = (
-    "sample",
-    "nonempty_sample",  # samples with at least one image
-    "image",
-    "patch",  # the product of an image's row of image_grid_thw (or image_grid_hw)
-    "tile",
-    "video",
-    "video_patch",  # the product of a video's row of video_grid_thw
-    "video_frame",
-)
+    "sample", "nonempty_sample", "image", "patch", "tile", "video", "video_patch", "video_frame",
+)  # fmt: skip
+SETTINGS = {"count": "settings", "video_count": "video_settings"}  # of which rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +71,7 @@ class Family:
         where = f"family {self.name!r}: " if self.name else ""
         for item in fields(self):
             value, name, kind = getattr(self, item.name), where + item.name, item.type
-            if kind in (Mapping[str, str], Mapping[str, Any], Mapping[str, tuple]):
+            if get_origin(kind) is Mapping:
                 found = type(value).__name__
                 require(isinstance(value, Mapping), f"{name} is a {found}, expected a dict")
                 value = MappingProxyType(dict(value))
@@ -85,37 +81,37 @@ class Family:
                 value = as_flag(value, name)
             elif kind == int | None and value is not None:
                 value = as_int(value, name)
-            object.__setattr__(self, item.name, value)
+            vars(self)[item.name] = value  # frozen for everybody else
         for key, word in self.layout.items():
             expected = f"expected one of {', '.join(LAYOUT_WORDS)}"
             require(word in LAYOUT_WORDS, f"{where}layout[{key!r}] is {word!r}, {expected}")
-        for name, settings, num_sizes in _RULES_OF:
-            given, rule = getattr(self, settings), self.rule(name)
-            if declared := rule and settings_of(rule, num_sizes):
+        for count, settings in SETTINGS.items():
+            given, rule = getattr(self, settings), self.rule(count)
+            if declared := rule and settings_of(rule, len(SIZES[count])):
                 unknown = ", ".join(sorted(set(given) - set(declared)))
-                require(not unknown, f"{where}{settings} has {unknown}, which {name} lacks")
-                defaults = {setting: parameter.default for setting, parameter in declared.items()}
-                object.__setattr__(self, settings, MappingProxyType({**defaults, **given}))
+                require(not unknown, f"{where}{settings} has {unknown}, which {count} lacks")
+                defaults = {name: parameter.default for name, parameter in declared.items()}
+                vars(self)[settings] = MappingProxyType({**defaults, **given})
         for name, values in self.choices.items():
             require(name in self.settings, f"{where}it has choices of {name}, which is no setting")
-            found = f"{where}choices of {name} are {values!r}, expected a tuple"
-            require(isinstance(values, (list, tuple)), found)
+            found = f"{where}choices of {name} are {values!r}"
+            require(isinstance(values, (list, tuple)), f"{found}, expected a tuple")
         self.check_choices(self.settings, where)
 
     def check_choices(self, settings: Mapping[str, Any], where: str = "") -> None:
         """Refuse a setting that is none of its choices."""
-        for name, values in self.choices.items():
-            value, allowed = settings.get(name), ", ".join(map(str, values))
-            known = name not in settings or value in values
-            require(known, f"{where}{name} is {value!r}, expected one of {allowed}")
+        for name in self.choices.keys() & settings.keys():
+            value, allowed = settings[name], self.choices[name]
+            expected = f"expected one of {', '.join(map(str, allowed))}"
+            require(value in allowed, f"{where}{name} is {value!r}, {expected}")
 
-    def rule(self, name: str) -> Callable | None:
+    def rule(self, count: str) -> Callable | None:
         """The function that ``count`` or ``video_count`` is, or is the name of."""
-        rule, named = getattr(self, name), RULES if name == "count" else VIDEO_RULES
+        rule, named = getattr(self, count), RULES[count]
         found = named.get(rule) if isinstance(rule, str) else rule
         expected = f"expected a function or one of {', '.join(sorted(named))}"
         known = rule is None or callable(found)
-        require(known, f"family {self.name!r}: {name} is {rule!r}, {expected}")
+        require(known, f"family {self.name!r}: {count} is {rule!r}, {expected}")
         return found
 
     def __reduce__(self):
@@ -123,7 +119,6 @@ class Family:
         return Family, tuple(dict(v) if isinstance(v, Mapping) else v for v in values)
 
 
-_RULES_OF = (("count", "settings", 2), ("video_count", "video_settings", 3))
 _FAMILIES: dict[str, Family] = {}
 FAMILIES: Mapping[str, Family] = MappingProxyType(_FAMILIES)
 
@@ -141,17 +136,18 @@ def get_family(name: str | Family) -> Family:
     if isinstance(name, Family):
         return name
     known = isinstance(name, str) and name in _FAMILIES
-    expected = f"expected one of {', '.join(sorted(_FAMILIES))}; register_family adds one, "
-    expected += "count_with_processor needs none"
+    expected = f"expected one of {', '.join(sorted(_FAMILIES))}; register_family adds one"
     require(known, f"family {name!r} is not registered, {expected}")
     return _FAMILIES[name]
 
 
 def resolve(family: str | Family | None, overrides: Mapping[str, Any]) -> Family:
-    """A family, or none at all, with what a call says instead."""
+    """A family, or none at all, with other attributes."""
     base = Family("") if family is None else get_family(family)
-    unknown = ", ".join(sorted(set(overrides) - {item.name for item in fields(Family)}))
-    require(not unknown, f"{unknown} is no argument and no attribute of a family")
+    known = [item.name for item in fields(Family)]
+    unknown = ", ".join(sorted(set(overrides) - set(known)))
+    expected = f"expected some of {', '.join(known)}"
+    require(not unknown, f"{unknown} is no argument and no attribute of a family, {expected}")
     return replace(base, **overrides) if overrides else base
 
 
@@ -162,8 +158,8 @@ def register_family(
 
     Args:
         name: what it will be called.
-        like: a registered family that gives every attribute not named here. ``settings`` go over
-            its own where the count rule is the same; ``layout`` and ``choices`` replace its own.
+        like: a registered family that gives every attribute not named here; ``settings`` go over
+            its own where the count rule is the same, ``layout`` and ``choices`` replace its own.
         overwrite: allow a name that is taken.
         **attributes: of ``Family``.
 
@@ -179,18 +175,13 @@ def register_family(
     require(isinstance(name, str) and name, f"name is {name!r}, expected a string")
     taken = name in _FAMILIES and not as_flag(overwrite, "overwrite")
     require(not taken, f"family {name!r} is registered already; pass overwrite=True")
-    known = [item.name for item in fields(Family)][1:]
-    unknown = ", ".join(sorted(set(attributes) - set(known)))
-    expected = f"is no attribute of a family, expected some of {', '.join(known)}"
-    require(not unknown, f"family {name!r}: {unknown} {expected}")
     base = Family(name) if like is None else get_family(like)
-    for rule, settings, _ in _RULES_OF:
-        given = attributes.get(settings, {})
-        if attributes.get(rule, getattr(base, rule)) != getattr(base, rule):
-            attributes.setdefault(settings, {})  # those of another rule
-        elif isinstance(given, Mapping):
+    for count, settings in SETTINGS.items():
+        same_rule = attributes.get(count, getattr(base, count)) == getattr(base, count)
+        given = attributes.setdefault(settings, {})
+        if same_rule and isinstance(given, Mapping):
             attributes[settings] = {**getattr(base, settings), **given}
-    _FAMILIES[name] = replace(base, name=name, **attributes)
+    _FAMILIES[name] = resolve(base, {"name": name, **attributes})
     return _FAMILIES[name]
 
 
@@ -201,14 +192,13 @@ def _layout(**keys: str) -> dict[str, str]:
     return {key: word for word, names in keys.items() for key in names.split()}
 
 
-def _row(image=None, start=None, end=None, video=None, bos=None, **others) -> dict[str, Any]:
-    """A row of the table: the ids that most families have, by position, and ``hf``, its source."""
-    ids = {"image_token_id": image, "vision_start_id": start, "vision_end_id": end}
-    ids |= {"video_token_id": video, "bos_token_id": bos}
-    source = "transformers 5.23.0: " + others.pop("hf", "its configuration and processor")
-    return {n: token for n, token in ids.items() if token is not None} | {"source": source} | others
+def _add(name, *ids, hf="its configuration and processor", **others) -> None:
+    """Register a row of the table: ``_IDS`` by position, and where transformers says all this."""
+    known = {key: token for key, token in zip(_IDS, ids, strict=False) if token is not None}
+    register_family(name, **{"source": f"transformers 5.23.0: {hf}", **known, **others})
 
 
+_IDS = ("image_token_id", "vision_start_id", "vision_end_id", "video_token_id", "bos_token_id")
 _GRIDS = _layout(
     patch="pixel_values", image="image_grid_thw", video_patch="pixel_values_videos",
     video="video_grid_thw second_per_grid_ts video_second_per_grid",
@@ -216,123 +206,99 @@ _GRIDS = _layout(
 _TILES, _IMAGES = _layout(tile="pixel_values"), _layout(image="pixel_values")
 _SIZED, _PIXELS = _layout(image="pixel_values image_sizes"), "pixel_values pixel_attention_mask "
 _CHATML = {"turn_opener": (151644, 872, 198), "turn_opener_text": "<|im_start|>user\n"}
-_GEMMA = {"turn_opener": (105, 2364, 107), "bos": 2}
+_GEMMA = {"turn_opener": (105, 2364, 107), "bos_token_id": 2}
 
-# One row a family: ids, opener, layout, rules with their settings, source.
 # fmt: off
-_TABLE: dict[str, dict[str, Any]] = {
-    "qwen2_vl": _row(
-        151655, 151652, 151653, 151656, layout=_GRIDS, count="qwen_vl", video_count="qwen2_vl",
-        video_settings={"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}, **_CHATML,
-        hf="Qwen2VLConfig, Qwen2VLProcessor; opener as in TRL's qwen2_vl template"),
-    "qwen2_5_vl": _row(
-        like="qwen2_vl", settings={"max_pixels": 28 * 28 * 16384},
-        hf="Qwen2_5_VLConfig; max_pixels of Qwen/Qwen2.5-VL-7B-Instruct"),
-    "qwen2_5_omni": _row(
-        like="qwen2_5_vl", hf="Qwen2_5OmniThinkerConfig, Qwen2_5OmniProcessor, without audio"),
-    "qwen3_vl": _row(
-        like="qwen2_vl", video_start_id=151652, video_end_id=151653, video_count="volume",
-        settings={"patch_size": 16, "min_pixels": 256**2, "max_pixels": 4096**2},
-        hf="Qwen3VLConfig, Qwen3VLProcessor; image settings of Qwen/Qwen3-VL-8B-Instruct"),
-    "qwen3_omni": _row(
-        like="qwen3_vl", video_start_id=None, video_end_id=None, video_count="qwen2_vl",
-        settings={"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384},
-        video_settings={"patch_size": 16, "min_pixels": 128 * 32 * 32, "max_pixels": 768 * 32 * 32},
-        hf="Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeProcessor, without audio"),
-    "qwen3_5": _row(
-        248056, 248053, 248054, 248057, like="qwen3_vl", video_start_id=248053, video_end_id=248054,
-        turn_opener=(248045, 846, 198),
-        hf="Qwen3_5Config, which Qwen3.6 shares; Qwen3VLProcessor; its tokenizer"),
-    "glm4v": _row(
-        151343, 151339, 151340, bos=151331, video_start_id=151341, video_end_id=151342,
-        video_prompt_token_id=151344, turn_opener=(151336, 198), turn_opener_text="<|user|>\n",
-        layout=_GRIDS, count="glm_vl", video_count="volume",
-        video_settings={"patch_size": 14, "min_pixels": 112**2, "max_pixels": 28 * 28 * 2 * 30000},
-        hf="Glm4vConfig (GLM-4.1V), Glm4vProcessor and its model test (opener)"),
-    "glm4_5v": _row(
-        151363, like="glm4v", video_prompt_token_id=151364,
-        hf="Glm4vMoeConfig (GLM-4.5V, and GLM-4.6V by its model test), Glm46VProcessor"),
-    "kimi_k2_5": _row(  # video_grid_thw has one row for each chunk of four frames: count chunks
-        163605, 163602, 163604, 163840, 163584, break_token_ids=(163603,), layout=_GRIDS,
-        turn_opener=(163587, 2482, 163601), turn_opener_text="<|im_user|>user<|im_middle|>",
-        count="kimi_vl", video_count="kimi_vl", video_settings={"max_patches": 4096},
-        hf="Kimi_K25Config, Kimi_K25Processor (Kimi-K2.6 too); the paddle port's test (opener)"),
-    "kimi_vl": _row(
-        like="kimi_k2_5", video_token_id=None, video_count=None, settings={"max_patches": 4096},
-        hf="Kimi_K25ImageProcessor; vLLM's image processor of moonshotai/Kimi-VL-A3B-Instruct"),
-    "llama4": _row(
-        200092, 200080, 200081, bos=200000, break_token_ids=(200084, 200085, 200090),
-        prompt_token_id=200090, turn_opener=(200005, 1556, 200006, 368), layout=_TILES,
-        turn_opener_text="<|header_start|>user<|header_end|>\n\n",
-        hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer"),
-    "gemma4": _row(
-        258880, 255999, 258882, 258884, turn_opener_text="<|turn>user\n", **_GEMMA, layout=_layout(
-            image="pixel_values image_position_ids num_soft_tokens_per_image",
-            video_frame="pixel_values_videos video_position_ids",
-            video="num_frames_per_video num_soft_tokens_per_video"),
-        count="gemma4", choices={"max_soft_tokens": (70, 140, 280, 560, 1120)},
-        video_count="gemma4", video_settings={"max_soft_tokens": 70},
-        hf="Gemma4Config, Gemma4Processor; tokenizer of google/gemma-4-E4B-it (opener)"),
-    "gemma3": _row(
-        262144, 255999, 256000, prompt_token_id=255999, turn_opener_text="<start_of_turn>user\n",
-        **_GEMMA, layout=_IMAGES, count="gemma3",
-        hf="Gemma3Config, Gemma3Processor; TRL's gemma3 chat template"),
-    "gemma3_pan_and_scan": _row(
-        like="gemma3", layout=_TILES, settings={"do_pan_and_scan": True},
-        hf="Gemma3ImageProcessorPil, which puts an image before its crops"),
-    "internvl3": _row(
-        151667, 151665, 151666, layout=_TILES, count="internvl3", video_count="internvl3",
-        video_settings={"crop_to_patches": False}, **_CHATML,
-        hf="InternVLConfig, InternVLProcessor; tokenizer of OpenGVLab/InternVL3-1B-hf"),
-    "internvl3_5": _row(
-        151671, 151669, 151670, like="internvl3",
-        hf="InternVLProcessor; img_context_token_id that MindSpeed-MM gives InternVL3_5"),
-    "llava15": _row(
-        32000, bos=1, turn_opener=(3148, 1001, 29901), turn_opener_text="USER:", layout=_IMAGES,
-        count="llava15", choices={"vision_feature_select_strategy": ("default", "full")},
-        hf="LlavaConfig, LlavaProcessor and its test for llava-1.5-7b-hf (opener)"),
-    "llava_onevision": _row(
-        151646, video=151647, video_count="llava_onevision", **_CHATML,
-        layout=_SIZED | _layout(nonempty_sample="batch_num_images", video="pixel_values_videos"),
-        hf="LlavaOnevisionConfig, LlavaOnevisionProcessor; its tokenizer (opener)"),
-    "pixtral": _row(
-        10, end=13, bos=1, break_token_ids=(12,), turn_opener=(3,), turn_opener_text="[INST]",
-        layout=_SIZED, hf="PixtralProcessor; tokens of mistralai/Pixtral-12B-2409 (Tekken)"),
-    "mistral3": _row(
-        like="pixtral", hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
-    "megatron_llava": _row(
-        -200, count="megatron_llava", layout=_TILES | _layout(
-            sample="tokens", tile="images", image="num_image_tiles num_tiles imgs_sizes"),
-        source="Megatron-Core 0.12.3 to main: LLaVAModel, get_num_image_embeddings; Megatron-LM "
-        "main: examples/multimodal/image_processing.py and multimodal_args.py"),
-    "nemotron_nano_vl_v2": _row(
-        131072, 131073, 131074, like="megatron_llava", turn_opener_text="<SPECIAL_11>User\n",
-        layout=_layout(sample="tokens", tile="images pixel_values",
-                       image="num_image_tiles num_patches imgs_sizes"),
-        settings={
-            "img_h": 512, "img_w": 512, "patch_dim": 16, "vision_model_type": "radio",
-            "class_token_len": 10, "disable_vision_class_token": True, "pixel_shuffle": True,
-            "max_num_tiles": 12, "use_thumbnail": True},
-        source="Megatron-Bridge main: NemotronNano12Bv2VLModelProvider and its collate function"),
-    "nemotron_omni": _row(
-        18, 21, 22, video_prompt_token_id=131081, turn_opener=(10, 3263, 1010),
-        turn_opener_text="<|im_start|>user\n", count="nemotron_omni", video_count="nemotron",
-        layout=_layout(
-            patch="pixel_values", image="image_grid_hw", video_frame="pixel_values_videos"),
-        hf="NemotronH_Omni_Reasoning_V3Processor; tokenizer of Nemotron 3 Nano (opener); "
-        "Megatron-Bridge main: NemotronOmniBridge (ids)"),
-    # On no trainer's list: kept for their layouts.
-    "idefics3": _row(128257, bos=128000, turn_opener_text="User:", layout=_layout(sample=_PIXELS)),
-    "smolvlm": _row(49190, bos=1, turn_opener_text="User:", layout=_layout(sample=_PIXELS)),
-    "mllama": _row(
-        128256, bos=128000, turn_opener_text="<|start_header_id|>user<|end_header_id|>\n\n",
-        layout=_layout(
-            sample="pixel_values aspect_ratio_ids aspect_ratio_mask cross_attention_mask")),
-    "llava_next": _row(32000, bos=1, turn_opener_text="[INST] ", layout=_SIZED),
-    "lfm2_vl": _row(
-        396, turn_opener_text=_CHATML["turn_opener_text"],
-        layout=_layout(tile=_PIXELS + "spatial_shapes")),
-}
+_add("qwen2_vl", 151655, 151652, 151653, 151656, **_CHATML, layout=_GRIDS, count="qwen_vl",
+     video_count="qwen2_vl", video_settings={"min_pixels": 128 * 28**2, "max_pixels": 768 * 28**2},
+     hf="Qwen2VLConfig, Qwen2VLProcessor; opener as in TRL's qwen2_vl template")
+_add("qwen2_5_vl", like="qwen2_vl", settings={"max_pixels": 28**2 * 16384},
+     hf="Qwen2_5_VLConfig; max_pixels of Qwen/Qwen2.5-VL-7B-Instruct")
+_add("qwen2_5_omni", like="qwen2_5_vl",
+     hf="Qwen2_5OmniThinkerConfig, Qwen2_5OmniProcessor, without audio")
+_add("qwen3_vl", like="qwen2_vl", video_start_id=151652, video_end_id=151653, video_count="volume",
+     settings={"patch_size": 16, "min_pixels": 256**2, "max_pixels": 4096**2},
+     hf="Qwen3VLConfig, Qwen3VLProcessor; image settings of Qwen/Qwen3-VL-8B-Instruct")
+_add("qwen3_omni", like="qwen3_vl", video_start_id=None, video_end_id=None, video_count="qwen2_vl",
+     settings={"min_pixels": 56**2, "max_pixels": 28**2 * 16384},
+     video_settings={"patch_size": 16, "min_pixels": 128 * 32**2, "max_pixels": 768 * 32**2},
+     hf="Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeProcessor, without audio")
+_add("qwen3_5", 248056, 248053, 248054, 248057, turn_opener=(248045, 846, 198), like="qwen3_vl",
+     video_start_id=248053, video_end_id=248054,
+     hf="Qwen3_5Config (Qwen3.6 too), Qwen3VLProcessor, its tokenizer")
+_add("glm4v", 151343, 151339, 151340, None, 151331, turn_opener=(151336, 198),
+     turn_opener_text="<|user|>\n", video_start_id=151341, video_end_id=151342,
+     video_prompt_token_id=151344, layout=_GRIDS, count="glm_vl", video_count="volume",
+     video_settings={"patch_size": 14, "min_pixels": 112**2, "max_pixels": 28**2 * 2 * 30000},
+     hf="Glm4vConfig (GLM-4.1V), Glm4vProcessor and its model test (opener)")
+_add("glm4_5v", 151363, like="glm4v", video_prompt_token_id=151364,
+     hf="Glm4vMoeConfig (GLM-4.5V, and GLM-4.6V by its model test), Glm46VProcessor")
+# video_grid_thw has one row for each chunk of four frames: count chunks.
+_add("kimi_k2_5", 163605, 163602, 163604, 163840, 163584, break_token_ids=(163603,),
+     turn_opener=(163587, 2482, 163601), turn_opener_text="<|im_user|>user<|im_middle|>",
+     layout=_GRIDS, count="kimi_vl", video_count="kimi_vl", video_settings={"max_patches": 4096},
+     hf="Kimi_K25Config, Kimi_K25Processor (Kimi-K2.6 too); the paddle port's test (opener)")
+_add("kimi_vl", like="kimi_k2_5", video_token_id=None, video_count=None,
+     settings={"max_patches": 4096},
+     hf="Kimi_K25ImageProcessor; vLLM's image processor of moonshotai/Kimi-VL-A3B-Instruct")
+_add("llama4", 200092, 200080, 200081, None, 200000, turn_opener=(200005, 1556, 200006, 368),
+     turn_opener_text="<|header_start|>user<|header_end|>\n\n",
+     break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, layout=_TILES,
+     hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer")
+_add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, turn_opener_text="<|turn>user\n",
+     layout=_layout(
+         image="pixel_values image_position_ids num_soft_tokens_per_image",
+         video_frame="pixel_values_videos video_position_ids",
+         video="num_frames_per_video num_soft_tokens_per_video"),
+     count="gemma4", choices={"max_soft_tokens": (70, 140, 280, 560, 1120)},
+     video_count="gemma4", video_settings={"max_soft_tokens": 70},
+     hf="Gemma4Config, Gemma4Processor; tokenizer of google/gemma-4-E4B-it (opener)")
+_add("gemma3", 262144, 255999, 256000, **_GEMMA, turn_opener_text="<start_of_turn>user\n",
+     prompt_token_id=255999, layout=_IMAGES, count="gemma3",
+     hf="Gemma3Config, Gemma3Processor; TRL's gemma3 chat template")
+_add("gemma3_pan_and_scan", like="gemma3", layout=_TILES, settings={"do_pan_and_scan": True},
+     hf="Gemma3ImageProcessorPil, which puts an image before its crops")
+_add("internvl3", 151667, 151665, 151666, **_CHATML, layout=_TILES, count="internvl3",
+     video_count="internvl3", video_settings={"crop_to_patches": False},
+     hf="InternVLConfig, InternVLProcessor; tokenizer of OpenGVLab/InternVL3-1B-hf")
+_add("internvl3_5", 151671, 151669, 151670, like="internvl3",
+     hf="InternVLProcessor; img_context_token_id that MindSpeed-MM gives InternVL3_5")
+_add("llava15", 32000, bos_token_id=1, turn_opener=(3148, 1001, 29901), turn_opener_text="USER:",
+     layout=_IMAGES, count="llava15",
+     choices={"vision_feature_select_strategy": ("default", "full")},
+     hf="LlavaConfig, LlavaProcessor and its test for llava-1.5-7b-hf (opener)")
+_add("llava_onevision", 151646, None, None, 151647, **_CHATML, video_count="llava_onevision",
+     layout=_SIZED | _layout(nonempty_sample="batch_num_images", video="pixel_values_videos"),
+     hf="LlavaOnevisionConfig, LlavaOnevisionProcessor; its tokenizer (opener)")
+_add("pixtral", 10, None, 13, None, 1, turn_opener=(3,), turn_opener_text="[INST]",
+     break_token_ids=(12,), layout=_SIZED,
+     hf="PixtralProcessor; tokens of mistralai/Pixtral-12B-2409 (Tekken)")
+_add("mistral3", like="pixtral", hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+_add("megatron_llava", -200, count="megatron_llava", layout=_TILES | _layout(
+         sample="tokens", tile="images", image="num_image_tiles num_tiles imgs_sizes"),
+     source="Megatron-Core 0.12.3 to main: LLaVAModel, get_num_image_embeddings; Megatron-LM main: "
+     "examples/multimodal/image_processing.py and multimodal_args.py")
+_add("nemotron_nano_vl_v2", 131072, 131073, 131074, turn_opener_text="<SPECIAL_11>User\n",
+     like="megatron_llava", layout=_layout(
+         sample="tokens", tile="images pixel_values",
+         image="num_image_tiles num_patches imgs_sizes"),
+     settings={"img_h": 512, "img_w": 512, "patch_dim": 16, "vision_model_type": "radio",
+               "class_token_len": 10, "disable_vision_class_token": True, "pixel_shuffle": True,
+               "max_num_tiles": 12, "use_thumbnail": True},
+     source="Megatron-Bridge main: NemotronNano12Bv2VLModelProvider and its collate function")
+_add("nemotron_omni", 18, 21, 22, **_CHATML | {"turn_opener": (10, 3263, 1010)},
+     video_prompt_token_id=131081, count="nemotron_omni", video_count="nemotron", layout=_layout(
+         patch="pixel_values", image="image_grid_hw", video_frame="pixel_values_videos"),
+     hf="NemotronH_Omni_Reasoning_V3Processor; tokenizer of Nemotron 3 Nano (opener); "
+     "Megatron-Bridge main: NemotronOmniBridge (ids)")
+# On no trainer's list: kept for their layouts.
+_add("idefics3", 128257, None, None, None, 128000, turn_opener_text="User:",
+     layout=_layout(sample=_PIXELS))
+_add("smolvlm", 49190, like="idefics3", bos_token_id=1)
+_add("mllama", 128256, bos_token_id=128000,
+     turn_opener_text="<|start_header_id|>user<|end_header_id|>\n\n", layout=_layout(
+         sample="pixel_values aspect_ratio_ids aspect_ratio_mask cross_attention_mask"))
+_add("llava_next", 32000, bos_token_id=1, turn_opener_text="[INST] ", layout=_SIZED)
+_add("lfm2_vl", 396, **_CHATML | {"turn_opener": ()},
+     layout=_layout(tile=_PIXELS + "spatial_shapes"))
 # fmt: on
-for _name, _family in _TABLE.items():
-    register_family(_name, **_family)

@@ -1,7 +1,6 @@
 """Lists, tensors and arrays in, the same kind out: what the rooms of this package share."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain, pairwise
 from numbers import Integral
 from operator import index
@@ -60,11 +59,11 @@ def nested(value: Any) -> bool:
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
-def as_row(values: Any, name: str) -> Any:
-    """A tensor or array ``[T]`` or ``[1, T]`` as a list; anything else as it is."""
+def as_row(values: Any, name: str) -> list:
+    """``as_list``, but a tensor or array has to be ``[T]`` or ``[1, T]``."""
     shape = getattr(values, "shape", None)
     if shape is None:
-        return values
+        return as_list(values, name)
     fits = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
     require(fits, f"{name} is {list(shape)}, expected one row, [T] or [1, T]")
     return values.reshape(-1).tolist()
@@ -72,8 +71,10 @@ def as_row(values: Any, name: str) -> Any:
 
 def as_ids(values: Any, name: str, minimum: int | None = None) -> list[int]:
     """The ints of one row: a flat sequence, or a tensor or array ``[T]`` or ``[1, T]``."""
-    if isinstance(values, (str, bytes)) or not isinstance(row := as_row(values, name), Sequence):
-        raise PackingError(f"{name} is a {type(values).__name__}, expected one row of ints")
+    sequence = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    found = f"{name} is a {type(values).__name__}"
+    require(sequence or hasattr(values, "shape"), f"{found}, expected one row of ints")
+    row = as_row(values, name)
     try:
         ids = [_index(value) for value in row]
     except TypeError:
@@ -88,20 +89,19 @@ def as_ids(values: Any, name: str, minimum: int | None = None) -> list[int]:
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
     """Collapsed boundaries of a row of ``num_tokens``; all of the row where there are none."""
     bounds = [0, num_tokens] if cu_seqlens is None else as_ids(cu_seqlens, "cu_seqlens")
-    first = bounds[0] if bounds else None
+    first = next(iter(bounds), None)
     require(first == 0, f"cu_seqlens starts at {first}, expected 0")
     for seq, (start, stop) in enumerate(pairwise(bounds)):
         require(start <= stop, f"sequence {seq}: cu_seqlens goes from {start} back to {stop}")
-    past = f"past the end of the row at {num_tokens}; expected those of the row of placeholders"
-    require(bounds[-1] <= num_tokens, f"cu_seqlens ends at {bounds[-1]}, {past}")
+    found = f"cu_seqlens ends at {bounds[-1]}"
+    require(bounds[-1] <= num_tokens, f"{found}, past the end of the row at {num_tokens}")
     return bounds
 
 
 def holds_ints(values: Any) -> bool:
     """Whether all entries of a list, tensor or array are ints; bools are none."""
-    dtype = getattr(values, "dtype", None)
-    if dtype is not None:
-        return "int" in str(dtype)
+    if hasattr(values, "dtype"):
+        return "int" in str(values.dtype)
     return all(isinstance(value, Integral) and not isinstance(value, bool) for value in values)
 
 
@@ -111,22 +111,19 @@ def check_fits(values: Sequence, dtype: Any) -> None:
         limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
         for value in (min(values), max(values)):
             fits = limits.min <= value <= limits.max
-            require(fits, f"{value} does not fit {dtype}; pass a wider dtype")
+            require(fits, f"{value} does not fit {dtype}; pass a wider one")
 
 
 def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
-    """``values`` as the kind that ``template`` is: a list, a tuple, a tensor or array of its shape.
-
-    Tensors are of the template's dtype, or of ``dtype``; what does not fit is refused.
-    """
+    """``values`` as what ``template`` is: list, tuple, tensor, array; of its dtype or ``dtype``."""
     if not hasattr(template, "__array__"):
         return tuple(values) if isinstance(template, tuple) else values
-    if isinstance(template, Tensor):
-        dtype, make = dtype or template.dtype, partial(torch.tensor, device=template.device)
-    else:
-        dtype, make = np.dtype(np.int64) if dtype else template.dtype, np.asarray
+    dtype = dtype or template.dtype
     check_fits(values, dtype)
-    row = make(values, dtype=dtype)
+    if isinstance(template, Tensor):
+        row = torch.tensor(values, dtype=dtype, device=template.device)
+    else:
+        row = np.asarray(values, dtype=np.int64 if dtype is torch.int64 else dtype)
     return row[None] if template.ndim == 2 else row
 
 

@@ -7,8 +7,8 @@ makes a model answer that it sees no image.
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,8 +33,8 @@ class Placement:
         loss_mask: with 0 there, None if none was given.
         position_ids: restarting in every sequence.
         cu_seqlens: the moved boundaries, None if none were given.
-        mm_token_type_ids: 1 at every placeholder of an image, 2 at every one of a video, 0
-            elsewhere; None where neither is known.
+        mm_token_type_ids: 1 at placeholders of images, 2 at those of videos, 0 elsewhere; None
+            where neither is known.
     """
 
     output_ids: Any
@@ -48,16 +48,12 @@ class Placement:
 
 
 def splice_image_blocks(
-    prompt_ids: Any,
-    blocks: Sequence[Any],
-    turn_opener: Any,
-    bos_token_id: int | None = None,
+    prompt_ids: Any, blocks: Sequence[Any], turn_opener: Any, bos_token_id: int | None = None
 ) -> Any:
     """Put all image blocks, in order, right after the last user-turn opener.
 
-    Without an opener to be found they go after the first token; with ``bos_token_id`` given, after
-    it if the prompt begins with it and else to the front, because the first token of a prompt that
-    was cut on the left is nobody's BOS. An empty prompt gives the blocks alone.
+    Where there is none they go after the first token; with ``bos_token_id`` given, to the front if
+    that is not the first token: of a prompt that was cut on the left, the first token is no BOS.
 
     Args:
         prompt_ids: token ids ``[T]``: a list, or an integer tensor ``[T]`` or ``[1, T]``.
@@ -66,7 +62,7 @@ def splice_image_blocks(
         bos_token_id: the id a whole prompt begins with, where the family has one.
 
     Returns:
-        The prompt with its blocks, of the same kind as ``prompt_ids``.
+        The prompt with its blocks, as the kind that ``prompt_ids`` is.
 
     Raises:
         PackingError: an argument is not a row of ints.
@@ -82,70 +78,52 @@ def splice_image_blocks(
     ids = as_ids(prompt_ids, "prompt_ids")
     opener = as_ids([] if turn_opener is None else turn_opener, "turn_opener")
     bos = None if bos_token_id is None else kinds.as_int(bos_token_id, "bos_token_id")
-    ends = _opener_ends(ids, opener, 0)
+    ends = _opener_ends(ids, opener, 0, len(ids))
     at = ends[-1] if ends else int(bool(ids) and bos in (None, ids[0]))
-    spliced = [token for block in _as_blocks(blocks) for token in block]
-    return like_ids(prompt_ids, ids[:at] + spliced + ids[at:])
+    return like_ids(prompt_ids, [*ids[:at], *chain(*_as_blocks(blocks)), *ids[at:]])
 
 
 def place_image_blocks(
-    prompt_ids: Any,
-    blocks: Sequence[Any],
-    turn_opener: Any = None,
-    *,
-    family: str | Family | None = None,
-    images_per_turn: Sequence | None = None,
-    labels: Any = None,
-    loss_mask: Any = None,
-    cu_seqlens: Any = None,
-    **overrides: Any,
-) -> Placement:
+    prompt_ids: Any, blocks: Sequence[Any], turn_opener: Any = None, *,
+    family: str | Family | None = None, images_per_turn: Sequence | None = None,
+    labels: Any = None, loss_mask: Any = None, cu_seqlens: Any = None, **overrides: Any,
+) -> Placement:  # fmt: skip
     """Put every block where it belongs, and move labels, loss mask and boundaries along.
 
     Each sequence by itself: where it already holds one placeholder per image and video, each
-    placeholder becomes its block, in place, as Hugging Face processors do it. The markers of a
-    block that already surround its placeholder are not repeated. A sequence without placeholders
-    gets its blocks after the last turn opener, or after the openers that ``images_per_turn`` says.
+    placeholder becomes its block, in place, as Hugging Face processors do it; markers of a block
+    that already surround its placeholder are not repeated. A sequence without placeholders gets its
+    blocks after the last turn opener, or after the openers that ``images_per_turn`` says.
 
     Args:
         prompt_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row.
         blocks: the token ids of each image or video, in their order in the row.
-        turn_opener: the token ids that open a user's turn, where no family says them; tool results
-            open user turns too.
+        turn_opener: the token ids that open a user's turn, where no family says them.
         family: a registered family, or a ``Family``: its opener and its placeholders.
         images_per_turn: how many blocks each user turn holds, one entry for every occurrence of
-            the opener in the row. Where placeholders say where the images are, it is only checked
-            against them.
+            the opener in the row (tool results open turns too). Placeholders must agree with it.
         labels: ``[T]``, one for every token.
         loss_mask: ``[T]``.
         cu_seqlens: ``[B + 1]``, boundaries of the packed row; tokens past the last one stay last.
-        **overrides: what to use instead of what the family says: ``image_token_id``,
-            ``video_token_id``, ``prompt_token_id``, ``video_prompt_token_id``, and ``shifted=True``
-            where entry ``t`` of labels and loss mask is about token ``t + 1``, as Megatron's: the
-            entry before a block is not trained then, and that of its last token predicts what it
-            did. Also ``blocks_per_seq``, how many blocks each sequence of a packed row has, where
-            neither ``images_per_turn`` nor placeholders say it.
-
-    Returns:
-        A ``Placement``.
+        **overrides: instead of what the family says, ``image_token_id``, ``video_token_id``,
+            ``prompt_token_id``, ``video_prompt_token_id``; ``shifted=True`` where entry ``t`` of
+            labels and loss mask is about token ``t + 1``, as Megatron's: then the entry before a
+            block is not trained, and that of its last token predicts what it did. Also
+            ``blocks_per_seq``, how many blocks each sequence of a packed row has, where neither
+            ``images_per_turn`` nor placeholders say it.
 
     Raises:
         PlaceholderMismatch: placeholders, ``blocks_per_seq`` or ``images_per_turn`` are for another
             number of blocks.
-        PackingError: a sequence has neither placeholders nor the opener, so that its blocks could
-            only go after its BOS; a block is an image where the prompt has a video; it is unknown
-            which turn or sequence a block belongs to; or an argument is not a row of ints.
+        PackingError: a sequence has neither placeholders nor the opener, a block is an image where
+            the prompt has a video, it is unknown which turn or sequence a block belongs to, or an
+            argument is not a row of ints.
 
     Example:
-        Two turns, one image in the first and two in the second:
-
-        >>> opener, prompt = [5, 6], [5, 6, 10, 5, 6, 20]
-        >>> blocks = [[7, 1, 8], [7, 2, 8], [7, 3, 8]]
-        >>> placed = place_image_blocks(prompt, blocks, opener, images_per_turn=[1, 2])
-        >>> placed.output_ids
-        [5, 6, 7, 1, 8, 10, 5, 6, 7, 2, 8, 7, 3, 8, 20]
-        >>> placed.insert_at, placed.block_spans
-        ([2, 5, 5], [[2, 5], [8, 11], [11, 14]])
+        >>> prompt, opener, blocks = [5, 6, 10, 5, 6, 20], [5, 6], [[7, 9, 8], [7, 9, 9, 8]]
+        >>> placed = place_image_blocks(prompt, blocks, opener, images_per_turn=[1, 1])
+        >>> placed.output_ids, placed.insert_at, placed.block_spans
+        ([5, 6, 7, 9, 8, 10, 5, 6, 7, 9, 9, 8, 20], [2, 5], [[2, 5], [8, 12]])
 
         A placeholder wins over the opener:
 
@@ -157,46 +135,42 @@ def place_image_blocks(
     one, blocks = resolve(family, {**opener, **overrides}), _as_blocks(blocks)
     bounds = as_boundaries(cu_seqlens, len(ids))
     starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
-    seqs, num_seqs = list(pairwise(starts)), len(bounds) - 1
-    stand_ins = _stand_ins(one)
-    turn_ends = [_opener_ends(ids[a:b], list(one.turn_opener), a) for a, b in seqs]
-    places = [[p for p in range(a, b) if ids[p] in stand_ins] for a, b in seqs]
+    seqs, num_seqs, stand_ins = list(pairwise(starts)), len(bounds) - 1, _stand_ins(one)
+    turn_ends = [_opener_ends(ids, one.turn_opener, *seq) for seq in seqs]
+    places = [[p for p in range(*seq) if ids[p] in stand_ins] for seq in seqs]
     turns = _turns_per_seq(images_per_turn, turn_ends[:num_seqs], len(blocks))
     counts = _blocks_per_seq(blocks_per_seq, turns, places[:num_seqs], len(blocks))
 
-    edits: list[_Edit] = []
-    plan = zip(places, turn_ends, [*counts, 0], [*turns, None], strict=False)
-    for seq, (found, ends, number, turn) in enumerate(plan):
+    edits: list[list[_Edit]] = []
+    firsts = accumulate([0, *counts])
+    plan = zip(seqs, places, turn_ends, firsts, [*counts, 0], [*turns, None], strict=False)
+    for seq, (span, found, ends, first, number, turn) in enumerate(plan):
         where = f"sequence {seq}" if seq < num_seqs else "past the last boundary"
         if found:
             message = f"{where}: {len(found)} placeholders (id {ids[found[0]]}) but {number} blocks"
             _agree(len(found), number, f"{message}; pass one for each, or none of these ids")
             _check_turns(where, found, turn, ends)
-            edits += _expand_in_place(ids, found, blocks, len(edits), one, seqs[seq], seq)
-            continue
-        what = "the turn opener does not occur" if one.turn_opener else "no turn opener is known"
-        what += f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
-        message = f"{where}: {what}, nor a placeholder, so the blocks would go after BOS, outside "
-        message += "the user's turn; pass the turn_opener of this prompt's tokenizer, or use "
-        require(ends or not number, f"{message}splice_image_blocks")
-        # Where nothing was said, all of them go into the last turn.
-        turn = [0] * (len(ends) - 1) + [number] * bool(ends) if turn is None else turn
-        into = zip(ends, turn, strict=True)
-        edits += [_Edit(end, end, seq) for end, times in into for _ in range(times)]
+            edits.append(_expand_in_place(ids, found, blocks, first, one, *span))
+        else:
+            what = "turn opener does not occur" if one.turn_opener else "no turn opener is known"
+            message = f"{where}: {what} ({one.turn_opener_text!r} as text), nor a placeholder; its "
+            message += "blocks would go after BOS, outside the user's turn; pass turn_opener, or "
+            require(ends or not number, f"{message}use splice_image_blocks")
+            into = zip(ends, turn, strict=True) if turn else [(end, number) for end in ends[-1:]]
+            edits.append([_Edit(end, end) for end, times in into for _ in range(times)])
 
-    insert_at: int | list[int] = [edit.start for edit in edits]
+    output, source, spans, new_starts = _apply(ids, seqs, edits, blocks, one.shifted)
+    insert_at: int | list[int] = [edit.start for edit in chain(*edits)]
     if num_seqs == len(seqs) == 1 and not places[0] and turns[0] is None:
         insert_at = turn_ends[0][-1] if turn_ends[0] else 0
-    output, source, spans, new_starts = _apply(ids, edits, blocks, starts)
-    entries = _about(source, starts, new_starts) if one.shifted else source
 
     def moved(values, name: str, fill: int):
         if values is None:
             return None
-        row = as_list(kinds.as_row(values, name), name)
-        expected = f"but the row has {len(ids)} tokens, one entry each"
-        require(len(row) == len(ids), f"{name} is {len(row)} entries, {expected}")
-        return like(values, [fill if at is None else row[at] for at in entries])
+        row = kinds.as_row(values, name)
+        message = f"{name} is {len(row)} entries, but the row has {len(ids)} tokens"
+        require(len(row) == len(ids), message)
+        return like(values, [fill if at is None else row[at] for at in source])
 
     positions = [p for start, stop in pairwise(new_starts) for p in range(stop - start)]
     return Placement(
@@ -207,17 +181,15 @@ def place_image_blocks(
         loss_mask=moved(loss_mask, "loss_mask", 0),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),
-        mm_token_type_ids=_types(prompt_ids, output, spans, edits, one),
+        mm_token_type_ids=_types(prompt_ids, output, spans, chain(*edits), one),
     )
 
 
-@dataclass(frozen=True)
-class _Edit:
-    """``[start, stop)`` of the prompt, in sequence ``seq``, becomes the next block."""
+class _Edit(NamedTuple):
+    """``[start, stop)`` of the prompt becomes the next block."""
 
     start: int
     stop: int
-    seq: int
     video: bool = False
 
 
@@ -237,55 +209,41 @@ def _stand_ins(one: Family) -> dict[int, bool]:
     return {token: kind for token, kind in ((video, True), (image, False)) if token is not None}
 
 
-def _opener_ends(ids: list[int], opener: list[int], offset: int) -> list[int]:
-    """Where each occurrence of the opener ends, overlapping ones too."""
-    size = len(opener)
-    starts = range(len(ids) - size + 1) if size else ()
-    return [at + size + offset for at in starts if ids[at : at + size] == opener]
+def _opener_ends(ids: list[int], opener: Sequence[int], start: int, stop: int) -> list[int]:
+    """Where each occurrence of the opener in ``[start, stop)`` ends, overlapping ones too."""
+    opener, size = list(opener), len(opener)
+    starts = range(start, stop - size + 1) if size else ()
+    return [at + size for at in starts if ids[at : at + size] == opener]
 
 
-def _types(prompt_ids, output, spans, edits, family: Family) -> Any:
-    """1 for images and 2 for videos; a video may be written with the image's placeholder."""
-    of_token = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
-    if len(of_token) == 1:
-        return None
-    types = [of_token.get(token, 0) for token in output]
-    own_marker = {family.video_start_id} - {family.vision_start_id, None}
-    for edit, (start, stop) in zip(edits, spans, strict=True):
-        if edit.video or own_marker & set(output[start:stop]):
-            types[start:stop] = [2 if kind else 0 for kind in types[start:stop]]
-    return like_ids(prompt_ids, types)
-
-
-def _turns_per_seq(images_per_turn, turn_ends, num_blocks) -> list[list[int] | None]:
+def _turns_per_seq(images_per_turn, turn_ends, num_blocks: int) -> list[list[int] | None]:
     """``images_per_turn`` as one list per sequence, None where nothing was said."""
     if images_per_turn is None:
         return [None] * len(turn_ends)
     flat = as_ids(as_list(images_per_turn, "images_per_turn"), "images_per_turn", minimum=0)
     stops = [0, *accumulate(len(ends) for ends in turn_ends)]
-    message = f"images_per_turn has {len(flat)} entries, but the turn opener occurs {stops[-1]} "
-    require(len(flat) == stops[-1], f"{message}times; pass one for each (tool results too)")
-    message = f"images_per_turn adds up to {sum(flat)} images, but there are {num_blocks} blocks"
-    _agree(sum(flat), num_blocks, message)
+    found = f"images_per_turn has {len(flat)} entries"
+    require(len(flat) == stops[-1], f"{found}, but the turn opener occurs {stops[-1]} times")
+    found = f"images_per_turn adds up to {sum(flat)} images"
+    _agree(sum(flat), num_blocks, f"{found}, but there are {num_blocks} blocks")
     return [flat[start:stop] for start, stop in pairwise(stops)]
 
 
-def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks) -> list[int]:
+def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks: int) -> list[int]:
     """How many blocks each sequence gets: said, or the only possibility."""
     num_seqs, said = len(places), [sum(turn) for turn in turns if turn is not None]
-    if blocks_per_seq is None and (said or num_seqs == 1):
+    if blocks_per_seq is not None:
+        counts, name = as_ids(blocks_per_seq, "blocks_per_seq", minimum=0), "blocks_per_seq"
+        found = f"blocks_per_seq has {len(counts)} entries"
+        require(len(counts) == num_seqs, f"{found}, but the row has {num_seqs} sequences")
+    elif said or num_seqs == 1:
         return said or [num_blocks]
-    if blocks_per_seq is None:
-        counts = [len(found) for found in places]
-        what = f"the row has {sum(counts)} placeholders, {shorten(counts)} in its sequences, but "
-        message = f"{num_blocks} blocks for a row of {num_seqs} sequences without placeholders"
-        require(any(counts) or not num_blocks, f"{message}; say blocks_per_seq")
     else:
-        counts = as_ids(blocks_per_seq, "blocks_per_seq", minimum=0)
-        what = f"blocks_per_seq {shorten(counts)} adds up to {sum(counts)} images, but "
-        message = f"blocks_per_seq has {len(counts)} entries, but the row has {num_seqs} sequences"
-        require(len(counts) == num_seqs, message)
-    _agree(sum(counts), num_blocks, f"{what}there are {num_blocks} blocks; check blocks_per_seq")
+        counts, name = [len(found) for found in places], "placeholders of the sequences"
+        found = f"{num_blocks} blocks for {num_seqs} sequences without placeholders"
+        require(any(counts) or not num_blocks, f"{found}; say blocks_per_seq")
+    found = f"{name} {shorten(counts)} add up to {sum(counts)}"
+    _agree(sum(counts), num_blocks, f"{found}, but there are {num_blocks} blocks")
     for seq, (count, turn) in enumerate(zip(counts, said, strict=False)):
         _agree(turn, count, f"sequence {seq}: images_per_turn says {turn}, blocks_per_seq {count}")
     return counts
@@ -293,30 +251,32 @@ def _blocks_per_seq(blocks_per_seq, turns, places, num_blocks) -> list[int]:
 
 def _check_turns(where: str, places: list[int], turn: list[int] | None, ends: list[int]) -> None:
     """Placeholders say where the images are: ``images_per_turn`` must say the same."""
-    found = [bisect_right(ends, position) - 1 for position in places]
-    found = [found.count(at) for at in range(len(ends))]
+    at = [bisect_right(ends, position) - 1 for position in places]
+    found = [at.count(number) for number in range(len(ends))]
     if turn not in (None, found):
         message = f"{where}: the turns hold {shorten(found)} placeholders, but images_per_turn "
-        message += f"says {shorten(turn)}; leave it out where the prompt has placeholders"
+        message += f"says {shorten(turn)}"
         raise PlaceholderMismatch(message, actual=sum(turn), expected=sum(found))
 
 
-def _expand_in_place(ids, places, blocks, first: int, one: Family, bounds, seq: int) -> list[_Edit]:
+def _expand_in_place(
+    ids, places, blocks, first: int, one: Family, start: int, stop: int
+) -> list[_Edit]:
     """Each placeholder becomes its block, together with the markers that already surround it."""
-    stand_ins, edits, last = _stand_ins(one), [], bounds[0]
-    for i, (position, limit) in enumerate(pairwise([*places, bounds[1]]), first):
+    stand_ins, edits = _stand_ins(one), []
+    for i, (position, limit) in enumerate(pairwise([*places, stop]), first):
         video, wanted, other = stand_ins[ids[position]], one.image_token_id, one.video_token_id
         if video and other is not None:
             wanted, other = other, wanted
         there, here = ("a video", "an image") if video else ("an image", "a video")
-        message = f"blocks[{i}] holds {here} (id {other}), but the prompt has {there} there; pass "
         fits = other not in blocks[i] or wanted in blocks[i]
-        require(fits, f"{message}images and videos in their order in the row")
+        message = f"blocks[{i}] holds {here} (id {other}), but the prompt has {there} there"
+        require(fits, f"{message}; pass images and videos in their order in the row")
         low, high = _surrounded(ids, blocks[i], position, wanted)
-        if low < last or high > limit:
+        if low < start or high > limit:  # a marker of another placeholder, or of another sequence
             low, high = position, position + 1
-        edits.append(_Edit(low, high, seq, video))
-        last = high
+        edits.append(_Edit(low, high, video))
+        start = high
     return edits
 
 
@@ -332,24 +292,35 @@ def _surrounded(ids: list[int], block: list[int], position: int, token: int | No
     return position, position + 1
 
 
-def _apply(ids, edits, blocks, starts):
-    """The row, where each of its tokens stood (None in a block), spans of the blocks, starts."""
-    output, source, spans, last = [], [], [], 0
-    lengths = [stop - start for start, stop in pairwise(starts)]
-    for edit, block in zip(edits, blocks, strict=True):
-        output += ids[last : edit.start] + block
-        source += [*range(last, edit.start)] + [None] * len(block)
-        spans.append([len(output) - len(block), len(output)])
-        lengths[edit.seq] += len(block) - (edit.stop - edit.start)
-        last = edit.stop
-    source += range(last, len(ids))
-    return output + ids[last:], source, spans, [0, *accumulate(lengths)]
+def _apply(ids: list[int], seqs, edits: list[list[_Edit]], blocks: list[list[int]], shifted: bool):
+    """The row, where each entry about it comes from (None: nowhere), spans of blocks, starts."""
+    output, source, spans, starts, rest = [], [], [], [0], iter(blocks)
+    for (first, end), mine in zip(seqs, edits, strict=True):
+        inside, last = [], first
+        for edit in mine:
+            block = next(rest)
+            output += ids[last : edit.start] + block
+            inside += [*range(last, edit.start)] + [None] * len(block)
+            spans.append([len(output) - len(block), len(output)])
+            last = edit.stop
+        output += ids[last:end]
+        inside += range(last, end)
+        if shifted:  # the entry about a token stands before it; about the first there is none
+            about = [*inside[1:], end][: len(inside)]
+            inside = [None if at in (None, first) else at - 1 for at in about]
+        source += inside
+        starts.append(len(output))
+    return output, source, spans, starts
 
 
-def _about(source, starts, new_starts) -> list[int | None]:
-    """Where the entries come from that are about the next token, None before one of a block."""
-    entries = []
-    for (first, end), (start, stop) in zip(pairwise(starts), pairwise(new_starts), strict=True):
-        following = [*source[start + 1 : stop], end][: stop - start]
-        entries += [None if at is None or at == first else at - 1 for at in following]
-    return entries
+def _types(prompt_ids, output, spans, edits, family: Family) -> Any:
+    """1 for images and 2 for videos; a video may be written with the image's placeholder."""
+    of_token = {family.video_token_id: 2, family.image_token_id: 1, None: 0}
+    if len(of_token) == 1:
+        return None
+    types = [of_token.get(token, 0) for token in output]
+    own_marker = {family.video_start_id} - {family.vision_start_id, None}
+    for edit, (start, stop) in zip(edits, spans, strict=True):
+        if edit.video or own_marker & set(output[start:stop]):
+            types[start:stop] = [2 if kind else 0 for kind in types[start:stop]]
+    return like_ids(prompt_ids, types)

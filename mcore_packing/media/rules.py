@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from inspect import Parameter, Signature, signature
 from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 from .kinds import as_flag, as_int, require
@@ -22,14 +21,13 @@ GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
 # dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
+# What a rule takes first: an image's, a video's.
+SIZES = {"count": ("height", "width"), "video_count": ("frames", "height", "width")}
 
 
 @lru_cache
 def settings_of(rule: Callable, num_sizes: int) -> dict[str, Parameter] | None:
-    """What a rule declares behind its sizes; None if it takes all settings as one mapping.
-
-    ``num_sizes`` is 2 for images (height, width), 3 for videos (frames, height, width).
-    """
+    """What a rule declares behind its sizes; None if it takes all settings as one mapping."""
     every = list(signature(rule).parameters.values())
     declared = [p for p in every[num_sizes:] if p.kind is not p.VAR_KEYWORD]
     mapping = any(p.kind is p.VAR_POSITIONAL for p in every)
@@ -67,49 +65,47 @@ def _area(side: Any, name: str, unit: int = 1) -> int:
 
 
 def qwen_vl(
-    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2,
-    min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280,
-) -> int:  # fmt: skip
+    height, width, *, patch_size: int = 14, merge_size: int = 2, min_pixels: int = 56 * 56,
+    max_pixels: int = 28 * 28 * 1280,
+):  # fmt: skip
     """Both sides to multiples of a merged patch, then between min and max pixels."""
     return _smart_resize(height, width, patch_size * merge_size, min_pixels, max_pixels)
 
 
 def volume_video(
-    frames: int, height: int, width: int, *, patch_size: int = 16, merge_size: int = 2,
+    frames, height, width, *, patch_size: int = 16, merge_size: int = 2,
     temporal_patch_size: int = 2, min_pixels: int = 128 * 32 * 32, max_pixels: int = 768 * 32 * 32,
     cap_pixels_per_frame: bool = False, max_video_tokens: int = 768,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Qwen3 and GLM: all frames together between min and max pixels, or each under a cap."""
     unit = patch_size * merge_size
     if cap_pixels_per_frame:
         share = min(max_video_tokens * unit**2, max_pixels // frames)
         max_pixels = frames * max(share, int(min_pixels * 1.05))
-    resized = height, width, unit, min_pixels, max_pixels, frames, temporal_patch_size
+    resized = height, width, unit, min_pixels, max_pixels, frames, temporal_patch_size, True
     return math.ceil(frames / temporal_patch_size) * _smart_resize(*resized)
 
 
 def glm_vl(
-    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2,
-    temporal_patch_size: int = 2, min_pixels: int = 112 * 112, max_pixels: int = 28 * 28 * 15000,
-) -> int:  # fmt: skip
+    height, width, *, patch_size: int = 14, merge_size: int = 2, temporal_patch_size: int = 2,
+    min_pixels: int = 112 * 112, max_pixels: int = 28 * 28 * 15000,
+):  # fmt: skip
     """An image as a video of as many frames as are merged into one."""
     unit, frames = patch_size * merge_size, temporal_patch_size
-    return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames)
+    return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames, True)
 
 
-def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> int:
-    """Merged patches of one frame, rounded half to even; ``temporal`` where all frames count."""
-    if temporal is not None:
-        require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
-        if min(height, width) < unit:
-            scale = max(unit / height, unit / width)
-            height, width = int(height * scale), int(width * scale)
+def _smart_resize(height, width, unit, low, high, frames=1, temporal=1, enlarge=False) -> int:
+    """Merged patches of one frame, rounded half to even."""
+    require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
+    if enlarge and min(height, width) < unit:
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
     aspect = max(height, width) / min(height, width)
     found = f"{height} x {width} has an aspect ratio of {aspect:.1f}"
     require(aspect <= MAX_ASPECT_RATIO, f"{found}, expected at most {MAX_ASPECT_RATIO}")
     rows, columns = round(height / unit), round(width / unit)  # may be 0: there is no clamp here
-    depth = 1 if temporal is None else round(frames / temporal) * temporal
-    pixels = depth * rows * unit * columns * unit
+    pixels = round(frames / temporal) * temporal * rows * unit * columns * unit
     if pixels > high:
         beta = math.sqrt(frames * height * width / high)
         rows = max(1, math.floor(height / beta / unit))
@@ -121,23 +117,21 @@ def _smart_resize(height, width, unit, low, high, frames=1, temporal=None) -> in
 
 
 def kimi_vl(
-    height: int, width: int, *, patch_size: int = 14, merge_size: int = 2, max_patches: int = 16384,
+    height, width, *, patch_size: int = 14, merge_size: int = 2, max_patches: int = 16384,
     max_size_per_side: int = 512,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Shrunk to a budget of patches and of patches a side, then padded to merged patches."""
     patches = max(1.0, height // patch_size) * max(1.0, width // patch_size)
     longest = max_size_per_side * patch_size
     scale = min(1.0, math.sqrt(max_patches / patches), longest / height, longest / width)
-    unit, count = patch_size * merge_size, 1
-    for side in (height, width):
-        count *= math.ceil(min(max(1, int(side * scale)), longest) / unit)
-    return count
+    sides = (min(max(1, int(side * scale)), longest) for side in (height, width))
+    return math.prod(math.ceil(side / (patch_size * merge_size)) for side in sides)
 
 
 def nemotron_omni(
-    height: int, width: int, *, patch_size: int = 16, downsample_ratio: float = 0.5,
+    height, width, *, patch_size: int = 16, downsample_ratio: float = 0.5,
     min_num_patches: int = 1024, max_num_patches: int = 13312, max_model_len: int = 16384,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """RADIO's dynamic resolution: the image's own grid, scaled between two numbers of patches."""
     merge = round(1 / downsample_ratio)
     budget = max((max_model_len - 4) * merge**2, min_num_patches)
@@ -157,10 +151,9 @@ def nemotron_omni(
 
 
 def nemotron_video(
-    frames: int, height: int, width: int, *, downsample_ratio: float = 0.5,
-    video_target_num_patches: int = 1024, video_maintain_aspect_ratio: bool = True,
-    video_temporal_patch_dim: int = 2,
-) -> int:  # fmt: skip
+    frames, height, width, *, downsample_ratio: float = 0.5, video_target_num_patches: int = 1024,
+    video_maintain_aspect_ratio: bool = True, video_temporal_patch_dim: int = 2,
+):  # fmt: skip
     """One tile of about so many patches for every few frames."""
     merge, target = round(1 / downsample_ratio), video_target_num_patches
     grid = [int(math.sqrt(target))] * 2
@@ -174,30 +167,29 @@ def nemotron_video(
 
 
 def gemma4(
-    height: int, width: int, *, patch_size: int = 16, pooling_kernel_size: int = 3,
+    height, width, *, patch_size: int = 16, pooling_kernel_size: int = 3,
     max_soft_tokens: int = 280,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """The largest grid of pooled patches that keeps the aspect ratio and fits the budget."""
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
     unit = pooling_kernel_size * patch_size
     scale = math.sqrt(pixels / (height * width))
     rows, columns = math.floor(scale * height / unit), math.floor(scale * width / unit)
-    what, budget = f"{height} x {width} is resized to", f"max_soft_tokens {max_soft_tokens}"
-    require(rows or columns, f"{what} nothing at {budget}")
-    if rows == 0:  # the long side alone decides, and the budget is its limit
-        rows, columns = 1, min(math.floor(width / height), max_soft_tokens)
-    elif columns == 0:
-        rows, columns = min(math.floor(height / width), max_soft_tokens), 1
+    budget = f"max_soft_tokens {max_soft_tokens}"
+    require(rows or columns, f"{height} x {width} is resized to nothing at {budget}")
     tokens = rows * columns
-    require(tokens <= max_soft_tokens, f"{what} {tokens} tokens, more than {budget}")
+    if tokens == 0:  # the long side alone decides, and the budget is its limit
+        aspect = height / width if rows else width / height
+        tokens = min(math.floor(aspect), max_soft_tokens)
+    require(tokens <= max_soft_tokens, f"{height} x {width} has {tokens} tokens, over {budget}")
     return tokens
 
 
 def gemma3(
-    height: int, width: int, *, image_seq_length: int = 256, do_pan_and_scan: bool = False,
+    height, width, *, image_seq_length: int = 256, do_pan_and_scan: bool = False,
     pan_and_scan_min_crop_size: int = 256, pan_and_scan_max_num_crops: int = 4,
     pan_and_scan_min_ratio_to_activate: float = 1.2,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """One sequence for the image, one more for each crop of pan and scan along its long side."""
     long, short = max(height, width), min(height, width)
     if not do_pan_and_scan or long / short < pan_and_scan_min_ratio_to_activate:
@@ -211,26 +203,23 @@ def gemma3(
 
 
 def llava15(
-    height: int, width: int, *, crop_size: Any = 336, patch_size: int = 14,
+    height, width, *, crop_size: Any = 336, patch_size: int = 14,
     vision_feature_select_strategy: str = "default", num_additional_image_tokens: int = 1,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
-    grid = _area(crop_size, "crop_size", patch_size)
-    return grid + num_additional_image_tokens - dropped
+    return _area(crop_size, "crop_size", patch_size) + num_additional_image_tokens - dropped
 
 
-def llava_onevision_video(
-    frames: int, height: int, width: int, *, num_image_tokens: int = 729,
-) -> int:  # fmt: skip
+def llava_onevision_video(frames, height, width, *, num_image_tokens: int = 729):
     """Every frame pooled 2 x 2, and one newline."""
     return frames * math.ceil(int(math.sqrt(num_image_tokens)) / 2) ** 2 + 1
 
 
 def internvl3(
-    height: int, width: int, *, image_seq_length: int = 256, crop_to_patches: bool = True,
+    height, width, *, image_seq_length: int = 256, crop_to_patches: bool = True,
     min_patches: int = 1, max_patches: int = 12, size: Any = 448,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Tiles of the best grid, and a thumbnail where there is more than one."""
     if not crop_to_patches or max_patches == 1:
         return image_seq_length
@@ -239,13 +228,13 @@ def internvl3(
 
 
 def megatron_llava(
-    height: int, width: int, *, img_h: int = 336, img_w: int = 336, patch_dim: int = 14,
+    height, width, *, img_h: int = 336, img_w: int = 336, patch_dim: int = 14,
     vision_model_type: str = "clip", tokenizer_type: str | None = None,
     disable_vision_class_token: bool = False, class_token_len: int = 1, pixel_shuffle: bool = False,
     use_tile_tags: bool = False, use_tiling: bool = True, max_num_tiles: int = 1,
     use_thumbnail: bool = False, use_area_weighted_aspect_ratio: bool = False,
     dynamic_resolution: bool = False,
-) -> int:  # fmt: skip
+):  # fmt: skip
     """Rows of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic tiling.
 
     With ``dynamic_resolution`` the image is one tile of the size that it has already been given.
@@ -297,9 +286,7 @@ def _most_covering_grid(height: int, width: int, fewest: int, most: int, tile_ar
 def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
     """The rule of a video every few frames of which count as one image, with its settings."""
 
-    def rule(
-        frames: int, height: int, width: int, *, temporal_patch_size: int = merged, **settings
-    ) -> int:
+    def rule(frames, height, width, *, temporal_patch_size: int = merged, **settings):
         return math.ceil(frames / temporal_patch_size) * image_rule(height, width, **settings)
 
     declared = {**signature(rule).parameters, **signature(image_rule).parameters}
@@ -311,9 +298,9 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
 _IMAGES = (
     gemma3, gemma4, glm_vl, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl,
 )  # fmt: skip
-RULES: Mapping[str, Callable] = MappingProxyType({rule.__name__: rule for rule in _IMAGES})
-VIDEO_RULES: Mapping[str, Callable] = MappingProxyType(
-    {
+RULES = {
+    "count": {rule.__name__: rule for rule in _IMAGES},
+    "video_count": {
         "gemma4": _frame_by_frame(gemma4),
         "internvl3": _frame_by_frame(internvl3),
         "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
@@ -321,5 +308,5 @@ VIDEO_RULES: Mapping[str, Callable] = MappingProxyType(
         "nemotron": nemotron_video,
         "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
         "volume": volume_video,
-    }
-)
+    },
+}

@@ -10,26 +10,20 @@ from .kinds import as_ids, as_int, as_list, length, nested, require, shorten, ta
 
 
 def split_samples(
-    batch: Mapping[str, Any],
-    layout: Mapping[str, str] | str | Family | None,
-    num_images: Sequence[int] | None,
-    chunks: Sequence[Sequence[int]] | int,
-    *,
-    family: str | Family | None = None,
-    tiles_per_image: Sequence[int] | None = None,
-    num_videos: Sequence[int] | None = None,
-    frames_per_video: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
+    batch: Mapping[str, Any], layout: Mapping[str, str] | str | Family | None,
+    num_images: Sequence[int] | None, chunks: Sequence[Sequence[int]] | int, *,
+    family: str | Family | None = None, tiles_per_image: Sequence[int] | None = None,
+    num_videos: Sequence[int] | None = None, frames_per_video: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Cut a batch of samples into chunks of samples, every tensor at its own rows.
 
-    Rows are counted by what ``layout`` says, never guessed from a shape, and all first dimensions
-    are checked before anything is cut.
+    Rows are never guessed from a shape; all first dimensions are checked before anything is cut.
 
     Args:
         batch: tensors, arrays or lists by name; None counts as absent.
         layout: for every key what its first dimension counts, in words of ``Family.layout``, or a
-            family. An image has as many of ``patch`` as the product of its row in
-            ``image_grid_thw`` (or ``image_grid_hw``), a video of ``video_patch`` likewise.
+            family. Patches are counted by ``image_grid_thw`` (or ``image_grid_hw``) and
+            ``video_grid_thw`` of the batch.
         num_images: how many images each sample has; None where there are only videos.
         chunks: ``[start, stop)`` of the samples of each chunk, also as a ``range``, in any order;
             an int is the number of samples in each chunk, of which the last may have fewer.
@@ -38,9 +32,8 @@ def split_samples(
         num_videos: how many videos each sample has, where there are any.
 
     Returns:
-        One dict for each chunk: views of its rows, where the kind allows. A key that counts images
-        (or videos, tiles, patches, frames) is absent where a chunk has none: vision encoders do not
-        take zero rows.
+        One dict for each chunk: views of its rows, where the kind allows. A key that does not count
+        samples is absent where a chunk has no rows of it: vision encoders do not take zero rows.
 
     Raises:
         PackingError: a key is not in the layout, or has another first dimension than its samples
@@ -70,12 +63,9 @@ def split_samples(
 
 
 def take_samples(
-    batch: Mapping[str, Any],
-    layout: Mapping[str, str] | str | Family | None,
-    num_images: Sequence[int] | None,
-    order: Sequence[int],
-    **given: Any,
-) -> dict[str, Any]:
+    batch: Mapping[str, Any], layout: Mapping[str, str] | str | Family | None,
+    num_images: Sequence[int] | None, order: Sequence[int], **given: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Gather samples of a batch in any order, with repetition, and all their rows with them.
 
     Inside a sample the order of its images, and of their rows, stays as it is.
@@ -85,7 +75,7 @@ def take_samples(
         order: the samples to take, ``[N]``.
 
     Returns:
-        A batch of ``N`` samples; a key that counts images is absent where they have none.
+        A batch of ``N`` samples, without the keys that they have no rows of.
 
     Raises:
         PackingError: as for ``split_samples``, or a sample in ``order`` does not exist.
@@ -119,28 +109,25 @@ class _Rows:
         self.batch = {key: value for key, value in batch.items() if value is not None}
         self.words = {key: layout.get(key) for key in self.batch}
         self.given = {"tiles_per_image": tiles_per_image, "frames_per_video": frames_per_video}
+        numbers = {"image": num_images, "video": num_videos}
+        numbers = {of: as_ids(n, f"num_{of}s", 0) for of, n in numbers.items() if n is not None}
+        require(numbers, "num_images is None, expected the number of images of each sample")
         for key, word in self.words.items():
             found = "is not in the layout" if word is None else f"is laid out by {word!r}"
             expected = f"expected what it counts, one of {', '.join(LAYOUT_WORDS)}"
             require(word in LAYOUT_WORDS, f"{key} {found}, {expected}")
-
-        both = {"image": num_images, "video": num_videos}
-        both = {kind: as_ids(n, f"num_{kind}s", 0) for kind, n in both.items() if n is not None}
-        require(both, "num_images is None, expected the number of images of each sample")
-        for key, word in self.words.items():
-            told = "video" in both or "video" not in word or not length(self.batch[key], key)
+            told = "video" in numbers or "video" not in word or not length(self.batch[key], key)
             require(told, f"{key} counts videos; pass num_videos")
-        self.num_samples = len(next(iter(both.values())))
-        self.items = {kind: both.get(kind, [0] * self.num_samples) for kind in ("image", "video")}
-        images, videos = (len(numbers) for numbers in self.items.values())
-        found = f"num_images has {images} entries and num_videos {videos}"
-        require(images == videos, f"{found}; both have one for each sample")
+        sizes = [len(number) for number in numbers.values()]
+        found = f"num_images has {sizes[0]} entries and num_videos {sizes[-1]}"
+        require(sizes[0] == sizes[-1], f"{found}; both have one for each sample")
+        self.num_samples = sizes[0]
+        self.numbers = dict.fromkeys(("image", "video"), [0] * self.num_samples) | numbers
         self.starts = {word: [0, *accumulate(self._count(word))] for word in self.words.values()}
         for key, word in self.words.items():
-            found, expected = length(self.batch[key], key), self.starts[word][-1]
-            message = f"{key} has {found} rows in its first dimension, but {self.num_samples} "
-            message += f"samples have {expected} of what it counts ({word})"
-            require(found == expected, message)
+            rows, total = length(self.batch[key], key), self.starts[word][-1]
+            found = f"{key} has {rows} rows in its first dimension"
+            require(rows == total, f"{found}, its samples {total} of what it counts ({word})")
 
     def of(self, samples: Sequence[int]) -> dict[str, Any]:
         """The rows of these samples, in their order."""
@@ -153,19 +140,19 @@ class _Rows:
 
     def _count(self, word: str) -> list[int]:
         """How many of ``word`` each sample has."""
-        if word in self.items:
-            return self.items[word]
+        if word in self.numbers:
+            return self.numbers[word]
         if "sample" in word:
-            return [int(word == "sample" or number > 0) for number in self.items["image"]]
+            return [int(word == "sample" or number > 0) for number in self.numbers["image"]]
         item = "video" if "video" in word else "image"
         keys = ", ".join(key for key, by in self.words.items() if by == word)
-        per_sample = self.items[item]
+        per_sample = self.numbers[item]
         if "patch" in word:
-            name = "image_grid_hw" if "image_grid_hw" in self.batch else "image_grid_thw"
-            name = "video_grid_thw" if item == "video" else name
-            known = name in self.batch or not any(per_sample)
-            require(known, f"{keys} counts by {name}, which is not in the batch")
-            rows = self._grid_products(name)
+            flat = item == "image" and "image_grid_hw" in self.batch
+            name = "image_grid_hw" if flat else f"{item}_grid_thw"
+            grid = self.batch.get(name, None if any(per_sample) else [])
+            require(grid is not None, f"{keys} counts by {name}, which is not in the batch")
+            rows = _products(grid, name)
         else:
             name = "frames_per_video" if item == "video" else "tiles_per_image"
             require(self.given[name] is not None, f"{keys} counts {word}s; pass {name}")
@@ -175,12 +162,13 @@ class _Rows:
         starts, bounds = [0, *accumulate(rows)], [0, *accumulate(per_sample)]
         return [starts[last] - starts[first] for first, last in pairwise(bounds)]
 
-    def _grid_products(self, name: str) -> list[int]:
-        """How many patches each row of a grid is."""
-        grid, sides, products = self.batch.get(name, []), name.rpartition("_")[2], []
-        for i, row in enumerate(grid) if length(grid, name) else ():
-            row = as_ids(row, f"{name}[{i}]", minimum=1)
-            expected = f"expected {len(sides)}: {', '.join(sides)}"
-            require(len(row) == len(sides), f"{name}[{i}] has {len(row)} entries, {expected}")
-            products.append(math.prod(row))
-        return products
+
+def _products(grid: Any, name: str) -> list[int]:
+    """How many patches each row of a grid is."""
+    length(grid, name)  # refuses what has none
+    rows = [as_ids(row, f"{name}[{i}]", minimum=1) for i, row in enumerate(grid)]
+    sides = name.rpartition("_")[2]
+    for i, row in enumerate(rows):
+        expected = f"expected {len(sides)}: {', '.join(sides)}"
+        require(len(row) == len(sides), f"{name}[{i}] has {len(row)} entries, {expected}")
+    return [math.prod(row) for row in rows]
