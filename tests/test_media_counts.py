@@ -460,6 +460,7 @@ def test_register_family():
     [
         ({"count": "qwen_vl", "settings": {"side": 4}}, "settings has side, which count lacks"),
         ({"count": "qwen9_vl"}, "count is 'qwen9_vl', expected a function or one of gemma3"),
+        ({"count": lambda h, w: 3, "settings": {"row": 4}}, "settings has row, which count lacks"),
         ({"count": 5}, "count is 5"),
         ({"choices": {"size": (1, 2)}}, "choices of size, which is no setting"),
         ({"settings": {"size": 3}, "choices": {"size": (1, 2)}}, "size is 3, expected one of 1, 2"),
@@ -479,6 +480,14 @@ def test_families_that_would_crash_later_are_refused(attributes, message):
     with pytest.raises(PackingError, match=f"family 'test_crash': .*{message}"):
         register_family("test_crash", **attributes)
     assert "test_crash" not in FAMILIES
+
+
+def test_rules_without_settings_and_builtins():
+    register_family("test_plain", count=lambda height, width: height)
+    assert num_image_tokens("test_plain", 3, 4) == 3
+    register_family("test_builtin", count=max, overwrite=True)  # it has no signature to read
+    with pytest.raises(PackingError, match="cannot count"):
+        num_image_tokens("test_builtin", 3, 4)
 
 
 def test_settings_are_merged_where_the_rule_is_the_same():

@@ -87,7 +87,8 @@ class Family:
             require(word in LAYOUT_WORDS, f"{where}layout[{key!r}] is {word!r}, {expected}")
         for count, settings in SETTINGS.items():
             given, rule = getattr(self, settings), self.rule(count)
-            if declared := rule and settings_of(rule, len(SIZES[count])):
+            declared = settings_of(rule, len(SIZES[count])) if rule else None
+            if declared is not None:
                 unknown = ", ".join(sorted(set(given) - set(declared)))
                 require(not unknown, f"{where}{settings} has {unknown}, which {count} lacks")
                 defaults = {name: parameter.default for name, parameter in declared.items()}

@@ -153,9 +153,10 @@ def place_image_blocks(
             edits.append(_expand_in_place(ids, found, blocks, first, one, *span))
         else:
             what = "turn opener does not occur" if one.turn_opener else "no turn opener is known"
-            message = f"{where}: {what} ({one.turn_opener_text!r} as text), nor a placeholder; its "
-            message += "blocks would go after BOS, outside the user's turn; pass turn_opener, or "
-            require(ends or not number, f"{message}use splice_image_blocks")
+            what += f" ({one.turn_opener_text!r} as text)" if one.turn_opener_text else ""
+            message = f"{where}: {what}, nor a placeholder; its blocks would go after BOS, outside "
+            message += "the user's turn; pass turn_opener, or use splice_image_blocks"
+            require(ends or not number, message)
             into = zip(ends, turn, strict=True) if turn else [(end, number) for end in ends[-1:]]
             edits.append([_Edit(end, end) for end, times in into for _ in range(times)])
 

@@ -28,7 +28,10 @@ SIZES = {"count": ("height", "width"), "video_count": ("frames", "height", "widt
 @lru_cache
 def settings_of(rule: Callable, num_sizes: int) -> dict[str, Parameter] | None:
     """What a rule declares behind its sizes; None if it takes all settings as one mapping."""
-    every = list(signature(rule).parameters.values())
+    try:
+        every = list(signature(rule).parameters.values())
+    except ValueError:  # of a builtin
+        return None
     declared = [p for p in every[num_sizes:] if p.kind is not p.VAR_KEYWORD]
     mapping = any(p.kind is p.VAR_POSITIONAL for p in every)
     mapping = mapping or any(p.default is p.empty for p in declared)
