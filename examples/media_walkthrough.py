@@ -7,21 +7,15 @@ import mcore_packing as mp
 family = mp.media.get_family("qwen2_vl")
 image, begin, end = family.image_token_id, family.vision_start_id, family.vision_end_id
 user, assistant, stop = [*family.turn_opener], [151644, 77091, 198], [151645, 198]
-
-# Two questions about two images, and their answers, which alone are trained.
-prompt = [*user, 101, 102, *stop, *assistant, 201, 202, *stop]
+prompt = [*user, 101, 102, *stop, *assistant, 201, 202, *stop]  # a question and its answer
 prompt += [*user, 103, *stop, *assistant, 203, *stop]
-labels = [token if token in (201, 202, 203) else -100 for token in prompt]
 
 # Counts: what the family's processor would write. Placement: each image into its own turn.
-sizes = [(224, 308), (112, 112)]
-counts = [mp.media.num_image_tokens(family, *size) for size in sizes]
+counts = [mp.media.num_image_tokens(family, *size) for size in [(224, 308), (112, 112)]]
 blocks = [[begin, *[image] * count, end] for count in counts]
-placed = mp.media.place_image_blocks(
-    prompt, blocks, family=family, images_per_turn=[1, 1], labels=labels
-)
-print("tokens per image", counts, "at", placed.block_spans, "of", len(placed.output_ids))
+placed = mp.media.place_image_blocks(prompt, blocks, family=family, images_per_turn=[1, 1])
 mp.media.check_placeholders(placed.output_ids, counts, family=family)
+print("tokens per image", counts, "at", placed.block_spans, "of", len(placed.output_ids))
 
 # Truncation: 64 tokens may stay. The cut runs through the first image: all that is left of it goes.
 cut = mp.media.truncate(placed.output_ids, counts, 64, side="left", family=family)
@@ -31,17 +25,13 @@ grid = cut.apply(torch.tensor([[1, 16, 22], [1, 8, 8]]), per="image")
 
 # Slicing: a batch of this sample and a text, and one micro-batch for each of them again.
 batch = {"input_ids": [cut.output_ids, user], "pixel_values": pixels, "image_grid_thw": grid}
-for part in mp.media.split_samples(batch, "qwen2_vl", num_images=[1, 0], chunks=1):
+for part in mp.media.split_samples(batch, family, num_images=[1, 0], chunks=1):
     print({key: len(value) for key, value in part.items()})
 
 # Into a packed row, as Megatron takes it: one placeholder for each image.
 ids = cut.output_ids
 row = [token for p, token in enumerate(ids) if token != image or ids[p - 1] != image]
-layout = mp.PackedLayout.build(
-    torch.tensor(row + user),
-    torch.tensor([0, len(row), len(row + user)], dtype=torch.int32),
-    [[counts[kept] for kept in cut.kept_images], []],
-    image_token_id=image,
-    space="collapsed",
-)
-print(layout.cu_seqlens_collapsed.tolist(), "->", layout.cu_seqlens_expanded.tolist())
+bounds = torch.tensor([0, len(row), len(row + user)], dtype=torch.int32)
+tokens = [[counts[kept] for kept in cut.kept_images], []]
+layout = mp.PackedLayout.build(torch.tensor(row + user), bounds, tokens, image, "collapsed")
+print(bounds.tolist(), "->", layout.cu_seqlens_expanded.tolist())
