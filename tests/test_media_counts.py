@@ -490,6 +490,24 @@ def test_rules_without_settings_and_builtins():
         num_image_tokens("test_builtin", 3, 4)
 
 
+def test_rules_that_fail():
+    def rule(height, width, *, table: dict | None = None):
+        return table["rows"]
+
+    register_family("test_failing", count=rule, settings={"table": {}})
+    with pytest.raises(PackingError, match=r"cannot count 3 x 4 with .*: KeyError: 'rows'"):
+        num_image_tokens("test_failing", 3, 4)
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, height, width):
+            return 1
+
+    with pytest.raises(PackingError, match=r"count is .* expected a function"):
+        register_family("test_unhashable", count=Unhashable())
+
+
 def test_settings_are_merged_where_the_rule_is_the_same():
     few = register_family("test_few", like="gemma4", settings={"max_soft_tokens": 70})
     assert few.settings == {**get_family("gemma4").settings, "max_soft_tokens": 70}

@@ -249,6 +249,7 @@ def test_parts_are_views():
         ({"layout": {"input_ids": "sample"}}, "pixel_values is not in the layout"),
         ({"layout": {"input_ids": "sample", "pixel_values": "images"}}, "laid out by 'images'"),
         ({"layout": None}, "layout is a NoneType"),
+        ({"family": "llama4"}, "family is given beside layout"),
         ({"layout": "qwen9_vl"}, "not registered"),
         ({"num_images": [1, 1]}, "input_ids has 3 rows .* 2 of what it counts"),
         ({"num_images": [1, -1, 2]}, r"num_images\[1\] is -1"),

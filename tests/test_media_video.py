@@ -337,3 +337,90 @@ def test_nothing_of_a_lost_image_is_left_in_the_row(name):
             assert left == expected
         checked[side] += 1
     assert min(checked.values()) > 40
+
+
+def test_text_is_never_removed_on_a_guess():
+    """Without a side several windows fit: what belongs to a video is only known by its markers."""
+    text = [*range(60, 90)]
+    outer = {"video_start_id": START, "video_end_id": END}
+    for row, videos in (
+        ([*text, START, VIDEO, VIDEO], [[4, 4]]),
+        ([VIDEO, VIDEO, END, *text], [[4, 4]]),
+        ([VIDEO, VIDEO, END, *text, START, VIDEO, VIDEO], [[4, 4], [4, 4]]),
+    ):
+        cut = reconcile(row, [], family=mine(**outer), tokens_per_video=videos)
+        assert cut.output_ids == text and cut.kept_videos == []
+    glm = get_family("glm4_5v")
+    row = [glm.image_token_id, glm.image_token_id, glm.vision_end_id, *text]
+    assert reconcile(row, [[4, 4], 4], family=glm).output_ids == text
+
+
+def test_labels_of_a_shifted_family_and_tokens_beside_them():
+    """Only what is about the next token becomes -100 where that was removed."""
+    ids = [61, 62, START, IMAGE, IMAGE, IMAGE, END, 4, 4]
+    labels = [*ids[1:], 0]
+    cut = truncate(ids, [3], 5, family=mine(shifted=True))
+    assert cut.apply({"labels": labels}) == {"labels": [62, -100]}
+    assert cut.apply({"labels": ids}, shifted=False) == {"labels": [61, 62]}
+    cut = truncate(ids, [3], 5, family=mine())
+    batch = {"tokens": ids, "input_ids": ids, "labels": labels, "mm_token_type_ids": [0] * 9}
+    batch |= {"token_type_ids": [0] * 9, "attention_mask": [1] * 9, "advantages": [0.5] * 9}
+    found = cut.apply(batch, shifted=True, fill=0)
+    changed = {name for name, values in found.items() if values != cut.apply(batch[name])}
+    assert changed == {"labels", "advantages"} and found["tokens"] == cut.output_ids == [61, 62]
+    for unused in ({"layout": {}}, {"turn_opener": [5]}, {"count": "gemma4"}):
+        with pytest.raises(PackingError, match="no attribute that is used here"):
+            truncate([1], [], 1, IMAGE, **unused)
+    with pytest.raises(PackingError, match="drop_dangling is no argument"):
+        place_image_blocks([1], [], [1], drop_dangling=True)
+
+
+def test_counts_of_one_row_may_have_a_batch_dimension():
+    """Read as nested lists they would be one image of two runs."""
+    row = [1, START, IMAGE, IMAGE, END, 2, START, IMAGE, IMAGE, IMAGE, END, 3]
+    for counts in (torch.tensor([[2, 3]]), np.array([[2, 3]]), torch.tensor([2, 3])):
+        cut = truncate(row, counts, 9, IMAGE, **MARKERS)
+        assert cut.kept_images == [0] and cut.output_ids == row[:6]
+    with pytest.raises(PackingError, match=r"tokens_per_image is \[2, 1\]"):
+        truncate(row, torch.tensor([[2], [3]]), 9, IMAGE, **MARKERS)
+
+
+def test_positions_of_the_text_beside_those_of_m_rope():
+    """Transformers writes [4, B, T]: each of the two closes up and restarts by itself."""
+    row = [1, START, *[IMAGE] * 4, END, 3, 4]
+    three = mrope([int(token == IMAGE) for token in row], [(2, 2)])
+    one = torch.cat([torch.arange(len(row))[None], three])
+    both = torch.cat([one, one + torch.tensor([[len(row)], [7], [7], [7]])], dim=1)[:, None]
+    cut = truncate(torch.tensor([row + row]), [4, 4], 13, IMAGE, side="left", **MARKERS)
+    assert cut.kept_images == [1] and len(cut.keep_positions) == 11
+    for given in (both, both.numpy()):
+        found = np.asarray(cut.apply(given, per="position", dim=-1))[:, 0]
+        assert found[0].tolist() == [*range(11)]
+        assert found[1:, 2:].tolist() == (three + 2).tolist()
+        with pytest.raises(PackingError, match="look like position ids"):
+            cut.apply(given, dim=-1)
+
+
+def test_types_at_markers_are_refused_by_name():
+    """InternVL's processor marks begin and end as an image too."""
+    row, types = [1, START, IMAGE, END], [0, 1, 1, 1]
+    with pytest.raises(PackingError, match="vision_start_id: 7 is a placeholder, says mm_token"):
+        truncate(row, [1], 4, mm_token_type_ids=types, **MARKERS)
+    with pytest.raises(PackingError, match="vision_start_id: 7 is a placeholder, says mm_token"):
+        truncate(row, [1], 4, mm_token_type_ids=torch.tensor(types), **MARKERS)
+
+
+def test_a_prompt_that_has_its_blocks_already_is_refused():
+    """Gemma 3 writes another token where an image is to go."""
+    family = get_family("gemma3")
+    prompt = [2, *family.turn_opener, family.vision_start_id, family.image_token_id, 50]
+    with pytest.raises(PackingError, match="prompt_ids hold 262144, a row of an image that has"):
+        place_image_blocks(prompt, [[family.image_token_id]], family=family)
+
+
+def test_many_breaks_take_no_more_than_linear_time():
+    """Half a minute once."""
+    row = [IMAGE, TEXT] + [BREAK] * 30_000
+    assert truncate(row, [1], 0, IMAGE, break_token_ids=[BREAK]).output_ids == []
+    row = [BREAK] * 30_000 + [TEXT, IMAGE]
+    assert truncate(row, [1], 30_001, IMAGE, break_token_ids=[BREAK]).dropped_images == [0]

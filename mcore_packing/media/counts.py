@@ -75,8 +75,9 @@ def _count(family: str | Family, count: str, size: tuple, given: dict) -> int:
         return as_int(apply_rule(rule, size, settings), f"the count of family {name!r}", 1)
     except PackingError:
         raise
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise PackingError(f"family {name!r} cannot count with this size: {error}") from error
+    except Exception as error:  # whatever a rule says of sizes and settings beyond reason
+        found = f"family {name!r} cannot count {' x '.join(map(str, size))} with {settings}"
+        raise PackingError(f"{found}: {type(error).__name__}: {error}") from error
 
 
 def _as_size(sides: Sequence, names: Sequence[str], where: str = "") -> tuple[int, ...]:

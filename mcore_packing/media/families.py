@@ -1,6 +1,6 @@
 """What each model family is: token ids, turn openers, count settings, tensor layouts; as data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, get_origin
@@ -8,12 +8,17 @@ from typing import Any, get_origin
 from .kinds import as_flag, as_ids, as_int, require
 from .rules import RULES, SIZES, settings_of
 
-# What the first dimension of a tensor can count; slicing.py knows how many of each a sample has. A
-# nonempty_sample has images; patches are the product of a row of image_grid_thw (or image_grid_hw),
-# or of video_grid_thw.
+# What the first dimension of a tensor can count.
 LAYOUT_WORDS = (
-    "sample", "nonempty_sample", "image", "patch", "tile", "video", "video_patch", "video_frame",
-)  # fmt: skip
+    "sample",
+    "nonempty_sample",  # with at least one image
+    "image",
+    "patch",  # t * h * w of the image's row of image_grid_thw, or h * w of image_grid_hw
+    "tile",  # as tiles_per_image says
+    "video",
+    "video_patch",  # t * h * w of the video's row of video_grid_thw
+    "video_frame",  # as frames_per_video says
+)
 SETTINGS = {"count": "settings", "video_count": "video_settings"}  # of which rule
 
 
@@ -32,7 +37,8 @@ class Family:
             prompt, where that is not ``image_token_id``, ``video_token_id``.
         bos_token_id: what a prompt begins with.
         turn_opener, turn_opener_text: the token ids that open a user's turn, and the same as text.
-        shifted: entry ``t`` of labels and loss mask is about token ``t + 1``, as Megatron's.
+        shifted: entry ``t`` of labels and loss mask is about token ``t + 1``, as Megatron's; for
+            ``place_image_blocks`` and ``Truncation.apply``.
         drop_dangling: the markers, and the timestamps, of an image or video go with it.
         layout: what the first dimension of each tensor of a batch counts, in ``LAYOUT_WORDS``.
         count: the rule of ``num_image_tokens``: one of ``rules.RULES`` by name, or
@@ -111,7 +117,7 @@ class Family:
         rule, named = getattr(self, count), RULES[count]
         found = named.get(rule) if isinstance(rule, str) else rule
         expected = f"expected a function or one of {', '.join(sorted(named))}"
-        known = rule is None or callable(found)
+        known = rule is None or (callable(found) and isinstance(found, Hashable))
         require(known, f"family {self.name!r}: {count} is {rule!r}, {expected}")
         return found
 
@@ -142,13 +148,16 @@ def get_family(name: str | Family) -> Family:
     return _FAMILIES[name]
 
 
-def resolve(family: str | Family | None, overrides: Mapping[str, Any]) -> Family:
-    """A family, or none at all, with other attributes."""
+def resolve(
+    family: str | Family | None, overrides: Mapping[str, Any], also: Sequence[str] = ()
+) -> Family:
+    """A family, or none at all, with other ids than its own, and other attributes in ``also``."""
     base = Family("") if family is None else get_family(family)
-    known = [item.name for item in fields(Family)]
+    ids = [item.name for item in fields(Family) if item.name.endswith(("_id", "_ids"))]
+    known = [*ids, *also]
     unknown = ", ".join(sorted(set(overrides) - set(known)))
-    expected = f"expected some of {', '.join(known)}"
-    require(not unknown, f"{unknown} is no argument and no attribute of a family, {expected}")
+    expected = f"no attribute that is used here, expected some of {', '.join(known)}"
+    require(not unknown, f"{unknown} is no argument and {expected}")
     return replace(base, **overrides) if overrides else base
 
 
@@ -182,7 +191,8 @@ def register_family(
         given = attributes.setdefault(settings, {})
         if same_rule and isinstance(given, Mapping):
             attributes[settings] = {**getattr(base, settings), **given}
-    _FAMILIES[name] = resolve(base, {"name": name, **attributes})
+    known = [item.name for item in fields(Family)]
+    _FAMILIES[name] = resolve(base, {"name": name, **attributes}, known)
     return _FAMILIES[name]
 
 

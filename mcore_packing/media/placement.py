@@ -132,10 +132,14 @@ def place_image_blocks(
     """
     ids, blocks_per_seq = as_ids(prompt_ids, "prompt_ids"), overrides.pop("blocks_per_seq", None)
     opener = {} if turn_opener is None else {"turn_opener": turn_opener}
-    one, blocks = resolve(family, {**opener, **overrides}), _as_blocks(blocks)
+    known = ("turn_opener", "turn_opener_text", "shifted")
+    one, blocks = resolve(family, {**opener, **overrides}, known), _as_blocks(blocks)
     bounds = as_boundaries(cu_seqlens, len(ids))
     starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
     seqs, num_seqs, stand_ins = list(pairwise(starts)), len(bounds) - 1, _stand_ins(one)
+    done = {one.image_token_id, one.video_token_id} - {None, *stand_ins} & {*ids}
+    found = f"prompt_ids hold {min(done, default=None)}, a row of an image that has its block"
+    require(not done, f"{found} already; expected {' or '.join(map(str, stand_ins))} for each")
     turn_ends = [_opener_ends(ids, one.turn_opener, *seq) for seq in seqs]
     places = [[p for p in range(*seq) if ids[p] in stand_ins] for seq in seqs]
     turns = _turns_per_seq(images_per_turn, turn_ends[:num_seqs], len(blocks))

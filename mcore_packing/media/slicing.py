@@ -102,6 +102,7 @@ class _Rows:
     ):  # fmt: skip
         found = type(batch).__name__
         require(hasattr(batch, "items"), f"batch is a {found}, expected tensors by name")
+        require(layout is None or family is None, "family is given beside layout; pass one of them")
         layout = family if layout is None else layout
         layout = get_family(layout).layout if isinstance(layout, (str, Family)) else layout
         found = type(layout).__name__

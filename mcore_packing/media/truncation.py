@@ -16,6 +16,8 @@ from .families import Family, resolve
 from .kinds import IGNORE_INDEX, as_flag, as_ids, as_int, as_list, like, require, shorten
 
 _KINDS = ("image", "video")
+# What a batch says of its tokens themselves, never of the next one.
+_OF_TOKENS = ("input_ids", "tokens", "attention_mask", "mm_token_type_ids", "token_type_ids")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 
 
@@ -49,6 +51,7 @@ class Truncation:
     _starts: list[int]  # where the sequences, and the tail, began
     _all_sequences: bool  # no boundary is gone: an empty sequence leaves no other trace
     _holes: list[int]  # entries of keep_positions that something inside the cut was removed after
+    _shifted: bool  # what the family says of labels
 
     @property
     def noop(self) -> bool:
@@ -80,7 +83,7 @@ class Truncation:
         per: str = "token",
         *,
         rows: Sequence[int] | None = None,
-        shifted: bool = False,
+        shifted: bool | None = None,
         fill: Any = None,
         dim: int | None = None,
     ) -> Any:
@@ -92,10 +95,12 @@ class Truncation:
                 position ids (in a dict known by name), which close up and start at 0 per sequence.
             rows: how many rows of ``values`` each image (each video) has, if not one each.
             shifted: entry ``t`` is about token ``t + 1``, as Megatron's labels; where that was
-                removed from inside the row it becomes ``fill``. Never of an ``attention_mask``.
-            fill: if not -100, or 0 for keys with "mask" in them. Say 0 for advantages and masks.
+                removed from inside the row it becomes ``fill``. By default what the family says. In
+                a dict this is so of all keys but ids, types, positions and ``attention_mask``.
+            fill: by default -100, and 0 for keys with "mask" in them. Floats and unsigned ints,
+                such as advantages and masks without a name, need it: 0.
             dim: the dimension of the tokens, where it is neither the first nor the second of
-                ``[1, T]``: 1 for the position ids ``[3, T]`` of M-RoPE.
+                ``[1, T]``: 1 for the position ids ``[3, T]`` of M-RoPE; -1 where a dict has both.
 
         Returns:
             What is left, of the same kind; None, and in a dict no key, where no image (no video) or
@@ -110,13 +115,13 @@ class Truncation:
             >>> cut.keep_positions, cut.apply({"image_grid_thw": ["first", "second"]}, per="image")
             ([3, 4, 5], {'image_grid_thw': ['second']})
         """
-        shifted = as_flag(shifted, "shifted")
+        shifted = self._shifted if shifted is None else as_flag(shifted, "shifted")
         if isinstance(values, Mapping):
             cut = {}
             for key, value in values.items():
                 by = "position" if per == "token" and str(key).endswith("position_ids") else per
                 zero = 0 if fill is None and "mask" in str(key) else fill
-                next_one = shifted and key != "attention_mask"
+                next_one = shifted and key not in _OF_TOKENS
                 cut[key] = self.apply(value, by, rows=rows, shifted=next_one, fill=zero, dim=dim)
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
@@ -143,7 +148,13 @@ class Truncation:
         fits = -len(shape) <= as_int(dim, "dim") < len(shape)
         require(fits, f"dim is {dim}, but values have {len(shape)} dimensions")
         found, dim = shape[dim], dim % len(shape)
-        require(found == total, f"values have {found} entries, but the row has {total} tokens")
+        where = f" in dimension {dim} of {[*shape]}" if len(shape) > 1 else ""
+        expected = f"but the row has {total} tokens"
+        require(found == total, f"values have {found} entries{where}, {expected}")
+        if positions and dim and shape[0] == 4:  # those of the text, and M-RoPE's three
+            halves = (self._apply_to_tokens(half, shifted, fill, dim, True) for half in
+                      (values[:1], values[1:]))  # fmt: skip
+            return (torch.cat if isinstance(values, torch.Tensor) else np.concatenate)([*halves])
         before = (slice(None),) * dim
         cut = values[(*before, self.keep_positions)]
         if positions:
@@ -156,7 +167,7 @@ class Truncation:
             fill = IGNORE_INDEX if fill is None else fill
             kinds.check_fits([fill], values.dtype)
             cut[(*before, self._holes)] = fill
-        elif dim > 0 and shape[0] == 3 and ints and not shifted:
+        elif dim > 0 and shape[0] in (3, 4) and ints and not shifted:
             moved = any(self._offsets(values, dim))
             require(not moved, 'values look like position ids of M-RoPE; pass per="position"')
         return type(given)(cut.tolist()) if isinstance(given, (list, tuple)) else cut
@@ -188,19 +199,22 @@ def truncate(
 ) -> Truncation:
     """Cut a row to a length, and drop every image that the cut went through.
 
+    An image whose placeholders all stay is kept, though the cut may have taken its begin marker.
+
     Args:
         input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
         tokens_per_image: how many placeholders each image has, in order; the list of its runs
-            where they stand in several (runs that adjoin are one). For a packed row flat ints, or
-            one list per sequence, with runs one level deeper: ``[[[2, 2]], [[2, 2]]]``.
+            where they stand in several (runs that adjoin are one): ``[[20, 20]]`` for two frames of
+            a video. For a packed row flat ints, or one list per sequence, with runs one level
+            deeper: ``[[[2, 2]], [[2, 2]]]``.
         max_length: how many tokens may stay, of the row; or a list, of each sequence.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
         family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
         tokens_per_video: the same for videos, which stay or go whole, with their timestamps.
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
         image_token_id, **overrides: instead of what the family says, these attributes of
-            ``Family``: placeholders, markers, ``break_token_ids``, ``drop_dangling``. Or instead of
-            both placeholders ``mm_token_type_ids`` ``[T]``: 1 for images, 2 for videos.
+            ``Family``: its ids, ``drop_dangling``, ``shifted``. Or instead of both placeholders
+            ``mm_token_type_ids`` ``[T]``: 1 for rows of images, 2 for those of videos, else 0.
 
     Raises:
         PlaceholderMismatch: the row does not have these placeholders, in number or in order.
@@ -232,9 +246,10 @@ def reconcile(
 ) -> Truncation:
     """Find out which images survived a cut that somebody else made, and repair the row.
 
-    What is left of the placeholders is a window ``[a, a + n)`` of all of them. A row that does not
-    begin (end) with a placeholder, every gap between two runs, and a given side each say where
-    images begin and end. An image stays only if it lies wholly in the window.
+    What is left of the placeholders is a window ``[a, a + n)`` of all of them. Text before, behind
+    or between placeholders means that an image, or one of its runs, begins or ends there, and
+    ``side`` which end is whole. All windows that agree are tried; an image stays if it lies wholly
+    in the window.
 
     Args:
         input_ids: what is left of the row, ``[T]`` or ``[1, T]``.
@@ -270,6 +285,7 @@ class _Stream:
     ``items`` are the runs of each image, ``first_item`` is the number of the first in the whole
     row, and ``starts`` are the numbers of their first placeholders. What the row has of these is
     at ``positions``, beginning with number ``first``; ``cut`` says at which ends some are missing.
+    If ``unsure``, several windows fit that keep nothing, and ``first`` and ``cut`` are a guess.
     """
 
     def __init__(self, row: "_Row", seq: int, kind: str, first_item: int, items: list[list[int]]):
@@ -317,7 +333,8 @@ class _Stream:
             counts = f"tokens_per_{self.kind} {shorten([sum(item) for item in self.items])}"
             found = f"{self.name}, but {counts} adds up to {total}, and runs of {shorten(runs)}"
             cut = f" after a cut on the {side}" if side else ""
-            message = f"{found} are no part of them{cut}; check the side and break_token_ids"
+            advice = "give every image of the uncut row" if whole else "check the side"
+            message = f"{found} are no part of them{cut}; {advice}, and break_token_ids"
             raise PlaceholderMismatch(message, actual=total, expected=left)
         # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
         if keepers and len(keepers) + len(others) > 1:
@@ -345,8 +362,8 @@ class _Stream:
 # lost video or image of several runs, "." text. An image is its placeholders with the breaks and
 # markers around them; a begin marker may be long: text up to a break.
 _CHUNKS = re.compile(
-    r"(?:[(|](?:[.b]*b)?|b+)?[iv]+(?:b+[iv]+)*(?:b*[)|])?"
-    r"|(?P<lost>(?:[(|](?:[.b]*(?=b))?)?b*[IV]+(?:b+[IV]+)*b*(?:\)|\|(?!b*[iv]))?)"
+    r"(?:[(|](?:[.b]*b)?|(?<!b)b+)?[iv]+(?:b+[iv]+)*(?:b*[)|])?"
+    r"|(?P<lost>(?:[(|](?:[.b]*(?=b))?|(?<!b))b*[IV]+(?:b+[IV]+)*b*(?:\)|\|(?!b*[iv]))?)"
 )
 
 
@@ -357,14 +374,15 @@ class _Row:
         types = overrides.pop("mm_token_type_ids", None)
         if image_token_id is not None:
             overrides["image_token_id"] = image_token_id
-        self.family = one = resolve(family, overrides)
+        self.family = one = resolve(family, overrides, ("drop_dangling", "shifted"))
         self.named = family is not None  # then text between the runs of a video is its own
         self.ids = marks = as_ids(input_ids, "input_ids")
         size, by = len(marks), "id"
         known = {one.image_token_id: "image", one.video_token_id: "video"}
         if types is not None:
             told = overrides.get("image_token_id"), overrides.get("video_token_id")
-            require(told == (None, None), "mm_token_type_ids are given; pass image_token_id=None")
+            given = "mm_token_type_ids say where images are; leave out, or pass image_token_id=None"
+            require(told == (None, None), given)
             marks, known, by = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}, "type"
             found = f"mm_token_type_ids has {len(marks)} entries, but the row {size} tokens"
             require(len(marks) == size, found)
@@ -384,11 +402,14 @@ class _Row:
         last = end if one.video_end_id is None else one.video_end_id
         others = {"vision_start_id": begin, "vision_end_id": end, "video_start_id": first}
         others |= {"video_end_id": last, "pad_token_id": one.pad_token_id}
-        for name, token in [
-            *others.items(),
-            *(("break_token_ids", b) for b in one.break_token_ids),
-        ]:
-            require(token not in placeholders, f"{name}: {token} is a placeholder")
+        why = (
+            ", says mm_token_type_ids; set it to 0 at markers and breaks"
+            if types is not None
+            else ""
+        )
+        breaks = [("break_token_ids", token) for token in one.break_token_ids]
+        for name, token in [*others.items(), *breaks]:
+            require(token not in placeholders, f"{name}: {token} is a placeholder{why}")
         letters = {first: "<", last: ">", begin: "(", end: "|" if begin == end else ")"}
         letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "-"}  # which is nowhere
         of_kind = {mark: kind[0] for mark, kind in known.items()}
@@ -434,7 +455,8 @@ class _Row:
     def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list[list[int]]]:
         """The runs of every image of every sequence."""
         name, num_seqs = f"tokens_per_{kind}", len(counts)
-        entries = [] if spec is None else as_list(spec, name)
+        read = as_list if self.packed else kinds.as_row  # a tensor [1, N] is no image of N runs
+        entries = [] if spec is None else read(spec, name)
         found = f"{name} is given, but no {kind}_token_id, nor mm_token_type_ids"
         require(kind in self.tokens or not entries, found)
         if self.packed and (not counts or any(e is None or kinds.nested(e) for e in entries)):
@@ -482,6 +504,7 @@ class _Row:
             _starts=self.starts,
             _all_sequences=not self.packed or len(seqs) == self.num_seqs,
             _holes=holes,
+            _shifted=self.family.shifted,
             **media,
         )
 
@@ -508,21 +531,29 @@ class _Row:
         low = size - len(rest.lstrip(")|>b")) if cut_left else 0
         high = max(low, len(rest.rstrip("(|<b"))) if cut_right else size
         spans += [(0, low), (high, size)]
-        # Whole videos, from one outer marker to the other, or to an edge that was cut.
+        # Whole videos: what stands between two outer markers, or between one and an edge where
+        # something was certainly cut. On a guess the markers go, but never the text.
+        both = images, videos
+        sure_left, sure_right = (any(s.cut[end] and not s.unsure for s in both) for end in (0, 1))
         own = self.family.video_start_id is not None
         several = any(len(stream.items[item]) > 1 for stream, item in lost)
         after = videos.survivors(videos.first, len(videos.positions)).stop
         begun = videos.cut[1] and (own or len(videos.items[after]) > 1)
-        begun = begun or (self.named and self.family.break_token_ids)
+        begun = begun or bool(self.named and self.family.break_token_ids)
         for m in self.clips.finditer(rest[low:high]):
             opens, closes = bool(m["open"]), bool(m["close"])
             if m["clip"]:
                 whole = closes or own or (opens and several)
             else:
                 whole = not opens and m["close"] == ">" if closes else opens and begun
-            if whole and (opens or cut_left) and (closes or cut_right):
+            whole = whole and (opens or closes) and (opens or cut_left) and (closes or cut_right)
+            if whole and (opens or sure_left) and (closes or sure_right):
                 spans.append((low + m.start(), low + m.end()))
-            elif m["clip"] and own and not opens and cut_left:  # its last marker alone was cut off
+            elif whole:
+                spans += [
+                    (low + first, low + last) for first, last in map(m.span, ("open", "close"))
+                ]
+            elif m["clip"] and own and not opens and sure_left:  # its last marker alone was cut off
                 spans.append((low + m.start(), low + m.start("clip") + m["clip"].rindex("V") + 1))
         all_of_it = self.family.drop_dangling
         found = {p for span in spans for p in range(*span)} - stays  # an image between two frames
