@@ -368,6 +368,9 @@ def test_labels_of_a_shifted_family_and_tokens_beside_them():
     found = cut.apply(batch, shifted=True, fill=0)
     changed = {name for name, values in found.items() if values != cut.apply(batch[name])}
     assert changed == {"labels", "advantages"} and found["tokens"] == cut.output_ids == [61, 62]
+    for mask in (torch.ones(9, 9), torch.ones(1, 1, 9, 9)):  # it would be cut on one side only
+        with pytest.raises(PackingError, match=r"attention_mask is \[T, T\]"):
+            cut.apply({"attention_mask": mask})
     for unused in ({"layout": {}}, {"turn_opener": [5]}, {"count": "gemma4"}):
         with pytest.raises(PackingError, match="no attribute that is used here"):
             truncate([1], [], 1, IMAGE, **unused)

@@ -122,6 +122,9 @@ class Truncation:
                 by = "position" if per == "token" and str(key).endswith("position_ids") else per
                 zero = 0 if fill is None and "mask" in str(key) else fill
                 next_one = shifted and key not in _OF_TOKENS
+                square = [*getattr(value, "shape", ())][-2:] == [self._starts[-1]] * 2 != [1, 1]
+                found = "attention_mask is [T, T]; make one of the row that is left"
+                require(key != "attention_mask" or not square, found)
                 cut[key] = self.apply(value, by, rows=rows, shifted=next_one, fill=zero, dim=dim)
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
