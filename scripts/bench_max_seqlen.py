@@ -39,13 +39,6 @@ def boundaries() -> torch.Tensor:
     return starts.int().to(tiny.DEVICE)
 
 
-def told(cu_seqlens, longest: int) -> PackedSeqParams:
-    return PackedSeqParams(
-        "thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )  # fmt: skip
-
-
 def rope(config, cu_seqlens, rows, longest: int):
     """Forward and backward of RoPE, told the longest sequence."""
     make = RotaryEmbedding(HEAD_DIM, rotary_percent=1.0, use_cpu_initialization=not LARGE)
@@ -62,7 +55,7 @@ def rope(config, cu_seqlens, rows, longest: int):
 
 def attention(core, cu_seqlens, rows, longest: int):
     """Forward and backward of the model's attention."""
-    params = told(cu_seqlens, longest)
+    params = PackedSeqParams("thd", cu_seqlens, cu_seqlens, None, None, longest, longest)
 
     def run():
         rows.grad = None

@@ -85,10 +85,7 @@ def contenders(row, packer) -> dict:
 
 def thd(cu_seqlens) -> PackedSeqParams:
     longest = int(cu_seqlens.diff().max())
-    return PackedSeqParams(
-        "thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )  # fmt: skip
+    return PackedSeqParams("thd", cu_seqlens, cu_seqlens, None, None, longest, longest)
 
 
 def step(model, batches: list[dict]) -> torch.Tensor:

@@ -98,6 +98,11 @@ def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
     return bounds
 
 
+def with_tail(bounds: list[int], num_tokens: int) -> list[int]:
+    """Boundaries with what lies behind the last one as a further sequence, where there is any."""
+    return [*bounds, num_tokens] if bounds[-1] < num_tokens else bounds
+
+
 def holds_ints(values: Any) -> bool:
     """Whether all entries of a list, tensor or array are ints; bools are none."""
     if hasattr(values, "dtype"):

@@ -135,8 +135,8 @@ def place_image_blocks(
     known = ("turn_opener", "turn_opener_text", "shifted")
     one, blocks = resolve(family, {**opener, **overrides}, known), _as_blocks(blocks)
     bounds = as_boundaries(cu_seqlens, len(ids))
-    starts = [*bounds, len(ids)] if bounds[-1] < len(ids) else bounds  # the tail has no images
-    seqs, num_seqs, stand_ins = list(pairwise(starts)), len(bounds) - 1, _stand_ins(one)
+    seqs = list(pairwise(kinds.with_tail(bounds, len(ids))))  # the tail has no images
+    num_seqs, stand_ins = len(bounds) - 1, _stand_ins(one)
     done = {one.image_token_id, one.video_token_id} - {None, *stand_ins} & {*ids}
     found = f"prompt_ids hold {min(done, default=None)}, a row of an image that has its block"
     require(not done, f"{found} already; expected {' or '.join(map(str, stand_ins))} for each")

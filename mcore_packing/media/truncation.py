@@ -122,9 +122,9 @@ class Truncation:
                 by = "position" if per == "token" and str(key).endswith("position_ids") else per
                 zero = 0 if fill is None and "mask" in str(key) else fill
                 next_one = shifted and key not in _OF_TOKENS
-                square = [*getattr(value, "shape", ())][-2:] == [self._starts[-1]] * 2 != [1, 1]
-                found = "attention_mask is [T, T]; make one of the row that is left"
-                require(key != "attention_mask" or not square, found)
+                if key == "attention_mask":
+                    square = [*getattr(value, "shape", ())][-2:] == [self._starts[-1]] * 2 != [1, 1]
+                    require(not square, "attention_mask is [T, T]; make one of what is left")
                 cut[key] = self.apply(value, by, rows=rows, shifted=next_one, fill=zero, dim=dim)
             return {key: value for key, value in cut.items() if value is not None}
         if values is None:
@@ -155,9 +155,9 @@ class Truncation:
         expected = f"but the row has {total} tokens"
         require(found == total, f"values have {found} entries{where}, {expected}")
         if positions and dim and shape[0] == 4:  # those of the text, and M-RoPE's three
-            halves = (self._apply_to_tokens(half, shifted, fill, dim, True) for half in
-                      (values[:1], values[1:]))  # fmt: skip
-            return (torch.cat if isinstance(values, torch.Tensor) else np.concatenate)([*halves])
+            both = values[:1], values[1:]
+            cut = [self._apply_to_tokens(part, shifted, fill, dim, positions) for part in both]
+            return torch.cat(cut) if isinstance(values, torch.Tensor) else np.concatenate(cut)
         before = (slice(None),) * dim
         cut = values[(*before, self.keep_positions)]
         if positions:
@@ -393,11 +393,13 @@ class _Row:
         require(len(known) == 2 or None in known, f"{both}; count all of them as images")
         self.tokens = {kind: f"{by} {mark}" for mark, kind in known.items() if mark is not None}
         pairs = [*zip(self.ids, marks, strict=True)]
-        marked = {id for id, mark in pairs if mark in known}
-        placeholders = {*known} - {None} if types is None else marked
+        placeholders, said = {*known} - {None}, ""
+        if types is not None:
+            placeholders = {id for id, mark in pairs if mark in known}
+            said = ", says mm_token_type_ids; set it to 0 at markers and breaks"
         bounds = kinds.as_boundaries(cu_seqlens, size)
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
-        self.starts = [*bounds, size] if bounds[-1] < size else bounds
+        self.starts = kinds.with_tail(bounds, size)
         self.spans = [self._unpadded(start, stop) for start, stop in pairwise(self.starts)]
 
         begin, end = one.vision_start_id, one.vision_end_id
@@ -405,14 +407,9 @@ class _Row:
         last = end if one.video_end_id is None else one.video_end_id
         others = {"vision_start_id": begin, "vision_end_id": end, "video_start_id": first}
         others |= {"video_end_id": last, "pad_token_id": one.pad_token_id}
-        why = (
-            ", says mm_token_type_ids; set it to 0 at markers and breaks"
-            if types is not None
-            else ""
-        )
         breaks = [("break_token_ids", token) for token in one.break_token_ids]
         for name, token in [*others.items(), *breaks]:
-            require(token not in placeholders, f"{name}: {token} is a placeholder{why}")
+            require(token not in placeholders, f"{name}: {token} is a placeholder{said}")
         letters = {first: "<", last: ">", begin: "(", end: "|" if begin == end else ")"}
         letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "-"}  # which is nowhere
         of_kind = {mark: kind[0] for mark, kind in known.items()}
