@@ -13,8 +13,8 @@ from collections import Counter
 
 from mcore_packing.errors import BoundarySpaceError
 from mcore_packing.space import find_space
-from mcore_packing.testing import sources
 from mcore_packing.testing.megatron_example import IMAGE, Case, Example
+from mcore_packing.testing.sources import SourcesMissing
 
 PARALLELISM = [  # tp, cp, sequence parallel, FP8
     (1, 1, False, None), (2, 1, True, None), (1, 2, False, None), (2, 2, True, None),
@@ -74,6 +74,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except sources.SourcesMissing as error:
+    except SourcesMissing as error:
         print(error, file=sys.stderr)
         sys.exit(3)

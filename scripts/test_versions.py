@@ -1,7 +1,8 @@
 """Test the hook against every Megatron-Core release that it supports, and print a table.
 
-Releases up to 0.16.1 come from the package index, later ones from archives of their sources. Only
-the archives hold Megatron's own LLaVA tests; they run with the hook in every model.
+Releases up to 0.16.1 come from the package index, later ones from a clone of Megatron-LM. Only the
+clone holds Megatron's own LLaVA tests; they run with the hook in every model. "newest" is whatever
+the clone has checked out: it is reported, and fails nothing.
 """
 
 import argparse
@@ -11,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mcore_packing.testing import sources
+from mcore_packing.testing.sources import CHECKOUT, MEGATRON, SourcesMissing
 
 PACKAGES = "0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1"
-ARCHIVES = "0.17.1", "0.18.2", "0.19.0", "main"
+SOURCES = tuple(MEGATRON.commits)
 OUR_TESTS = [
     f"tests/test_{room}.py" for room in ("llava", "versions", "packed_seq", "cpu", "attention")
 ]
@@ -35,39 +36,43 @@ class Failed(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "versions", nargs="*", help=f"of {', '.join(PACKAGES + ARCHIVES)}; all of them by default"
+        "versions", nargs="*", help=f"of {', '.join(PACKAGES + SOURCES)}; all of them by default"
     )
     parser.add_argument(
         "--own", nargs="*", help="run Megatron's own tests for these versions only", metavar="V"
     )
     parser.add_argument(
-        "--missing-ok", action="store_true", help="say which archives are missing, and pass"
+        "--missing-ok", action="store_true", help="say which sources are missing, and pass"
     )
     options = parser.parse_args()
-    if unknown := set(options.versions) - {*PACKAGES, *ARCHIVES}:
+    if unknown := set(options.versions) - {*PACKAGES, *SOURCES}:
         parser.error(f"unknown versions: {', '.join(sorted(unknown))}")
     failed, missing, table = [], [], [COLUMNS]
-    for version in options.versions or PACKAGES + ARCHIVES:
+    for version in options.versions or PACKAGES + SOURCES:
         print(f"== megatron-core {version}", file=sys.stderr, flush=True)
         try:
-            folder = package(version) if version in PACKAGES else sources.unpacked(version)
-        except sources.SourcesMissing as error:
+            folder = package(version) if version in PACKAGES else MEGATRON.unpacked(version)
+        except SourcesMissing as error:
             print(f"MISSING: {error}", file=sys.stderr)
             missing.append(version)
             table.append((version, "NOT TESTED: no sources", "", "", ""))
             continue
-        runs_own = version in ARCHIVES and (options.own is None or version in options.own)
+        if version == "newest" and folder == MEGATRON.unpacked("main"):
+            table.append((version, "is main", "", "", ""))
+            continue
+        runs_own = version in SOURCES and (options.own is None or version in options.own)
         try:
             table.append((version, *tested(version, folder, runs_own)))
         except Failed as error:
             print(error, file=sys.stderr)
-            failed.append(version)
+            if version != "newest":
+                failed.append(version)
             table.append((version, "FAILED", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     if missing:
-        print(f"\nNOT TESTED, their sources are missing: {', '.join(missing)}. {sources.HOW}")
+        print(f"\nNOT TESTED, their sources are missing: {', '.join(missing)}. {MEGATRON.how}")
     if failed:
         print(f"\nFAILED with megatron-core {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 3 if missing and not options.missing_ok else 0
@@ -75,7 +80,7 @@ def main() -> int:
 
 def package(version: str) -> Path:
     """megatron-core alone, in a folder of its own: torch and the rest are shared."""
-    folder = sources.CHECKOUT / ".versions" / version
+    folder = CHECKOUT / ".versions" / version
     if not (folder / "megatron").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run(
@@ -110,11 +115,11 @@ def pytest(folder: Path, arguments: list[str]) -> str:
 
 def run(folder: Path, arguments: list[str]) -> str:
     """Standard output of Python with this Megatron before any other."""
-    path = os.pathsep.join([str(folder), str(sources.CHECKOUT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(folder), str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},
-        cwd=sources.CHECKOUT,
+        cwd=CHECKOUT,
         capture_output=True,
         text=True,
     )

@@ -12,21 +12,22 @@ from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 import mcore_packing as mp
 from mcore_packing import parity
-from mcore_packing.testing import sources, tiny
+from mcore_packing.testing import tiny
 from mcore_packing.testing.megatron_example import Case, Example
+from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
 from .models import SIZE, arguments, model_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
-GUIDE = (sources.CHECKOUT / "docs/megatron-lm.md").read_text()
+GUIDE = (CHECKOUT / "docs/megatron-lm.md").read_text()
 VERSIONS = "0.17.1", "0.18.2", "0.19.0", "main"
 
 
 def applied(version: str, name: str) -> str:
     """A file of Megatron's example with the guide's lines in it."""
-    if version not in sources.archives():
-        pytest.skip(f"no sources of Megatron-Core {version}. {sources.HOW}")
-    text = (sources.unpacked(version) / "examples/multimodal" / name).read_text()
+    if not MEGATRON.has(version):
+        pytest.skip(f"no sources of Megatron-Core {version}. {MEGATRON.how}")
+    text = (MEGATRON.unpacked(version) / "examples/multimodal" / name).read_text()
     changes = re.findall(rf"```diff {re.escape(name)}\n(.*?)```", GUIDE, re.S)
     assert changes
     for change in changes:
@@ -129,7 +130,7 @@ class Bridged(torch.nn.Module):
 
 
 def test_the_lines_for_megatron_bridge():
-    guide = (sources.CHECKOUT / "docs/megatron-bridge.md").read_text()
+    guide = (CHECKOUT / "docs/megatron-bridge.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", guide, re.S)
     hooks = []
     provider = types.SimpleNamespace(register_pre_wrap_hook=hooks.append)
@@ -144,7 +145,7 @@ def test_the_lines_for_megatron_bridge():
 
 def blocks_of(name: str) -> list[str]:
     """The Python of a page, as it stands there, but on this machine's CPU."""
-    text = (sources.CHECKOUT / name).read_text()
+    text = (CHECKOUT / name).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     return [block.replace('"cuda", torch.bfloat16', '"cpu"') for block in blocks]
 
@@ -174,13 +175,13 @@ def test_the_lines_of_the_readme():
 
 def test_the_first_row():
     command = [sys.executable, "-W", "ignore", "examples/first_row.py"]
-    done = subprocess.run(command, cwd=sources.CHECKOUT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert "6 of 6 samples in 1 rows" in done.stdout
     assert done.stdout.strip().endswith("token_mult_prob_error 1.000000 on rank 0")
 
 
 def test_no_page_has_a_gap():
-    pages = [*sources.CHECKOUT.glob("*.md"), *sources.CHECKOUT.glob("docs/*.md")]
+    pages = [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md")]
     assert len(pages) > 10
     for page in pages:
         text = page.read_text()

@@ -6,17 +6,17 @@ import sys
 
 import pytest
 
-from mcore_packing.testing import sources
+from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "main"])
 def test_no_row_of_megatrons_example_is_misread(version):
-    if version not in sources.archives():
-        pytest.skip(f"no sources of Megatron-Core {version}. {sources.HOW}")
+    if not MEGATRON.has(version):
+        pytest.skip(f"no sources of Megatron-Core {version}. {MEGATRON.how}")
     command = [sys.executable, "-W", "ignore", "scripts/space_rule.py"]
     result = subprocess.run(
         [*command, "--versions", version, "--rows", "5"],
-        cwd=sources.CHECKOUT,
+        cwd=CHECKOUT,
         capture_output=True,
         text=True,
     )

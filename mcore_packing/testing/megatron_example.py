@@ -45,12 +45,12 @@ class Example:
     """Megatron's example of one release.
 
     Args:
-        version: of the archive.
+        version: of Megatron-LM.
         train: a changed copy of its ``train.py``.
     """
 
     def __init__(self, version: str, train: Path | None = None):
-        folder = sources.unpacked(version) / "examples/multimodal"
+        folder = sources.MEGATRON.unpacked(version) / "examples/multimodal"
         self.case = None
         no_parallelism = {
             "get_pipeline_model_parallel_world_size": lambda: 1,

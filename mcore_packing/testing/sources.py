@@ -1,57 +1,116 @@
-"""Megatron's sources: where the archives are, and functions taken out of files of theirs.
+"""Megatron's sources, read from git clones: trees of a release, functions taken out of a file.
 
-Releases newer than those of a package registry, Megatron's own tests and its examples come as
-``megatron_core-<version>.tar.xz``, in the folder that ``MCORE_PACKING_MEGATRON_SOURCES`` names, by
-default ``../shared/megatron`` beside the checkout.
+A package registry has releases of Megatron-Core up to 0.16.1, and neither their tests nor their
+examples. Everything newer is read out of a clone of Megatron-LM, without touching its work tree.
 """
 
 import argparse
 import ast
+import io
 import os
+import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
-VARIABLE = "MCORE_PACKING_MEGATRON_SOURCES"
-PREFIX, SUFFIX = "megatron_core-", ".tar.xz"
-HOW = f"Put {PREFIX}<version>{SUFFIX} into ../shared/megatron, or name a folder in {VARIABLE}."
 
 
 class SourcesMissing(FileNotFoundError):
-    """There is no archive of that release."""
+    """There is no clone, or it does not have that commit."""
 
 
-def folder() -> Path:
-    """Where the archives are looked for."""
-    return Path(os.environ.get(VARIABLE) or CHECKOUT.parent / "shared/megatron")
+@dataclass(frozen=True)
+class Clone:
+    """A clone of somebody's repository, bare or not.
 
-
-def archives() -> dict[str, Path]:
-    """``{"0.18.2": path, ..., "main": path}`` of the archives that are there."""
-    found = {}
-    for path in sorted(folder().glob(f"{PREFIX}*{SUFFIX}")):
-        version = path.name.removeprefix(PREFIX).removesuffix(SUFFIX)
-        found["main" if version.startswith("main") else version] = path
-    return found
-
-
-def unpacked(version: str) -> Path:
-    """The folder of a release's sources, unpacked into ``.versions`` once.
-
-    Raises:
-        SourcesMissing: there is no archive of it; says where it was looked for.
+    Attributes:
+        name: what it is a clone of.
+        url: where to get one.
+        variable: the environment variable that names its folder.
+        default: its folder where that is not set.
+        commits: ``{version: tag or commit}``.
+        folders: what is taken out of it.
     """
-    path = archives().get(version)
-    if path is None:
-        raise SourcesMissing(f"no sources of Megatron-Core {version} in {folder()}. {HOW}")
-    target = CHECKOUT / ".versions" / path.name.removesuffix(SUFFIX)
-    if not (target / "complete").is_file():
-        with tarfile.open(path) as archive:
-            archive.extractall(target, filter="data")
-        (target / "complete").touch()
-    return target
+
+    name: str
+    url: str
+    variable: str
+    default: str
+    commits: Mapping[str, str]
+    folders: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the clone is looked for."""
+        return Path(os.environ.get(self.variable) or Path(self.default).expanduser())
+
+    @property
+    def how(self) -> str:
+        """In words, how to get one."""
+        return f"git clone {self.url} {self.default}, or name a clone in {self.variable}."
+
+    def commit(self, version: str) -> str:
+        """The full commit of a version, or of ``HEAD``, a tag or a commit.
+
+        Raises:
+            SourcesMissing: there is no clone, or it has no such commit; says where it was looked
+                for.
+        """
+        wanted = self.commits.get(version, version)
+        found = self._git("rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}")
+        if found.returncode:
+            raise SourcesMissing(
+                f"no sources of {self.name} {version} ({wanted}) in {self.folder}. {self.how}"
+            )
+        return found.stdout.decode().strip()
+
+    def has(self, version: str) -> bool:
+        """Whether there is a clone with this version."""
+        try:
+            return bool(self.commit(version))
+        except SourcesMissing:
+            return False
+
+    def unpacked(self, version: str) -> Path:
+        """The folder of a version's sources, unpacked into ``.versions`` once.
+
+        Raises:
+            SourcesMissing: as ``commit`` does.
+        """
+        commit = self.commit(version)
+        target = CHECKOUT / ".versions" / f"{self.folder.name}-{commit[:12]}"
+        if not (target / "complete").is_file():
+            made = self._git("archive", commit, *self.folders)
+            if made.returncode:
+                raise SourcesMissing(f"{self.folder}: {made.stderr.decode().strip()}")
+            with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
+                archive.extractall(target, filter="data")
+            (target / "complete").touch()
+        return target
+
+    def _git(self, *arguments: str) -> subprocess.CompletedProcess:
+        # Whoever owns the clone: nothing in it is run.
+        command = ["git", "-c", "safe.directory=*", "-C", str(self.folder), *arguments]
+        return subprocess.run(command, capture_output=True)
+
+
+MEGATRON = Clone(
+    name="Megatron-Core",
+    url="https://github.com/NVIDIA/Megatron-LM",
+    variable="MCORE_PACKING_MEGATRON_LM",
+    default="~/.cache/mcore_packing/megatron-lm",
+    commits={
+        "0.17.1": "core_v0.17.1",
+        "0.18.2": "core_v0.18.2",
+        "0.19.0": "core_v0.19.0",
+        "main": "d98e8a64ddf34856e74b24714e3bedb2f5a39553",  # of 2026-08-22
+        "newest": "HEAD",
+    },
+    folders=("megatron", "tests/unit_tests", "examples/multimodal", "LICENSE"),
+)
 
 
 def functions(file: Path, names: Iterable[str], namespace: dict) -> dict:
@@ -87,7 +146,7 @@ def main() -> int:
     parser.add_argument("version", help='"0.18.2", say, or "main"')
     options = parser.parse_args()
     try:
-        print(unpacked(options.version))
+        print(MEGATRON.unpacked(options.version))
     except SourcesMissing as error:
         print(error, file=sys.stderr)
         return 2
