@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mcore_packing/__init__.py").read_text())[1]
@@ -17,13 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[
-        "mcore_packing",
-        "mcore_packing.data",
-        "mcore_packing.kernels",
-        "mcore_packing.media",
-        "mcore_packing.testing",
-    ],
+    packages=[*find_packages(include=["mcore_packing*"]), "mcore_packing.kernels"],
     package_dir={"mcore_packing.kernels": "kernels"},
     package_data={"mcore_packing": ["py.typed"]},
     # Not Triton: torch for CUDA brings the one that it was made with, torch for CPUs needs none.

@@ -10,35 +10,43 @@ from .context_parallel import alignment, cp_partition
 from .errors import AmbiguousTruncation, BoundarySpaceError, PackingError, PlaceholderMismatch
 from .expand import expand_embeddings, expand_labels
 from .layout import PackedLayout, remap_cu_seqlens
+from .space import find_space
+from .spec import RowSpec
 
 if TYPE_CHECKING:  # what _LAZY imports later
-    from . import attention as attention
-    from . import cpu as cpu
     from . import data as data
     from . import media as media
     from . import parity as parity
-    from .llava import find_llava as find_llava
-    from .llava import install as install
-    from .llava import layout_options as layout_options
-    from .packed_seq import packed_seq_params as packed_seq_params
-    from .packed_seq import remap_packed_seq_params as remap_packed_seq_params
+    from .megatron import attention as attention
+    from .megatron import cpu as cpu
+    from .megatron.find import find_llava as find_llava
+    from .megatron.hook import install as install
+    from .megatron.hook import unpacked as unpacked
+    from .megatron.params import packed_seq_params as packed_seq_params
+    from .megatron.params import remap_packed_seq_params as remap_packed_seq_params
+    from .megatron.spec import row_spec as row_spec
     from .parity import token_mult_prob_error as token_mult_prob_error
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# What needs Megatron is imported when it is first used.
+# What needs Megatron, or is large, is imported when it is first used: a module, or a name in one.
 _LAZY = {
-    "find_llava": "llava",
-    "layout_options": "llava",
-    "packed_seq_params": "packed_seq",
-    "remap_packed_seq_params": "packed_seq",
-    "install": "llava",
-    "token_mult_prob_error": "parity",
-    "attention": None,
-    "cpu": None,
-    "data": None,
-    "media": None,
-    "parity": None,
+    "attention": "megatron.attention:",
+    "cpu": "megatron.cpu:",
+    "data": "data:",
+    "find_llava": "megatron.find:find_llava",
+    "install": "megatron.hook:install",
+    "media": "media:",
+    "packed_seq_params": "megatron.params:packed_seq_params",
+    "parity": "parity:",
+    "remap_packed_seq_params": "megatron.params:remap_packed_seq_params",
+    "row_spec": "megatron.spec:row_spec",
+    "token_mult_prob_error": "parity:token_mult_prob_error",
+    "unpacked": "megatron.hook:unpacked",
+}
+_RENAMED = {
+    "layout_options": "mp.row_spec(model) gives a RowSpec, which mp.PackedLayout.build and "
+    "mp.data.pack take whole",
 }
 
 __all__ = [
@@ -47,10 +55,12 @@ __all__ = [
     "PackedLayout",
     "PackingError",
     "PlaceholderMismatch",
+    "RowSpec",
     "alignment",
     "cp_partition",
     "expand_embeddings",
     "expand_labels",
+    "find_space",
     "remap_cu_seqlens",
     *_LAZY,
 ]
@@ -73,10 +83,13 @@ if not Path(__file__).with_name("kernels").is_dir():
 
 
 def __getattr__(name):
+    if name in _RENAMED:
+        raise PackingError(f"mcore_packing has no {name} any more: {_RENAMED[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = import_module(f"{__name__}.{_LAZY[name] or name}")
-    return getattr(room, name) if _LAZY[name] else room
+    room, _, found = _LAZY[name].partition(":")
+    room = import_module(f"{__name__}.{room}")
+    return getattr(room, found) if found else room
 
 
 def __dir__():

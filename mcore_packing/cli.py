@@ -19,6 +19,9 @@ import torch
 
 from . import __version__
 from .errors import PackingError
+from .layout import PackedLayout
+from .space import SPACES, find_space
+from .spec import RowSpec
 
 EXAMPLE = {
     "input_ids": [11, 12, -200, 13, -200, 21, 22, 31, 32, 33],
@@ -27,7 +30,6 @@ EXAMPLE = {
 }
 REQUIRED = tuple(EXAMPLE)
 OPTIONAL = "image_token_id", "space"
-SPACES = "auto", "collapsed", "expanded"
 
 # What it means that a package is missing.
 WITHOUT = {
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     show.add_argument("row", nargs="?", help=f"a JSON file with {', '.join(REQUIRED)} and, if you "
                       f"like, {' and '.join(OPTIONAL)}; by default an example")  # fmt: skip
     show.add_argument("--space", choices=SPACES, help="what the row's cu_seqlens count; by default "
-                      "what the row says, else auto")  # fmt: skip
+                      "what the row says, else what they can only be")  # fmt: skip
     show.add_argument("--output", default="row.png", help="where to put the picture")
     show.set_defaults(run=_show)
 
@@ -120,7 +122,7 @@ def _parity(options) -> int:
     except ImportError as error:
         raise UserError(f"it needs megatron-core ({error}): pip install megatron-core") from error
     from . import parity
-    from .llava import install
+    from .megatron.hook import install
 
     failed = False
     with tiny.megatron():
@@ -155,7 +157,7 @@ def _parity(options) -> int:
 
 def _build(name: str):
     """The model and the samples that ``MODULE:FUNCTION`` returns."""
-    from .llava import find_llava
+    from .megatron.find import find_llava
 
     module, _, function = name.partition(":")
     if not module or not function:
@@ -212,7 +214,7 @@ def doctor() -> dict[str, str]:
         lines["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
     with _silent_megatron():
         lines["attention"] = _said_by("testing.tiny", "attention_name")
-        lines["LLaVAModel"] = _said_by("versions", "describe")
+        lines["LLaVAModel"] = _said_by("megatron.releases", "describe")
     return lines
 
 
@@ -261,17 +263,19 @@ def _said_by(room: str, function: str) -> str:
 
 
 def _show(options) -> int:
-    from .layout import PackedLayout
-
     row, name = (_read(options.row), options.row) if options.row else (EXAMPLE, "the example")
-    space = options.space or row.get("space", "auto")
-    layout = PackedLayout.build(
-        _integers(row, "input_ids", torch.int64, name),
-        _integers(row, "cu_seqlens", torch.int32, name),
-        row["tokens_per_image"],
-        row.get("image_token_id", -200),
-        space,
-    )
+    ids = _integers(row, "input_ids", torch.int64, name)
+    cu_seqlens = _integers(row, "cu_seqlens", torch.int32, name)
+    counts, image_token_id = row["tokens_per_image"], row.get("image_token_id", -200)
+    space, said = options.space or row.get("space"), "as said"
+    if space is None:
+        found = find_space(ids, cu_seqlens, counts, image_token_id)
+        space, said = (
+            found or "collapsed",
+            "found to be" if found else "or expanded, which is the same,",
+        )
+    spec = RowSpec(image_token_id=image_token_id)
+    layout = PackedLayout.build(ids, cu_seqlens, counts, spec, space=space)
     output = Path(options.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
@@ -283,15 +287,14 @@ def _show(options) -> int:
         draw_row(layout, output)
     except ValueError as error:  # matplotlib's, about the suffix
         raise UserError(f"--output {output}: {error}") from error
-    rows = layout.cu_image_rows.diff().tolist()
-    found = f", found to be {layout.space or 'both'}" if space == "auto" else ""
+    counts = layout.cu_image_embeddings.diff().tolist()
     longest = int(layout.cu_seqlens_expanded.diff().max())
     print(
-        f"given      cu_seqlens {row['cu_seqlens']} (space: {space}{found}), "
-        f"tokens_per_image {rows}, image_token_id {layout.image_token_id}\n"
+        f"given      cu_seqlens {row['cu_seqlens']} ({said} {space}), "
+        f"tokens_per_image {counts}, image_token_id {image_token_id}\n"
         f"collapsed  {layout.num_collapsed} tokens, "
         f"cu_seqlens {layout.cu_seqlens_collapsed.tolist()}\n"
-        f"expanded   {layout.num_expanded} rows, "
+        f"expanded   {layout.num_expanded} positions, "
         f"cu_seqlens {layout.cu_seqlens_expanded.tolist()}, longest sequence {longest}\n"
         f"wrote {output}"
     )

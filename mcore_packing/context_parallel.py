@@ -1,13 +1,24 @@
 """What parallelism asks of a packed row: lengths that divide, and the positions each rank owns."""
 
 import math
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .errors import PackingError
+from .inputs import as_positive
+
+
+def chunks_of(cp_size: int) -> int:
+    """Into how many chunks context parallelism cuts every sequence: two for each rank."""
+    return 2 * cp_size if cp_size > 1 else 1
+
+
+def check_rank(cp_size: int, cp_rank: int) -> None:
+    """Refuse a rank that is none of ``cp_size``."""
+    if not 0 <= cp_rank < cp_size:
+        raise PackingError(f"cp_rank is {cp_rank}, expected 0 <= cp_rank < cp_size = {cp_size}")
 
 
 def alignment(
@@ -16,17 +27,17 @@ def alignment(
     """The multiples that a row must be padded to.
 
     Context parallelism cuts every sequence into ``2 * cp_size`` chunks; sequence parallelism cuts a
-    rank's rows by ``tp_size``; FP8 matrix products want a multiple of ``fp8_align`` rows *per
-    rank*, which ``get_padding`` of Megatron-Core forgets as soon as either is on.
+    rank's positions by ``tp_size``; FP8 matrix products want a multiple of ``fp8_align`` positions
+    *per rank*, which ``get_padding`` of Megatron-Core forgets as soon as either is on.
 
     Args:
         cp_size: context-parallel size.
         tp_size: tensor-parallel size.
-        sequence_parallel: whether rows are split over tensor-parallel ranks.
+        sequence_parallel: whether positions are split over tensor-parallel ranks.
         fp8_align: 16; 32 for mxfp8; 128 for blockwise; 1 without FP8.
 
     Returns:
-        ``(seq_multiple, total_multiple)`` in expanded rows, for ``PackedLayout.build``.
+        ``(seq_multiple, total_multiple)`` in positions, for a ``RowSpec``.
 
     Raises:
         PackingError: a size that is no positive int.
@@ -41,11 +52,9 @@ def alignment(
         >>> alignment(cp_size=2, fp8_align=16)
         (4, 32)
     """
-    sizes = {"cp_size": cp_size, "tp_size": tp_size, "fp8_align": fp8_align}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
-            raise PackingError(f"{name} is {size!r}, expected a positive int")
-    seq_multiple = 2 * cp_size if cp_size > 1 else 1
+    for name, size in (("cp_size", cp_size), ("tp_size", tp_size), ("fp8_align", fp8_align)):
+        as_positive(size, name)
+    seq_multiple = chunks_of(cp_size)
     split = tp_size if sequence_parallel else 1
     return seq_multiple, math.lcm(seq_multiple * split, fp8_align * cp_size * split)
 
@@ -66,9 +75,9 @@ def cp_partition(cu_seqlens_padded: Tensor, total: int, cp_size: int, cp_rank: i
         int64 ``[total / cp_size]``.
 
     Raises:
-        PackingError: a sequence is not a multiple of ``2 * cp_size``, or rows lie past the last
-            boundary: Transformer Engine would duplicate some positions and lose others. On a GPU,
-            where looking would synchronise, a device-side assertion takes the error's place.
+        PackingError: a sequence is not a multiple of ``2 * cp_size``, or positions lie past the
+            last boundary: Transformer Engine would duplicate some positions and lose others. On a
+            GPU, where looking would synchronise, a device-side assertion takes the error's place.
 
     Source:
         ``thd_get_partitioned_indices`` of Transformer Engine 2.x.
@@ -80,18 +89,19 @@ def cp_partition(cu_seqlens_padded: Tensor, total: int, cp_size: int, cp_rank: i
         >>> cp_partition(cu_seqlens, 16, 2, 1).tolist()
         [2, 3, 4, 5, 10, 11, 12, 13]
     """
-    if not 0 <= cp_rank < cp_size:
-        raise PackingError(f"cp_rank is {cp_rank}, expected 0 <= cp_rank < cp_size = {cp_size}")
-    multiple = 2 * cp_size if cp_size > 1 else 1
+    check_rank(cp_size, cp_rank)
+    multiple = chunks_of(cp_size)
     if total % multiple:
-        raise PackingError(f"the row has {total} rows, not a multiple of 2 * cp_size = {multiple}")
+        raise PackingError(
+            f"the row has {total} positions, not a multiple of 2 * cp_size = {multiple}"
+        )
     lengths = cu_seqlens_padded.diff()
     wrong = (lengths % multiple != 0) | (lengths < 0)
     if cu_seqlens_padded.device.type == "cpu":
         if bool(wrong.any()):
             seq = int(wrong.nonzero()[0])
             raise PackingError(
-                f"sequence {seq}: {int(lengths[seq])} rows, not a multiple of 2 * cp_size = "
+                f"sequence {seq}: {int(lengths[seq])} positions, not a multiple of 2 * cp_size = "
                 f"{multiple}; build the layout with seq_multiple={multiple}"
             )
         if int(cu_seqlens_padded[0]) != 0 or int(cu_seqlens_padded[-1]) != total:

@@ -4,30 +4,33 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .context_parallel import check_rank, chunks_of
 from .errors import PackingError, PlaceholderMismatch
-from .layout import PackedLayout, as_row
+from .inputs import as_row
+from .layout import PackedLayout
 from .reference import ExpandedTokens, SourcePositions
 
 
 def expand_embeddings(
     layout: PackedLayout, text: Tensor, images: Tensor | None, *, cp_size: int = 1, cp_rank: int = 0
 ) -> Tensor:
-    """Fill the expanded row: every row is written once, padding with zeros. Differentiable.
+    """Fill the expanded row: every position is written once, padding with zeros. Differentiable.
 
     Args:
-        layout: of this row.
-        text: ``[T, H]``, embeddings of the collapsed tokens; those of placeholders are not used.
-        images: ``[L, tiles, H]`` as Megatron's vision projection gives them, or ``[rows, H]``; of
-            the same dtype as ``text``; None where the row has no images.
+        layout: of this row. text: ``[T, H]``, embeddings of the collapsed tokens; those of
+        placeholders are not used. images: ``[L, tiles, H]`` as Megatron's vision projection gives
+        them, or ``[embeddings, H]``;
+            of the same dtype as ``text``; None where the row has no images.
         cp_size: context-parallel size.
-        cp_rank: the rank whose rows to write.
+        cp_rank: the rank whose positions to write.
 
     Returns:
         ``[S / cp_size, H]``.
 
     Raises:
         PackingError: a shape or dtype does not fit the layout.
-        PlaceholderMismatch: ``images`` has another number of rows than the placeholders ask for.
+        PlaceholderMismatch: ``images`` holds another number of embeddings than the placeholders ask
+            for.
 
     Source:
         ``LLaVAModel._preprocess_data`` of Megatron-Core 0.16.1, followed by
@@ -41,7 +44,7 @@ def expand_embeddings(
         [1.0, 7.0, 8.0, 2.0]
     """
     source = expand_tokens(layout, cp_size=cp_size, cp_rank=cp_rank).source
-    return fill_rows(layout, text, images, source, cp_size, cp_rank)
+    return fill(layout, text, images, source, cp_size, cp_rank)
 
 
 def expand_labels(
@@ -55,10 +58,10 @@ def expand_labels(
     """Move labels and loss mask to the expanded row, sequence by sequence.
 
     Within a sequence, as Megatron does: labels come shifted left by one, nothing predicts an image
-    row, an image's last row carries its placeholder's label, masked. Across a boundary nothing
-    moves: a sequence that begins with an image costs the one before it nothing. A last label that
-    is itself the placeholder's id was shifted over a boundary, and is dropped; labels that are
-    shifted inside each sample never are.
+    embedding, an image's last position carries its placeholder's label, masked. Across a boundary
+    nothing moves: a sequence that begins with an image costs the one before it nothing. A last
+    label that is itself the placeholder's id was shifted over a boundary, and is dropped; labels
+    that are shifted inside each sample never are.
 
     Args:
         layout: of this row.
@@ -100,20 +103,18 @@ def expand_tokens(
     cp_rank: int = 0,
 ) -> ExpandedTokens:
     """What stands at each position of a rank: one launch for all that is not an embedding."""
-    _check_rank(layout, cp_size, cp_rank)
+    _check(layout, cp_size, cp_rank)
     if labels is not None:
         labels = as_row(labels, "labels", layout.num_collapsed)
     if loss_mask is not None:
         loss_mask = as_row(loss_mask, "loss_mask", layout.num_collapsed, floating=True)
-    expanded = ops.expand_tokens(
-        layout.input_ids, labels, loss_mask, layout.expanded_start, layout.image_start,
-        layout.cu_image_rows, layout.seq_start_expanded, layout.cu_seqlens_padded,
-        layout.image_token_id, layout.num_expanded, cp_size, cp_rank,
-    )  # fmt: skip
-    return ExpandedTokens(*expanded)
+    return ExpandedTokens(*ops.expand_tokens(
+        layout.tensor, labels, loss_mask, layout.num_collapsed, layout.num_images, layout.num_seqs,
+        layout.spec.image_token_id, layout.num_expanded, cp_size, cp_rank,
+    ))  # fmt: skip
 
 
-def fill_rows(
+def fill(
     layout: PackedLayout,
     text: Tensor,
     images: Tensor | None,
@@ -125,35 +126,34 @@ def fill_rows(
     if not isinstance(text, Tensor) or text.dim() != 2 or text.shape[0] != layout.num_collapsed:
         found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
         raise PackingError(f"text is {found}, expected [{layout.num_collapsed}, H]")
-    num_image_rows = 0
+    found = 0
     if images is not None:
         images = _as_images(images, text)
-        num_image_rows = images.shape[0] * images.shape[1]
-    if layout.num_image_rows not in (None, num_image_rows):
+        found = images.shape[0] * images.shape[1]
+    if layout.num_image_embeddings not in (None, found):
         raise PlaceholderMismatch(
-            actual=num_image_rows,
-            expected=layout.num_image_rows,
-            message=f"images have {num_image_rows} rows, but the placeholders become "
-            f"{layout.num_image_rows} rows",
+            actual=found,
+            expected=layout.num_image_embeddings,
+            message=f"images hold {found} embeddings, but the placeholders become "
+            f"{layout.num_image_embeddings}",
         )
     positions = ()
     if torch.is_grad_enabled() and (
         text.requires_grad or (images is not None and images.requires_grad)
     ):
-        positions = source_positions(layout, num_image_rows, cp_size, cp_rank)
-    return ops.expand_rows(text, images, source, *positions)
+        positions = source_positions(layout, found, cp_size, cp_rank)
+    return ops.expand_embeddings(text, images, source, *positions)
 
 
 def source_positions(
-    layout: PackedLayout, num_image_rows: int, cp_size: int = 1, cp_rank: int = 0
+    layout: PackedLayout, num_image_embeddings: int, cp_size: int = 1, cp_rank: int = 0
 ) -> SourcePositions:
-    """Where each text row and each image row went on a rank: what the gradient needs."""
-    _check_rank(layout, cp_size, cp_rank)
-    positions = ops.source_positions(
-        layout.expanded_start, layout.image_start, layout.cu_image_rows, layout.seq_start_expanded,
-        layout.cu_seqlens_padded, num_image_rows, cp_size, cp_rank,
-    )  # fmt: skip
-    return SourcePositions(*positions)
+    """Where each text and each image embedding went on a rank: what the gradient needs."""
+    _check(layout, cp_size, cp_rank)
+    return SourcePositions(*ops.source_positions(
+        layout.tensor, layout.num_collapsed, layout.num_images, layout.num_seqs,
+        num_image_embeddings, cp_size, cp_rank,
+    ))  # fmt: skip
 
 
 def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
             stands before an image of the same sequence excepted, as ``expand_labels`` has it.
     """
     loss_mask = as_row(loss_mask, "loss_mask", layout.num_collapsed, floating=True)
-    is_image = layout.input_ids == layout.image_token_id
+    is_image = layout.is_placeholder
     continues = layout.position_ids_collapsed > 0
     before_image = torch.nn.functional.pad(is_image & continues, (0, 1)).narrow(
         0, 1, layout.num_collapsed
@@ -176,7 +176,7 @@ def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
 def _as_images(images: Tensor, text: Tensor) -> Tensor:
     """``[L, tiles, H]``, like ``text``."""
     width = text.shape[1]
-    expected = f"expected [L, tiles, {width}] or [rows, {width}] {text.dtype} like text"
+    expected = f"expected [L, tiles, {width}] or [embeddings, {width}] {text.dtype} like text"
     if not isinstance(images, Tensor):
         raise PackingError(f"images are a {type(images).__name__}, {expected}")
     found, images = list(images.shape), images.unsqueeze(1) if images.dim() == 2 else images
@@ -185,17 +185,18 @@ def _as_images(images: Tensor, text: Tensor) -> Tensor:
     return images
 
 
-def _check_rank(layout: PackedLayout, cp_size: int, cp_rank: int) -> None:
+def _check(layout: PackedLayout, cp_size: int, cp_rank: int) -> None:
     if not layout.has_tokens:
         raise PackingError(
             "this layout holds boundaries only, for a stage without tokens; send the whole layout "
             "(to_tensor without boundaries_only) to stages that have tokens"
         )
-    if not 0 <= cp_rank < cp_size:
-        raise PackingError(f"cp_rank is {cp_rank}, expected 0 <= cp_rank < cp_size = {cp_size}")
-    multiple = 2 * cp_size if cp_size > 1 else 1
-    if layout.seq_multiple % multiple or layout.num_expanded % multiple:
+    if cp_size == 1 and cp_rank == 0:
+        return
+    check_rank(cp_size, cp_rank)
+    multiple = chunks_of(cp_size)
+    if layout.spec.seq_multiple % multiple or layout.num_expanded % multiple:
         raise PackingError(
-            f"cp_size {cp_size} needs every sequence to be a multiple of {multiple} rows, but the "
-            f"layout was built with seq_multiple={layout.seq_multiple}; see mp.alignment"
+            f"cp_size {cp_size} needs every sequence to be a multiple of {multiple} positions, but "
+            f"the layout was built with seq_multiple={layout.spec.seq_multiple}; see mp.alignment"
         )

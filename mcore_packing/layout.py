@@ -1,93 +1,109 @@
 """``PackedLayout``: the invertible map between both spaces of one packed row."""
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from .errors import INT32_MAX, PackingError
-from .faults import Fault, Status, check_images_per_seq, explain
-from .reference import LayoutMaps
-from .space import Space, check_space, find_space
+from .errors import INT32_MAX, Fault, PackingError, PlaceholderMismatch, Status, explain
+from .inputs import (
+    as_boundaries,
+    as_row,
+    as_size,
+    as_tokens_per_image,
+    may_look,
+    refuse_old,
+)
+from .reference import HEADER_SIZE, STATUS_SIZE, parts_of
+from .space import SPACES, Space
+from .spec import SPEC_FIELDS, RowSpec, round_up
+
+# What the host knows of a layout: these and the fields of its spec are the header of its tensor.
+_FACTS = (
+    "num_seqs", "num_collapsed", "num_images", "num_expanded", "num_image_embeddings", "max_seqlen",
+    "has_tail", "is_exact", "space", "num_cut",
+)  # fmt: skip
+_HEADER = ("version", "checksum", *_FACTS, *SPEC_FIELDS)
+_VERSION = 0x6C617933  # "lay3"
+_OLD_VERSIONS = {0x6C617932: "0.1"}
+_NOT_SUMMED = 0x6E6F6E65  # "none": made on a GPU, where summing would wait
+
+NO_IMAGE = -(2**31)  # an id that no tokenizer has: no token is a placeholder
 
 # An upper bound is rounded up to this, so that mcore's RoPE cache (32 entries) sees few values.
-MAX_SEQLEN_STEP = 1024
+_MAX_SEQLEN_STEP = 1024
 
-# The integers in front of a layout's tensor form. ``version`` says that it is one.
-_HEADER = (
-    "version", "num_collapsed", "num_images", "num_seqs", "num_expanded", "num_image_rows",
-    "max_seqlen", "seq_multiple", "has_tail", "image_token_id", "space", "is_int64", "num_cut",
-)  # fmt: skip
-_VERSION = 0x6C617932  # "lay2"
-_SPACES = (None, "collapsed", "expanded")
+_RENAMED = {
+    "image_token_id": "pass spec=mp.RowSpec(image_token_id=...)",
+    "num_image_rows": "pass num_image_embeddings=",
+    "num_padded_rows": "pass spec=mp.RowSpec(fixed_length=...)",
+    "seq_multiple": "pass spec=mp.RowSpec(seq_multiple=...)",
+    "total_multiple": "pass spec=mp.RowSpec(total_multiple=...)",
+    "max_expanded": "pass spec=mp.RowSpec(max_length=...)",
+    "on_overflow": "pass spec=mp.RowSpec(on_overflow=...)",
+    "strict": "mp.find_space says what boundaries can count",
+}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class PackedLayout:
-    """Where every token and every image row of one packed row stands, before and after expansion.
+    """Where every token and every image embedding of one packed row stands, in both spaces.
 
-    Built once per row by ``build`` and only read afterwards. Tensors live on the device of the row;
-    what the host knows is a Python int. Images move tokens, ``seq_start_expanded`` cuts the moved
-    row into sequences, and ``cu_seqlens_padded`` places each sequence in the physical row. The last
-    sequence is the tail: what lies past the last boundary, possibly nothing.
+    Made once a row by ``build`` and only read afterwards. Images move tokens,
+    ``seq_start_expanded`` cuts the moved row into sequences, and ``cu_seqlens_padded`` places each
+    sequence in the physical row. The last sequence is the tail: what lies past the last boundary,
+    possibly nothing.
+
+    It is one int32 tensor, of which everything below is a view, and a few facts that the host
+    knows. It moves to a device in one copy, and through broadcasts as it is: ``to_tensor``.
 
     A pipeline stage without tokens needs boundaries only. Its layout, which ``from_tensor`` and
     ``from_boundaries`` make, has None for everything that counts tokens or images.
 
     Attributes:
-        cu_seqlens_expanded: int32 ``[B + 1]``, real boundaries in expanded space.
-        cu_seqlens_padded: int32 ``[B + 2]``, physical offsets in expanded space; the last sequence
-            is the tail.
-        status: int64 ``[6]``, what is wrong with the row, and its longest sequence
-            (``faults.Status``).
+        tensor: int32, all parts of the layout; see ``reference.parts_of``.
+        spec: what the row was laid out for.
+        num_seqs: ``B``, the tail not counted.
         num_expanded: ``S``, the physical length of the expanded row.
         max_seqlen: the longest padded sequence; where ``is_exact`` is False, an upper bound.
-        seq_multiple: every padded sequence is a multiple of it.
         has_tail: False where the host knows that the tail is empty.
         is_exact: whether the host has read ``status``: then nothing is wrong with the row, and
             ``max_seqlen`` is exact.
-        space: what the boundaries that were given counted, "collapsed" or "expanded"; None where
-            ``space="auto"`` found that both are the same.
-        image_token_id: the placeholder.
+        space: what the boundaries that were given counted, "collapsed" or "expanded".
         num_collapsed: ``T``.
-        num_image_rows: the sum of ``tokens_per_image``, None where the host does not know it.
-        input_ids: integer ``[T]``, the collapsed row.
-        expanded_start: int32 ``[T + 1]``, ``t + sum of (tokens_per_image - 1)`` over the
-            placeholders before ``t``: where token ``t`` starts if nothing is padded.
-        image_start: int32 ``[N]``, ``expanded_start`` of each placeholder.
-        cu_image_rows: int32 ``[N + 1]``, prefix sums of ``tokens_per_image``.
-        seq_start_collapsed: int32 ``[B + 2]``, the token each sequence starts with, and ``T``.
-        seq_start_expanded: int32 ``[B + 2]``, the same if nothing is padded, and the length.
-        cu_seqlens_collapsed: int32 ``[B + 1]``, real boundaries in tokens.
-        num_cut: how many tokens fell off the end of the row, where the host has looked. Boundaries
-            that the data path cut at ``max_expanded`` are consent: then it is 0.
+        num_images: ``N``.
+        num_image_embeddings: the sum of ``tokens_per_image``, None where the host does not know it.
+        num_cut: how many tokens fell off the end of the row, None where the host has not looked.
+        has_tokens: False for the layout of a stage without tokens.
     """
 
-    cu_seqlens_expanded: Tensor
-    cu_seqlens_padded: Tensor
-    status: Tensor
-    num_expanded: int
-    max_seqlen: int
-    seq_multiple: int
-    has_tail: bool
-    is_exact: bool
-    space: Space | None
-    image_token_id: int | None = None
-    num_collapsed: int | None = None
-    num_image_rows: int | None = None
-    input_ids: Tensor | None = None
-    expanded_start: Tensor | None = None
-    image_start: Tensor | None = None
-    cu_image_rows: Tensor | None = None
-    seq_start_collapsed: Tensor | None = None
-    seq_start_expanded: Tensor | None = None
-    cu_seqlens_collapsed: Tensor | None = None
-    num_cut: int | None = None
+    def __init__(
+        self,
+        tensor: Tensor,
+        spec: RowSpec,
+        *,
+        num_seqs: int,
+        num_expanded: int,
+        max_seqlen: int,
+        has_tail: bool,
+        is_exact: bool,
+        space: Space,
+        num_collapsed: int | None = None,
+        num_images: int | None = None,
+        num_image_embeddings: int | None = None,
+        num_cut: int | None = None,
+    ):
+        self.tensor, self.spec = tensor, spec
+        self.num_seqs, self.num_expanded, self.max_seqlen = num_seqs, num_expanded, max_seqlen
+        self.has_tail, self.is_exact, self.space = has_tail, is_exact, space
+        self.num_collapsed, self.num_images = num_collapsed, num_images
+        self.num_image_embeddings, self.num_cut = num_image_embeddings, num_cut
+        self.has_tokens = num_collapsed is not None
+        self._parts = parts_of(num_seqs, num_collapsed, num_images or 0)
 
     @classmethod
     def build(
@@ -95,148 +111,115 @@ class PackedLayout:
         input_ids: Tensor,
         cu_seqlens: Tensor,
         tokens_per_image: Tensor | Sequence,
-        image_token_id: int = -200,
-        space: str = "auto",
-        num_image_rows: int | None = None,
-        num_padded_rows: int | None = None,
-        seq_multiple: int = 1,
-        total_multiple: int = 1,
-        max_expanded: int | None = None,
+        spec: RowSpec | None = None,
+        *,
+        space: Space | None = None,
         cu_seqlens_padded: Tensor | None = None,
-        on_overflow: str = "raise",
-        strict: bool = False,
+        num_image_embeddings: int | None = None,
+        **old: NoReturn,
     ) -> "PackedLayout":
         """Lay out one packed row.
 
-        On a CPU, and wherever the host knows neither ``num_image_rows`` nor ``num_padded_rows``, it
-        looks at the values: the layout is exact, and a bad row raises at once. Given either, and a
-        ``space``, building on a GPU costs one kernel launch and no host synchronisation; sizes are
-        then upper bounds, the tail takes the surplus, and ``check`` raises what the kernel found.
+        On a CPU, and wherever the host knows neither ``num_image_embeddings`` nor a fixed length,
+        it looks at the values: the layout is exact, and a bad row raises at once. Given either,
+        building on a GPU costs one kernel launch and no host synchronisation; sizes are then upper
+        bounds, the tail takes the surplus, and ``check`` raises what the kernel found.
 
         Args:
             input_ids: integer ``[T]`` or ``[1, T]``, placeholders included.
             cu_seqlens: int32 ``[B + 1]`` on the same device, starting at 0, never decreasing.
-            tokens_per_image: integer ``[N]``, how many rows each placeholder becomes, in order; or
-                one list per sequence, which also checks how many images each sequence has.
-            image_token_id: the placeholder's id.
-            space: the space of ``cu_seqlens``: "collapsed", "expanded", or "auto", which asks the
-                values and refuses a row that could be either.
-            num_image_rows: the sum of ``tokens_per_image``, where the host knows it.
-            num_padded_rows: the physical length ``S``, where the host knows it.
-            seq_multiple: pad every sequence to a multiple of this many rows.
-            total_multiple: pad the whole row to a multiple of this many rows.
-            max_expanded: the longest row that the model takes. What does not fit of the tail is cut
-                off.
+            tokens_per_image: integer ``[N]``, how many positions each placeholder becomes, in
+                order; or one list per sequence, which also checks how many images each has.
+            spec: what the model asks of the row; by default nothing.
+            space: what ``cu_seqlens`` counts, "collapsed" tokens or "expanded" positions. It is
+                taken at its word, unless boundaries that are said to be expanded can only be
+                collapsed. Not needed where ``spec.expands`` is False: both are the same.
             cu_seqlens_padded: int32 ``[B + 1]``, the physical offsets of the sequences in the given
                 row, where it is padded between sequences; ``cu_seqlens`` then counts real tokens.
-            on_overflow: "raise" makes padded sequences that do not fit an error, "truncate" cuts
-                them off, as Megatron does.
-            strict: whether boundaries are an error that ``space="auto"`` would not find to be in
-                this space. Otherwise only those are that it would find to be in the other one.
+            num_image_embeddings: the sum of ``tokens_per_image``, where the host knows it.
 
         Returns:
             The layout.
 
         Raises:
             PlaceholderMismatch: placeholders and ``tokens_per_image`` differ in number.
-            BoundarySpaceError: ``space="auto"`` and the answer is not certain, or boundaries that
-                are not what they were said to be.
+            BoundarySpaceError: boundaries that are not what they were said to be.
             PackingError: anything else that is wrong with the row, with the place.
 
         Example:
-            Three samples, two images of 3 and 4 rows:
+            Three samples, two images of 3 and 4 embeddings:
 
             >>> ids = torch.tensor([11, 12, -200, 13, -200, 21, 22, 31, 32, 33])
             >>> cu_seqlens = torch.tensor([0, 4, 7, 10], dtype=torch.int32)
-            >>> rows = torch.tensor([3, 4])
-            >>> layout = PackedLayout.build(ids, cu_seqlens, rows, space="collapsed")
+            >>> layout = PackedLayout.build(ids, cu_seqlens, [3, 4], space="collapsed")
             >>> layout.cu_seqlens_expanded.tolist(), layout.num_expanded
             ([0, 6, 12, 15], 15)
-            >>> padded = PackedLayout.build(ids, cu_seqlens, rows, seq_multiple=8)
+            >>> spec = RowSpec(seq_multiple=8)
+            >>> padded = PackedLayout.build(ids, cu_seqlens, [3, 4], spec, space="collapsed")
             >>> padded.cu_seqlens_padded.tolist()
             [0, 8, 16, 24, 24]
         """
-        input_ids = as_row(input_ids, "input_ids")
-        cu_seqlens = as_boundaries(cu_seqlens, "cu_seqlens", like=input_ids)
+        if old:
+            refuse_old("PackedLayout.build", old, _RENAMED)
+        spec = RowSpec() if spec is None else spec
+        if not isinstance(spec, RowSpec):
+            raise not_a_spec(spec)
+        if not spec.expands:
+            space = "expanded"
+        elif space not in SPACES:
+            raise _not_a_space(space)
+        ids = as_row(input_ids, "input_ids")
+        cu_seqlens = as_boundaries(cu_seqlens, "cu_seqlens", like=ids)
         if cu_seqlens_padded is not None:
             cu_seqlens_padded = as_boundaries(
-                cu_seqlens_padded, "cu_seqlens_padded", input_ids, cu_seqlens.numel()
+                cu_seqlens_padded, "cu_seqlens_padded", ids, cu_seqlens.numel()
             )
-        rows, images_per_seq = _as_tokens_per_image(
-            tokens_per_image, input_ids, cu_seqlens.numel() - 1
-        )
-        image_token_id = _as_int(image_token_id, "image_token_id")
-        num_image_rows = _as_size(num_image_rows, "num_image_rows")
-        seq_multiple, total_multiple = as_multiples(seq_multiple, total_multiple)
-        num_padded_rows = _as_size(num_padded_rows, "num_padded_rows", total_multiple)
-        max_expanded = _as_size(max_expanded, "max_expanded", total_multiple)
-        truncates = check_on_overflow(on_overflow) == "truncate"
-        if check_space(space) == "auto":
-            physical = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
-            space = find_space(input_ids, physical, rows, image_token_id, max_expanded)
-        looks = may_look(input_ids) or (num_image_rows is None and num_padded_rows is None)
+        num_tokens, num_seqs = ids.numel(), cu_seqlens.numel() - 1
+        counts, images_per_seq = as_tokens_per_image(tokens_per_image, ids, num_seqs)
+        num_image_embeddings = as_size(num_image_embeddings, "num_image_embeddings")
+        looks = may_look(ids) or (num_image_embeddings is None and spec.fixed_length is None)
+        if looks and ids.dtype == torch.int64 and not torch.equal(ids.int().long(), ids):
+            raise PackingError("input_ids hold an id beyond int32, more than a layout can")
 
-        # The physical length: exact without padding between sequences, else a bound.
-        num_tokens, num_images, num_seqs = input_ids.numel(), rows.numel(), cu_seqlens.numel() - 1
-        known_rows = num_image_rows
-        if known_rows is None and looks:
-            known_rows = int(rows.long().clamp(1, INT32_MAX).sum())
-        if num_padded_rows is not None:
-            num_rows = num_padded_rows
-            if max_expanded is not None and num_rows > max_expanded:
-                raise PackingError(
-                    f"num_padded_rows is {num_rows}, expected at most max_expanded={max_expanded}"
-                )
-        else:
-            bound = num_tokens - num_images + known_rows + num_seqs * (seq_multiple - 1)
-            num_rows = round_up(max(bound, 0), total_multiple)
-            if max_expanded is not None:
-                num_rows = min(num_rows, max_expanded)
-        if num_rows > INT32_MAX:
+        known = num_image_embeddings
+        if known is None and looks:
+            known = int(counts.long().clamp(1, INT32_MAX).sum())
+        # Exact without padding between sequences, else a bound.
+        length = spec.length_of(num_tokens - counts.numel() + (known or 0), num_seqs)
+        if length > INT32_MAX:
             if not looks:
-                raise PackingError(
-                    f"the expanded row has {num_rows} rows, more than int32 can count"
-                )
-            num_rows = INT32_MAX // total_multiple * total_multiple
-
-        maps = LayoutMaps(*ops.layout(
-            input_ids, cu_seqlens, cu_seqlens_padded, rows, image_token_id, space == "expanded",
-            strict, -1 if num_image_rows is None else num_image_rows,
-            -1 if max_expanded is None else max_expanded, num_rows, seq_multiple, truncates,
-        ))  # fmt: skip
+                raise PackingError(f"the row has {length} positions, more than int32 can count")
+            length = INT32_MAX // spec.total_multiple * spec.total_multiple
+        tensor = ops.layout(
+            ids, cu_seqlens, cu_seqlens_padded, counts,
+            spec.image_token_id if spec.expands else NO_IMAGE, space == "expanded",
+            -1 if num_image_embeddings is None else num_image_embeddings,
+            -1 if spec.longest is None else spec.longest,
+            length, spec.seq_multiple, spec.on_overflow == "truncate",
+        )  # fmt: skip
         layout = cls(
-            **maps._asdict(),
-            input_ids=input_ids,
-            num_expanded=num_rows,
-            max_seqlen=max_seqlen_bound(num_rows),
-            seq_multiple=seq_multiple,
+            tensor,
+            spec,
+            num_seqs=num_seqs,
+            num_expanded=length,
+            max_seqlen=0 if looks else max_seqlen_bound(length),
             has_tail=True,
             is_exact=False,
             space=space,
-            image_token_id=image_token_id,
             num_collapsed=num_tokens,
-            num_image_rows=known_rows,
+            num_images=counts.numel(),
+            num_image_embeddings=known,
         )
-        if not looks:
-            return layout
-        layout = layout.exact_later()()
-        was_cut_before = space == "expanded" and int(cu_seqlens[-1]) == max_expanded
-        lengths, widths = layout.seq_start_expanded.diff(), layout.cu_seqlens_padded.diff()
-        fits = was_cut_before or bool((lengths <= widths).all())
-        num_cut = 0 if fits else int(layout.is_cut.sum())
-        layout = dataclasses.replace(layout, num_cut=num_cut)
-        if images_per_seq is not None:
-            check_images_per_seq(layout, images_per_seq)
-        return layout._without_surplus(total_multiple) if num_padded_rows is None else layout
+        return layout._look(images_per_seq) if looks else layout
 
     @classmethod
     def from_boundaries(
         cls,
         cu_seqlens: Tensor,
-        num_rows: int,
-        seq_multiple: int = 1,
+        length: int,
+        spec: RowSpec | None = None,
+        *,
         cu_seqlens_padded: Tensor | None = None,
-        on_overflow: str = "raise",
     ) -> "PackedLayout":
         """The layout of a stage without tokens, from boundaries that are expanded already.
 
@@ -244,10 +227,9 @@ class PackedLayout:
 
         Args:
             cu_seqlens: int32 ``[B + 1]``, real boundaries.
-            num_rows: ``S``, how many rows the stage has, those of all its ranks together.
-            seq_multiple: what every sequence is a multiple of.
+            length: ``S``, how many positions the stage has, those of all its ranks together.
+            spec: what the model asks of the row; by default nothing.
             cu_seqlens_padded: int32 ``[B + 1]``, physical offsets, where they differ.
-            on_overflow: as in ``build``.
 
         Raises:
             PackingError: boundaries that decrease, lie beyond the row or do not divide; at once on
@@ -258,46 +240,84 @@ class PackedLayout:
             >>> PackedLayout.from_boundaries(cu_seqlens, 1160).cu_seqlens_padded.tolist()
             [0, 579, 1157, 1160]
         """
-        cu_seqlens = as_boundaries(cu_seqlens, "cu_seqlens")
-        physical = cu_seqlens
+        spec = RowSpec() if spec is None else spec
+        if not isinstance(spec, RowSpec):
+            raise not_a_spec(spec)
+        cu_seqlens = physical = as_boundaries(cu_seqlens, "cu_seqlens")
         if cu_seqlens_padded is not None:
             physical = as_boundaries(
                 cu_seqlens_padded, "cu_seqlens_padded", cu_seqlens, cu_seqlens.numel()
             )
-        truncates = check_on_overflow(on_overflow) == "truncate"
-        padded = torch.cat([physical.clamp(0, num_rows), torch.full_like(physical[:1], num_rows)])
+        num_seqs = cu_seqlens.numel() - 1
+        spec.check_room(num_seqs)
+        padded = torch.cat([physical.clamp(0, length), torch.full_like(physical[:1], length)])
         room = padded.diff().clamp(min=0)
         real = torch.cat([physical[:1] * 0, cu_seqlens.diff().clamp(min=0).minimum(room[:-1])])
+        parts = parts_of(num_seqs)
+        values = {
+            "status": _stage_status(cu_seqlens, physical, room, length, spec).view(torch.int32),
+            "cu_seqlens_expanded": real.cumsum(0),
+            "cu_seqlens_padded": padded,
+            "seq_start_expanded": padded,
+        }
+        tensor = cu_seqlens.new_zeros(parts["end"][0])
+        for name, value in values.items():
+            tensor.narrow(0, *parts[name]).copy_(value)
         layout = cls(
-            cu_seqlens_expanded=real.cumsum(0).int(),
-            cu_seqlens_padded=padded,
-            status=_find_stage_fault(cu_seqlens, physical, room, num_rows, seq_multiple, truncates),
-            num_expanded=num_rows,
-            max_seqlen=max_seqlen_bound(num_rows),
-            seq_multiple=seq_multiple,
+            tensor,
+            spec,
+            num_seqs=num_seqs,
+            num_expanded=length,
+            max_seqlen=max_seqlen_bound(length),
             has_tail=True,
             is_exact=False,
             space="expanded",
         )
         return layout.exact_later()() if may_look(cu_seqlens) else layout
 
+    def _look(self, images_per_seq: tuple[int, ...] | None) -> "PackedLayout":
+        """Read the status of a new layout: raise what is wrong, and make it as short as it can
+        be."""
+        status = Status(*self.status.tolist())
+        if status.fault:
+            raise explain(self, status)
+        self.is_exact, self.num_cut = True, 0
+        self.max_seqlen, self.num_image_embeddings = status[-2:]
+        edges, starts = self.cu_seqlens_padded, self.seq_start_expanded
+        if bool((starts.diff() > edges.diff()).any()):
+            self.num_cut = int(self.is_cut.sum())
+        if images_per_seq is not None:
+            self._check_images_per_seq(images_per_seq)
+        if self.spec.fixed_length is None:  # a bound leaves positions that nobody needs to the tail
+            last, tail = int(edges[-2]), int(starts[-1] - starts[-2])
+            needed = last + tail
+            needed += -needed % self.spec.total_multiple
+            self.num_expanded = min(needed, self.num_expanded)
+            self.has_tail = self.num_expanded > last
+            edges[-1] = self.num_expanded
+            self.max_seqlen = int(edges.diff().max())
+            self.status[4] = self.max_seqlen
+        self.tensor[: len(_HEADER)] = self._header()
+        return self
+
     # Between devices and processes
 
+    def _with(self, tensor: Tensor, **changes) -> "PackedLayout":
+        return PackedLayout(
+            tensor, self.spec, **{name: getattr(self, name) for name in _FACTS} | changes
+        )
+
     def to(self, device, non_blocking: bool = False) -> "PackedLayout":
-        """The same layout on another device."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same layout on another device: one copy, or itself where it is there already."""
+        tensor = self.tensor.to(device, non_blocking=non_blocking)
+        return self if tensor is self.tensor else self._with(tensor)
 
     def pin_memory(self) -> "PackedLayout":
         """The same layout in pinned memory; a ``DataLoader`` calls this."""
-        return self._map_tensors(Tensor.pin_memory)
+        return self._with(self.tensor.pin_memory())
 
-    def _map_tensors(self, function) -> "PackedLayout":
-        tensors = {
-            field.name: function(value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
+    def __reduce__(self):
+        return _rebuild, (self.tensor, self.spec, {name: getattr(self, name) for name in _FACTS})
 
     def to_tensor(self, size: int | None = None, boundaries_only: bool = False) -> Tensor:
         """The layout as one integer tensor, for Megatron's ``broadcast_data`` and for pipeline
@@ -309,57 +329,49 @@ class PackedLayout:
             boundaries_only: leave out all that a stage without tokens does not need.
 
         Returns:
-            int32 ``[size]``: some integers that describe the rest, the rest, and zeros.
+            int32 ``[size]``: the memory of the layout itself where nothing is to be added or left
+            out.
 
         Raises:
-            PackingError: the row needs more than ``size``, or has a token id beyond int32; and what
-                ``check`` raises, where nobody has looked yet.
+            PackingError: the row needs more than ``size``; and what ``check`` raises, where nobody
+                has looked yet.
 
         Example:
             >>> ids = torch.tensor([11, 12, -200])
             >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
-            >>> layout = PackedLayout.build(ids, cu_seqlens, [9], space="collapsed", seq_multiple=4)
+            >>> spec = RowSpec(seq_multiple=4)
+            >>> layout = PackedLayout.build(ids, cu_seqlens, [9], spec, space="collapsed")
             >>> sent = layout.to_tensor(PackedLayout.tensor_size(num_seqs=8), boundaries_only=True)
             >>> received = PackedLayout.from_tensor(sent)
             >>> received.cu_seqlens_padded.tolist(), received.max_seqlen
             ([0, 4, 16, 16], 12)
         """
         layout = self if self.is_exact else self.exact_later()()
-        boundaries_only = boundaries_only or not self.has_tokens
-        header = {
-            "version": _VERSION,
-            "num_seqs": self.num_seqs,
-            "num_expanded": layout.num_expanded,
-            "max_seqlen": layout.max_seqlen,
-            "seq_multiple": layout.seq_multiple,
-            "has_tail": layout.has_tail,
-            "space": _SPACES.index(layout.space),
-        }
-        if not boundaries_only:
-            ids = layout.input_ids
-            header |= {
-                "num_collapsed": layout.num_collapsed,
-                "num_images": layout.image_start.numel(),
-                "num_image_rows": layout.num_image_rows,
-                "image_token_id": layout.image_token_id,
-                "is_int64": ids.dtype == torch.int64,
-                "num_cut": -1 if layout.num_cut is None else layout.num_cut,
-            }
-            if ids.dtype == torch.int64 and not torch.equal(ids.int().long(), ids):
-                raise PackingError("input_ids hold an id beyond int32, which this tensor cannot")
-        words = [int(header.get(name) or 0) for name in _HEADER]
-        names = _parts(header["num_seqs"], header.get("num_collapsed"), header.get("num_images"))
-        parts = [getattr(layout, name).int() for name in names]
-        device = layout.cu_seqlens_padded.device
-        tensor = torch.cat([torch.tensor(words, dtype=torch.int32, device=device), *parts])
-        if size is None:
-            return tensor
-        if tensor.numel() > size:
+        if boundaries_only and layout.has_tokens:
+            end = parts_of(layout.num_seqs)["end"][0]
+            nothing = dict.fromkeys(("num_collapsed", "num_images", "num_image_embeddings"))
+            layout = layout._with(layout.tensor[:end].clone(), **nothing, num_cut=None)
+        used = layout.tensor.numel()
+        if size is not None and used > size:
             raise PackingError(
-                f"the layout needs {tensor.numel()} integers, but size={size}; "
-                f"PackedLayout.tensor_size says what a row needs"
+                f"the layout needs {used} integers, but size={size}; PackedLayout.tensor_size says "
+                f"what a row needs"
             )
-        return torch.nn.functional.pad(tensor, (0, size - tensor.numel()))
+        tensor = layout.tensor
+        if size not in (None, used):
+            tensor = torch.nn.functional.pad(tensor, (0, size - used))
+        if layout is not self or not may_look(tensor):
+            tensor[: len(_HEADER)].copy_(layout._header(), non_blocking=True)
+        return tensor
+
+    def _header(self) -> Tensor:
+        """int32, on the CPU."""
+        facts = {name: getattr(self, name) for name in _FACTS}
+        facts["space"] = SPACES.index(self.space)
+        words = [-1 if fact is None else int(fact) for fact in facts.values()]
+        words = [_VERSION, *words, *self.spec.words]
+        words.insert(1, _checksum(words, self.tensor))
+        return torch.tensor(words, dtype=torch.int32)
 
     @staticmethod
     def tensor_size(
@@ -367,7 +379,7 @@ class PackedLayout:
     ) -> int:
         """How many integers ``to_tensor`` needs for a row of at most so many sequences; tokens and
         images count too, unless it gives boundaries only."""
-        return len(_HEADER) + sum(_parts(num_seqs, num_tokens, num_images).values())
+        return parts_of(num_seqs, num_tokens, num_images or 0)["end"][0]
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "PackedLayout":
@@ -378,47 +390,31 @@ class PackedLayout:
                 it synchronises once on a GPU.
 
         Returns:
-            The layout, on the device of ``tensor`` and made of its memory where that is int32. One
-            that was sent as boundaries only has no tokens.
+            The layout, on the device of ``tensor`` and made of its memory, where that is int32 and
+            begins at a multiple of 16 bytes. One that was sent as boundaries only has no tokens.
 
         Raises:
-            PackingError: it is not such a tensor.
+            PackingError: it is not such a tensor, or that of another version of this package.
         """
         if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise PackingError(f"the layout is {found}, expected the int32 tensor of to_tensor()")
         tensor = tensor[0] if tensor.dim() == 2 and tensor.shape[0] == 1 else tensor
-        if tensor.dim() != 1 or tensor.numel() < len(_HEADER):
+        if tensor.dim() != 1 or tensor.numel() < HEADER_SIZE + STATUS_SIZE:
             raise PackingError(f"the layout is {list(tensor.shape)}, expected that of to_tensor()")
-        words = dict(zip(_HEADER, tensor[: len(_HEADER)].tolist(), strict=True))
-        parts = _parts(words["num_seqs"], words["num_collapsed"] or None, words["num_images"])
-        if words["version"] != _VERSION or len(_HEADER) + sum(parts.values()) > tensor.numel():
-            raise PackingError(
-                f"a tensor of {tensor.numel()} integers that begins with {words['version']} is not "
-                f"what PackedLayout.to_tensor() gives"
-            )
-        pieces = (
-            tensor[len(_HEADER) :]
-            .int()
-            .split([*parts.values(), tensor.numel() - len(_HEADER) - sum(parts.values())])
-        )
-        layout = cls(
-            **dict(zip(parts, pieces, strict=False)),
-            status=torch.zeros(len(Status._fields), dtype=torch.int64, device=tensor.device),
-            is_exact=True,
-            space=_SPACES[words["space"]],
-            has_tail=bool(words["has_tail"]),
-            **{name: words[name] for name in ("num_expanded", "max_seqlen", "seq_multiple")},
-        )
-        if not layout.has_tokens:
-            return layout
-        ids = layout.input_ids
-        return dataclasses.replace(
-            layout,
-            input_ids=ids.long() if words["is_int64"] else ids,
-            num_cut=None if words["num_cut"] < 0 else words["num_cut"],
-            **{name: words[name] for name in ("num_collapsed", "num_image_rows", "image_token_id")},
-        )
+        tensor = tensor.int().contiguous()
+        front = tensor[: HEADER_SIZE + STATUS_SIZE].tolist()
+        words = dict(zip(_HEADER, front, strict=False))
+        tensor = tensor[: _end_of(words, front[HEADER_SIZE:], tensor.numel())]
+        checksum = words.pop("checksum")
+        if may_look(tensor) and checksum not in (_NOT_SUMMED, _checksum(words.values(), tensor)):
+            raise PackingError("the layout was damaged on its way: its sum is not what it was")
+        facts = {name: _from_word(words[name]) for name in _FACTS}
+        for name in ("has_tail", "is_exact"):
+            facts[name] = bool(facts[name])
+        facts["space"] = SPACES[words["space"]]
+        spec = RowSpec.of_words([words[name] for name in SPEC_FIELDS])
+        return cls(tensor if _is_aligned(tensor) else tensor.clone(), spec, **facts)
 
     # What is wrong with a row
 
@@ -428,11 +424,8 @@ class PackedLayout:
         Raises:
             PlaceholderMismatch, BoundarySpaceError, PackingError: as ``build`` says.
         """
-        self._check(Status(*self.status.tolist()))
-
-    def _check(self, status: Status) -> None:
-        if status.fault:
-            raise explain(self, status)
+        if not self.is_exact:
+            self.exact_later()()
 
     def exact_later(self) -> Callable[[], "PackedLayout"]:
         """Queue a copy of ``status`` to the host, and return a function that waits for it.
@@ -441,43 +434,107 @@ class PackedLayout:
         raises. What is queued on the GPU in between keeps it busy while the host waits.
         """
         read = read_later(self.status)
+        return lambda: self.exact(Status(*read()))
 
-        def wait() -> "PackedLayout":
-            status = Status(*read())
-            self._check(status)
-            known = status.num_image_rows if self.has_tokens else None
-            return dataclasses.replace(
-                self, max_seqlen=status.max_seqlen, num_image_rows=known, is_exact=True
-            )
-
-        return wait
-
-    def _without_surplus(self, total_multiple: int) -> "PackedLayout":
-        """The row as short as it can be: a bound leaves rows in the tail that nobody needs."""
-        cu_padded, starts = self.cu_seqlens_padded.clone(), self.seq_start_expanded
-        last = int(cu_padded[-2])
-        needed = last + int(starts[-1] - starts[-2])
-        num_rows = min(round_up(needed, total_multiple), self.num_expanded)
-        cu_padded[-1] = num_rows
-        return dataclasses.replace(
-            self,
-            cu_seqlens_padded=cu_padded,
-            num_expanded=num_rows,
-            max_seqlen=int(cu_padded.diff().max()),
-            has_tail=num_rows > last,
+    def exact(self, status: Status) -> "PackedLayout":
+        """The same layout, once the host has read its status; or the error that the status says."""
+        if status.fault:
+            raise explain(self, status)
+        known = status.num_image_embeddings if self.has_tokens else None
+        return self._with(
+            self.tensor,
+            max_seqlen=status.max_seqlen,
+            num_image_embeddings=known,
+            is_exact=True,
         )
+
+    def placeholders_per_seq(self) -> list[int]:
+        """How many placeholders each sequence has; those of the tail count to the last."""
+        before = torch.nn.functional.pad(self.is_placeholder.cumsum(0), (1, 0))
+        starts = self.seq_start_collapsed.long()[:-1].clone()
+        starts[-1] = self.num_collapsed
+        return before[starts].diff().tolist()
+
+    def _check_images_per_seq(self, images_per_seq: tuple[int, ...]) -> None:
+        counts = self.placeholders_per_seq()
+        for seq, (found, entries) in enumerate(zip(counts, images_per_seq, strict=True)):
+            if found != entries:
+                raise PlaceholderMismatch(
+                    actual=entries,
+                    expected=found,
+                    message=f"sequence {seq}: {found} placeholders (id {self.spec.image_token_id}) "
+                    f"but {entries} entries in tokens_per_image; pass one for each placeholder",
+                )
+
+    # The parts of the tensor
+
+    def _part(self, name: str) -> Tensor | None:
+        return self.tensor.narrow(0, *self._parts[name]) if name in self._parts else None
+
+    @cached_property
+    def status(self) -> Tensor:
+        """int64 ``[6]``, what is wrong with the row, and more: ``errors.Status``."""
+        return self.tensor.narrow(0, *self._parts["status"]).view(torch.int64)
+
+    @cached_property
+    def cu_seqlens_expanded(self) -> Tensor:
+        """int32 ``[B + 1]``, real boundaries in expanded space."""
+        return self.tensor.narrow(0, *self._parts["cu_seqlens_expanded"])
+
+    @cached_property
+    def cu_seqlens_padded(self) -> Tensor:
+        """int32 ``[B + 2]``, physical offsets in expanded space; the last sequence is the tail."""
+        return self.tensor.narrow(0, *self._parts["cu_seqlens_padded"])
+
+    @cached_property
+    def seq_start_expanded(self) -> Tensor:
+        """int32 ``[B + 2]``, the position each sequence starts with if nothing is padded, and the
+        length of that row."""
+        return self.tensor.narrow(0, *self._parts["seq_start_expanded"])
+
+    @cached_property
+    def cu_seqlens_collapsed(self) -> Tensor | None:
+        """int32 ``[B + 1]``, real boundaries in tokens."""
+        return self._part("cu_seqlens_collapsed")
+
+    @cached_property
+    def seq_start_collapsed(self) -> Tensor | None:
+        """int32 ``[B + 2]``, the token each sequence starts with, and ``T``."""
+        return self._part("seq_start_collapsed")
+
+    @cached_property
+    def input_ids(self) -> Tensor | None:
+        """int32 ``[T]``, the collapsed row."""
+        return self._part("input_ids")
+
+    @cached_property
+    def expanded_start(self) -> Tensor | None:
+        """int32 ``[T + 1]``, ``t + sum of (tokens_per_image - 1)`` over the placeholders before
+        ``t``: where token ``t`` starts if nothing is padded."""
+        return self._part("expanded_start")
+
+    @cached_property
+    def image_start(self) -> Tensor | None:
+        """int32 ``[N]``, ``expanded_start`` of each placeholder."""
+        return self._part("image_start")
+
+    @cached_property
+    def cu_image_embeddings(self) -> Tensor | None:
+        """int32 ``[N + 1]``, prefix sums of ``tokens_per_image``."""
+        return self._part("cu_image_embeddings")
 
     # What is known of a row
 
     @property
-    def has_tokens(self) -> bool:
-        """False for the layout of a stage without tokens."""
-        return self.input_ids is not None
-
-    @property
-    def num_seqs(self) -> int:
-        """``B``, the tail not counted."""
-        return self.cu_seqlens_expanded.numel() - 1
+    def may_be_cut(self) -> bool:
+        """Whether tokens could have fallen off the end of the row, as far as the host knows."""
+        if self.num_cut is not None or not self.has_tokens:
+            return bool(self.num_cut)
+        if self.num_image_embeddings is None:
+            return True
+        needed = self.num_collapsed - self.num_images + self.num_image_embeddings
+        needed += self.num_seqs * (self.spec.seq_multiple - 1)
+        return needed > self.num_expanded
 
     @property
     def position_ids(self) -> Tensor:
@@ -491,35 +548,42 @@ class PackedLayout:
 
     @property
     def padding_mask(self) -> Tensor:
-        """bool ``[S]``, True for padding: behind each sequence's real rows, and the whole tail."""
+        """bool ``[S]``, True for padding: behind each sequence's real positions, and the tail."""
         seq, offset = _find_seq(self.cu_seqlens_padded, self.num_expanded)
         length = torch.nn.functional.pad(self.cu_seqlens_expanded.diff(), (0, 1))
         return offset >= length.index_select(0, seq)
 
     @property
-    def tail_rows(self) -> Tensor:
-        """int32 ``[1]``, the rows of the tail that are not padding."""
+    def is_placeholder(self) -> Tensor:
+        """bool ``[T]``, True for what an expanding model replaces."""
+        if not self.spec.expands:
+            return torch.zeros_like(self.input_ids, dtype=torch.bool)
+        return self.input_ids == self.spec.image_token_id
+
+    @property
+    def tail_length(self) -> Tensor:
+        """int32 ``[1]``, the positions of the tail that are not padding."""
         room = self.cu_seqlens_padded[-1:] - self.cu_seqlens_padded[-2:-1]
-        if self.seq_start_expanded is None:
-            return room
-        rows = self.seq_start_expanded[-1:] - self.seq_start_expanded[-2:-1]
-        return rows.clamp(min=0).minimum(room)
+        length = self.seq_start_expanded[-1:] - self.seq_start_expanded[-2:-1]
+        return length.clamp(min=0).minimum(room)
 
     @property
     def is_cut(self) -> Tensor:
-        """bool ``[T]``, True for tokens whose first row fell off the end of the expanded row."""
+        """bool ``[T]``, True for tokens whose first position fell off the end of the row."""
         seq, _ = _find_seq(self.seq_start_collapsed, self.num_collapsed)
         start = self.expanded_start.narrow(0, 0, self.num_collapsed)
         offset = start - self.seq_start_expanded.index_select(0, seq)
         return offset >= self.cu_seqlens_padded.diff().index_select(0, seq)
 
     def __repr__(self) -> str:
-        device = self.cu_seqlens_padded.device
+        device = self.tensor.device
         if not self.has_tokens:
-            return f"PackedLayout({self.num_seqs} sequences, {self.num_expanded} rows, {device})"
+            return (
+                f"PackedLayout({self.num_seqs} sequences, {self.num_expanded} positions, {device})"
+            )
         return (
-            f"PackedLayout({self.num_seqs} sequences, {self.image_start.numel()} images, "
-            f"{self.num_collapsed} tokens -> {self.num_expanded} rows, {device})"
+            f"PackedLayout({self.num_seqs} sequences, {self.num_images} images, "
+            f"{self.num_collapsed} tokens -> {self.num_expanded} positions, {device})"
         )
 
 
@@ -529,7 +593,7 @@ def remap_cu_seqlens(
     tokens_per_image: Tensor | Sequence,
     image_token_id: int = -200,
 ) -> Tensor:
-    """Move collapsed boundaries to where they are after every placeholder became its rows.
+    """Move collapsed boundaries to where they are after every placeholder became its positions.
 
     Args:
         cu_seqlens: int32 ``[B + 1]``, collapsed.
@@ -549,10 +613,17 @@ def remap_cu_seqlens(
         >>> remap_cu_seqlens(cu_seqlens, ids, [576, 576]).tolist()
         [0, 579, 1157, 1160]
     """
-    layout = PackedLayout.build(
-        input_ids, cu_seqlens, tokens_per_image, image_token_id, "collapsed"
-    )
+    spec = RowSpec(image_token_id=image_token_id)
+    layout = PackedLayout.build(input_ids, cu_seqlens, tokens_per_image, spec, space="collapsed")
     return layout.cu_seqlens_expanded
+
+
+def not_a_spec(found) -> PackingError:
+    """The error for what is given in the place of a spec."""
+    return PackingError(
+        f"spec is {found!r}, expected a mp.RowSpec: what mp.row_spec(model) gives, or "
+        f"mp.RowSpec(image_token_id=...)"
+    )
 
 
 def read_later(values: Tensor) -> Callable[[], list[int]]:
@@ -571,22 +642,81 @@ def read_later(values: Tensor) -> Callable[[], list[int]]:
     return wait
 
 
-def may_look(tensor: Tensor) -> bool:
-    """Whether reading a value costs nothing."""
-    return tensor.device.type == "cpu"
+def max_seqlen_bound(length: int) -> int:
+    """An upper bound of every sequence in a row of this length.
 
-
-def max_seqlen_bound(num_rows: int) -> int:
-    """An upper bound of every sequence in a row of ``num_rows``.
-
-    Never ``num_rows`` itself: mcore's unfused RoPE would take it for absolute positions.
+    Never the length itself: mcore's unfused RoPE would take it for absolute positions.
     """
-    return round_up(num_rows + 1, MAX_SEQLEN_STEP)
+    return round_up(length + 1, _MAX_SEQLEN_STEP)
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple at or above ``value``."""
-    return -(-value // multiple) * multiple
+def _not_a_space(space) -> PackingError:
+    if space is None:
+        return PackingError(
+            "space is not said: pass space='collapsed' if boundaries count tokens, "
+            "space='expanded' if they count positions; mp.find_space says what they can count"
+        )
+    if space == "auto":
+        return PackingError("space='auto' is no more: ask mp.find_space, and say what it answers")
+    return PackingError(f"space is {space!r}, expected 'collapsed' or 'expanded'")
+
+
+def _rebuild(tensor: Tensor, spec: RowSpec, facts: dict) -> PackedLayout:
+    return PackedLayout(tensor, spec, **facts)
+
+
+def _from_word(word: int) -> int | None:
+    return None if word == -1 else word
+
+
+def _end_of(words: dict[str, int], status: list[int], size: int) -> int:
+    """Where a layout's tensor ends, by its header.
+
+    Raises:
+        PackingError: ``to_tensor`` never writes such a header, or the tensor is shorter.
+    """
+    if words["version"] in _OLD_VERSIONS:
+        raise PackingError(
+            f"the layout was written by mcore_packing {_OLD_VERSIONS[words['version']]}: run the "
+            f"same version everywhere"
+        )
+    has_tokens = words["num_collapsed"] != -1
+    limits = {
+        "num_seqs": (1, size),
+        "num_collapsed": (1, size) if has_tokens else (-1, -1),
+        "num_images": (0, size) if has_tokens else (-1, -1),
+        "num_expanded": (0, INT32_MAX),
+        "num_image_embeddings": (-1, INT32_MAX),
+        "max_seqlen": (0, INT32_MAX),
+        "has_tail": (0, 1),
+        "is_exact": (1, 1),
+        "space": (0, 1),
+        "num_cut": (-1, size),
+        "on_overflow": (0, 1),
+        "expands": (0, 1),
+    }
+    is_whole = words["version"] == _VERSION and not any(status[:2])  # no fault
+    if is_whole and all(low <= words[name] <= high for name, (low, high) in limits.items()):
+        num_tokens = words["num_collapsed"] if has_tokens else None
+        end = parts_of(words["num_seqs"], num_tokens, max(words["num_images"], 0))["end"][0]
+        if end <= size:
+            return end
+    raise PackingError(
+        f"a tensor of {size} integers that begins with {words['version']} is not what "
+        f"PackedLayout.to_tensor() gives"
+    )
+
+
+def _checksum(words: Iterable[int], tensor: Tensor) -> int:
+    """Of a header's other words and all parts behind it, where looking costs nothing."""
+    if not may_look(tensor):
+        return _NOT_SUMMED
+    front = zlib.crc32(np.array(list(words), dtype=np.int32))
+    return zlib.crc32(tensor[HEADER_SIZE:].numpy(), front) & INT32_MAX
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.storage_offset() % 4 == 0
 
 
 def _find_seq(starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -597,7 +727,7 @@ def _find_seq(starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return seq, position - starts.index_select(0, seq)
 
 
-def _find_stage_fault(cu_seqlens, physical, room, num_rows, seq_multiple, truncates) -> Tensor:
+def _stage_status(cu_seqlens, physical, room, length: int, spec: RowSpec) -> Tensor:
     """The status of ``from_boundaries``, computed where the boundaries are."""
     lengths, widths = cu_seqlens.diff(), physical.diff()
     last = physical[-1]
@@ -609,166 +739,17 @@ def _find_stage_fault(cu_seqlens, physical, room, num_rows, seq_multiple, trunca
     zero = torch.zeros_like(last)
     narrowest = lengths.minimum(widths)
     any_negative, negative, by = at_first(narrowest, narrowest < 0)
-    any_uneven, uneven, width = at_first(widths, widths % seq_multiple != 0)
+    any_uneven, uneven, width = at_first(widths, widths % spec.seq_multiple != 0)
     starts_late = (cu_seqlens[0] != 0) | (physical[0] != 0)
-    too_long = (last > num_rows) & (not truncates)
+    too_long = (last > length) & (spec.on_overflow != "truncate")
     faults = (
         (Fault.START, starts_late, zero, torch.maximum(cu_seqlens[0], physical[0]), zero),
         (Fault.DECREASING, any_negative, negative, by, zero),
-        (Fault.STAGE_ROWS, too_long, zero, last, zero + num_rows),
-        (Fault.STAGE_MULTIPLE, any_uneven, uneven, width, zero + seq_multiple),
+        (Fault.STAGE_LENGTH, too_long, zero, last, zero + length),
+        (Fault.STAGE_MULTIPLE, any_uneven, uneven, width, zero + spec.seq_multiple),
     )
     status = torch.zeros(4, dtype=torch.int64, device=last.device)
     for fault, applies, *place in reversed(faults):
         words = torch.stack([zero + int(fault), *place]).long()
         status = torch.where(applies, words, status)
     return torch.cat([status, torch.stack([room.max(), zero]).long()])
-
-
-def _parts(num_seqs: int, num_tokens: int | None, num_images: int | None) -> dict[str, int]:
-    """The tensors of a layout's tensor form, in order, and their lengths."""
-    parts = {
-        "cu_seqlens_expanded": num_seqs + 1,
-        "cu_seqlens_padded": num_seqs + 2,
-        "seq_start_expanded": num_seqs + 2,
-    }
-    if num_tokens is not None:
-        num_images = num_images or 0
-        parts |= {
-            "cu_seqlens_collapsed": num_seqs + 1,
-            "seq_start_collapsed": num_seqs + 2,
-            "input_ids": num_tokens,
-            "expanded_start": num_tokens + 1,
-            "image_start": num_images,
-            "cu_image_rows": num_images + 1,
-        }
-    return parts
-
-
-# What callers may pass
-
-
-def as_row(tensor: Tensor, name: str, length: int | None = None, floating: bool = False) -> Tensor:
-    """``[T]`` from ``[T]`` or ``[1, T]``."""
-    if not isinstance(tensor, Tensor):
-        raise PackingError(f"{name} is a {type(tensor).__name__}, expected a tensor")
-    if not floating and tensor.dtype not in (torch.int32, torch.int64):
-        # A placeholder of -200, or an ignored label of -100, would wrap around in a smaller one.
-        raise PackingError(f"{name} is {tensor.dtype}, expected int64 or int32 integers")
-    _refuse_meta(tensor, name)
-    shape = list(tensor.shape)
-    if tensor.dim() == 2 and shape[0] == 1:
-        tensor = tensor[0]
-    elif tensor.dim() != 1:
-        raise PackingError(f"{name} is {shape}, expected one packed row, [T] or [1, T]")
-    if tensor.numel() == 0:
-        raise PackingError(f"{name} is empty")
-    if length is not None and tensor.numel() != length:
-        raise PackingError(f"{name} has {tensor.numel()} entries, but the row has {length} tokens")
-    return tensor.contiguous()
-
-
-def as_boundaries(cu_seqlens, name: str, like: Tensor | None = None, length=None) -> Tensor:
-    """int32 ``[B + 1]``, with ``length`` entries, on the device of ``like``."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise PackingError(f"{name} is a {type(cu_seqlens).__name__}, expected an int32 tensor")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
-        raise PackingError(
-            f"{name} is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, expected torch.int32 [B + 1]"
-        )
-    if cu_seqlens.numel() < 2:
-        raise PackingError(f"{name} has {cu_seqlens.numel()} entries, expected B + 1 with B >= 1")
-    if length is not None and cu_seqlens.numel() != length:
-        raise PackingError(
-            f"{name} has {cu_seqlens.numel()} entries, expected {length} like cu_seqlens"
-        )
-    if like is not None and cu_seqlens.device != like.device:
-        raise PackingError(
-            f"{name} is on {cu_seqlens.device}, but input_ids on {like.device}; move it there"
-        )
-    _refuse_meta(cu_seqlens, name)
-    return cu_seqlens.contiguous()
-
-
-def _refuse_meta(tensor: Tensor, name: str) -> None:
-    if tensor.is_meta:
-        raise PackingError(f"{name} is on the meta device: it has a shape, but no values")
-
-
-def _as_tokens_per_image(tokens_per_image, input_ids: Tensor, num_seqs: int):
-    """``[N]`` on the row's device, and the counts per sequence where they were nested lists."""
-    images_per_seq = None
-    if not isinstance(tokens_per_image, Tensor):
-        entries, images_per_seq = _flatten(tokens_per_image, num_seqs)
-        tokens_per_image = torch.tensor(entries, dtype=torch.int64, device=input_ids.device)
-    is_integer = not (
-        tokens_per_image.is_floating_point()
-        or tokens_per_image.is_complex()
-        or tokens_per_image.dtype == torch.bool
-    )
-    if not is_integer or tokens_per_image.dim() != 1:
-        raise PackingError(
-            f"tokens_per_image is {tokens_per_image.dtype} {list(tokens_per_image.shape)}, "
-            f"expected integers [N]"
-        )
-    if tokens_per_image.device != input_ids.device:
-        raise PackingError(
-            f"tokens_per_image is on {tokens_per_image.device}, but input_ids on "
-            f"{input_ids.device}; move it there"
-        )
-    return tokens_per_image.contiguous(), images_per_seq
-
-
-def _flatten(tokens_per_image, num_seqs: int) -> tuple[list[int], tuple[int, ...] | None]:
-    """Ints from a list of ints or of one list per sequence, and how many each of those has."""
-    expected = "expected integers [N], or one list of ints per sequence"
-    is_text = isinstance(tokens_per_image, str | bytes)
-    if is_text or not hasattr(tokens_per_image, "__iter__"):
-        raise PackingError(f"tokens_per_image is {tokens_per_image!r}, {expected}")
-    entries = [x.tolist() if hasattr(x, "tolist") else x for x in tokens_per_image]
-    is_list = [isinstance(entry, list | tuple) for entry in entries]
-    images_per_seq = None
-    if any(is_list):
-        if not all(is_list):
-            raise PackingError(f"tokens_per_image mixes ints and lists: {entries}, {expected}")
-        if len(entries) != num_seqs:
-            raise PackingError(
-                f"tokens_per_image has {len(entries)} lists, but cu_seqlens {num_seqs} sequences"
-            )
-        images_per_seq = tuple(map(len, entries))
-        entries = [rows for sequence in entries for rows in sequence]
-    for image, entry in enumerate(entries):
-        if isinstance(entry, bool) or not isinstance(entry, Integral):
-            raise PackingError(f"tokens_per_image is {entries}, expected ints")
-        if abs(entry) > INT32_MAX:
-            raise PackingError(f"image {image}: tokens_per_image is {entry}, more than int32 holds")
-    return entries, images_per_seq
-
-
-def as_multiples(seq_multiple: int, total_multiple: int) -> tuple[int, int]:
-    """Both as ints, the second a multiple of the first."""
-    for name, value in (("seq_multiple", seq_multiple), ("total_multiple", total_multiple)):
-        if _as_int(value, name) < 1:
-            raise PackingError(f"{name} is {value!r}, expected a positive int")
-    return int(seq_multiple), math.lcm(seq_multiple, total_multiple)
-
-
-def check_on_overflow(on_overflow: str) -> str:
-    """``on_overflow`` itself, "raise" or "truncate"."""
-    if not isinstance(on_overflow, str) or on_overflow not in ("raise", "truncate"):
-        raise PackingError(f"on_overflow is {on_overflow!r}, expected 'raise' or 'truncate'")
-    return on_overflow
-
-
-def _as_int(value, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise PackingError(f"{name} is {value!r}, expected an int")
-    return int(value)
-
-
-def _as_size(value, name: str, multiple: int = 1) -> int | None:
-    if value is None:
-        return None
-    if _as_int(value, name) < 0 or value % multiple:
-        raise PackingError(f"{name} is {value!r}, expected a multiple of {multiple} rows")
-    return int(value)

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import reference, runs
-from .faults import Status
+from .reference import parts_of
 
 
 def _kernel(module, name):
@@ -42,42 +42,37 @@ def _define(name, schema, fake, on_cpu, module=None):
 
 
 def _fake_layout(input_ids, cu_seqlens, cu_seqlens_padded, tokens_per_image, *_):
-    num_tokens, num_images = input_ids.numel(), tokens_per_image.numel()
-    num_seqs = cu_seqlens.numel() - 1
-    sizes = (num_tokens + 1, num_images, num_images + 1, num_seqs + 2, num_seqs + 2)
-    boundaries = (num_seqs + 1, num_seqs + 1, num_seqs + 2)
-    status = cu_seqlens.new_empty(len(Status._fields), dtype=torch.int64)
-    return *(cu_seqlens.new_empty(size) for size in (*sizes, *boundaries)), status
+    sizes = cu_seqlens.numel() - 1, input_ids.numel(), tokens_per_image.numel()
+    parts = parts_of.__wrapped__(*sizes)  # symbolic sizes have no hash
+    return cu_seqlens.new_empty(parts["end"][0])
 
 
 layout = _define(
     "layout",
     "(Tensor input_ids, Tensor cu_seqlens, Tensor? cu_seqlens_padded, Tensor tokens_per_image, "
-    "int image_token_id, bool expanded, bool strict, SymInt num_image_rows, SymInt longest_row, "
-    "SymInt num_rows, SymInt seq_multiple, bool truncate) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int image_token_id, bool expanded, SymInt num_image_embeddings, SymInt longest, "
+    "SymInt num_positions, SymInt seq_multiple, bool truncate) -> Tensor",
     _fake_layout,
     reference.layout,
 )
 
 
-def _fake_expand_tokens(input_ids, labels, loss_mask, expanded_start, *rest):
-    num_rows, cp_size = rest[5:7]
-    size = num_rows // cp_size
+def _fake_expand_tokens(layout, labels, loss_mask, *rest):
+    size = rest[4] // rest[5]  # num_positions // cp_size
+    of_none = layout.new_empty(0, dtype=torch.int64)
     return (
-        expanded_start.new_empty(size),
-        expanded_start.new_empty(size, dtype=torch.int64),
-        input_ids.new_empty(size),
-        input_ids.new_empty(0) if labels is None else labels.new_empty(size),
-        input_ids.new_empty(0) if loss_mask is None else loss_mask.new_empty(size),
+        layout.new_empty(size),
+        layout.new_empty(size, dtype=torch.int64),
+        layout.new_empty(size, dtype=torch.int64),
+        of_none if labels is None else labels.new_empty(size),
+        of_none.clone() if loss_mask is None else loss_mask.new_empty(size),
     )
 
 
 expand_tokens = _define(
     "expand_tokens",
-    "(Tensor input_ids, Tensor? labels, Tensor? loss_mask, Tensor expanded_start, "
-    "Tensor image_start, Tensor cu_image_rows, Tensor seq_start_expanded, "
-    "Tensor cu_seqlens_padded, int image_token_id, SymInt num_rows, int cp_size, int cp_rank) "
+    "(Tensor layout, Tensor? labels, Tensor? loss_mask, SymInt num_tokens, SymInt num_images, "
+    "SymInt num_seqs, int image_token_id, SymInt num_positions, int cp_size, int cp_rank) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_expand_tokens,
     reference.expand_tokens,
@@ -85,35 +80,32 @@ expand_tokens = _define(
 
 source_positions = _define(
     "source_positions",
-    "(Tensor expanded_start, Tensor image_start, Tensor cu_image_rows, Tensor seq_start_expanded, "
-    "Tensor cu_seqlens_padded, SymInt num_image_rows, int cp_size, int cp_rank) "
-    "-> (Tensor, Tensor)",
-    lambda expanded_start, *rest: (
-        expanded_start.new_empty(expanded_start.numel() - 1),
-        expanded_start.new_empty(rest[4]),
-    ),
+    "(Tensor layout, SymInt num_tokens, SymInt num_images, SymInt num_seqs, "
+    "SymInt num_image_embeddings, int cp_size, int cp_rank) -> (Tensor, Tensor)",
+    lambda layout, *rest: (layout.new_empty(rest[0]), layout.new_empty(rest[3])),
     reference.source_positions,
 )
 
-expand_rows = _define(
-    "expand_rows",
+expand_embeddings = _define(
+    "expand_embeddings",
     "(Tensor text, Tensor? images, Tensor source, Tensor? text_position=None, "
     "Tensor? image_position=None) -> Tensor",
     lambda text, images, source, *_: text.new_empty(source.numel(), text.shape[1]),
-    runs.expand_rows,
+    runs.expand_embeddings,
+    "copy_vectors",
 )
 
-collect_rows = _define(
-    "collect_rows",
+collect_gradients = _define(
+    "collect_gradients",
     "(Tensor grad, Tensor index, SymInt length, SymInt tiles) -> Tensor",
     lambda grad, index, length, tiles: grad.new_empty(length, tiles, grad.shape[1]),
-    runs.collect_rows,
-    "expand_rows",
+    runs.collect_gradients,
+    "copy_vectors",
 )
 
 
-class _ExpandRows(torch.autograd.Function):
-    """Rows are copied at most once each, so the gradient of a row is a copy too: no atomics."""
+class _ExpandEmbeddings(torch.autograd.Function):
+    """Vectors are copied at most once each, so the gradient of one is a copy too: no atomics."""
 
     @staticmethod
     def forward(ctx, text, images, source, text_position=None, image_position=None):
@@ -121,7 +113,7 @@ class _ExpandRows(torch.autograd.Function):
         ctx.num_tokens = text.shape[0]
         ctx.image_shape = (0, 0) if images is None else images.shape[:2]
         with torch._C._AutoDispatchBelowAutograd():
-            return expand_rows(text, images, source, text_position, image_position)
+            return expand_embeddings(text, images, source, text_position, image_position)
 
     @staticmethod
     @once_differentiable
@@ -129,11 +121,11 @@ class _ExpandRows(torch.autograd.Function):
         text_position, image_position = ctx.saved_tensors
         grad_text = grad_images = None
         if ctx.needs_input_grad[0]:
-            grad_text = collect_rows(grad, text_position, ctx.num_tokens, 1).squeeze(1)
+            grad_text = collect_gradients(grad, text_position, ctx.num_tokens, 1).squeeze(1)
         if ctx.needs_input_grad[1]:
-            grad_images = collect_rows(grad, image_position, *ctx.image_shape)
+            grad_images = collect_gradients(grad, image_position, *ctx.image_shape)
         return grad_text, grad_images, None, None, None
 
 
 # At the Autograd key, so that opcheck and AOTAutograd see the gradient of the op itself.
-torch.library.impl("mcore_packing::expand_rows", "Autograd", _ExpandRows.apply)
+torch.library.impl("mcore_packing::expand_embeddings", "Autograd", _ExpandEmbeddings.apply)

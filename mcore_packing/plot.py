@@ -42,7 +42,7 @@ def draw_row(layout: PackedLayout, path) -> None:
     given = layout.cu_seqlens_collapsed.tolist()
     edges = layout.cu_seqlens_padded.tolist()
     figure, (before, after) = plt.subplots(2, 1, figsize=(12, 4.8), layout="constrained")
-    tokens = (layout.input_ids == layout.image_token_id).nonzero().flatten().tolist()
+    tokens = layout.is_placeholder.nonzero().flatten().tolist()
     real = (layout.cu_seqlens_padded[:-2] + layout.cu_seqlens_expanded.diff()).tolist()
     _draw_bar(before, layout.seq_start_collapsed.tolist(), [(t, t + 1) for t in tokens])
     _draw_bar(after, edges, _image_spans(layout), real)
@@ -55,7 +55,7 @@ def draw_row(layout: PackedLayout, path) -> None:
         loc="left",
     )
     after.set_title(
-        f"In the model: {layout.num_expanded} rows, every image expanded.  "
+        f"In the model: {layout.num_expanded} positions, every image expanded.  "
         f"cu_seqlens must be {_short(edges[: len(given)])}",
         loc="left",
     )

@@ -8,44 +8,98 @@ Three maps make up a layout:
 * ``cu_seqlens_padded`` says where each sequence begins in the physical row.
 """
 
+import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import INT32_MAX
-from .faults import Fault, Status
+from .errors import INT32_MAX, Fault, Status
 
-# What an expanded position takes its row from, ``source``: t >= 0 is text token t, PAD is padding,
-# FIRST_IMAGE_ROW - r is image row r.
+IGNORE_INDEX = -100  # the label of what is not trained
+
+# What an expanded position takes its embedding from, ``source``: t >= 0 is text token t, PAD is
+# padding, FIRST_IMAGE - e is image embedding e.
 PAD = -1
-FIRST_IMAGE_ROW = -2
+FIRST_IMAGE = -2
+
+# A layout is one int32 tensor; in front stand the header, which its owner writes, and the status.
+HEADER_SIZE = 24
+STATUS_SIZE = 2 * len(Status._fields)
 
 
-class LayoutMaps(NamedTuple):
-    """What the layout op gives.
+@functools.lru_cache
+def parts_of(
+    num_seqs: int, num_tokens: int | None = None, num_images: int = 0
+) -> dict[str, tuple[int, int]]:
+    """Where each part of a layout's tensor begins, and how many int32 it holds.
+
+    Every part begins at a multiple of four: kernels read 16 bytes at a time, and Triton compiles
+    another variant for addresses that do not divide.
+
+    Args:
+        num_seqs: ``B``.
+        num_tokens: ``T``, None for boundaries only: the first parts of the same tensor.
+        num_images: ``N``.
+
+    Returns:
+        ``{name: (begin, size)}``; "end" is where the tensor ends.
+    """
+    sizes = {
+        "header": HEADER_SIZE,
+        "status": STATUS_SIZE,
+        "cu_seqlens_expanded": num_seqs + 1,
+        "cu_seqlens_padded": num_seqs + 2,
+        "seq_start_expanded": num_seqs + 2,
+    }
+    if num_tokens is not None:
+        sizes |= {
+            "cu_seqlens_collapsed": num_seqs + 1,
+            "seq_start_collapsed": num_seqs + 2,
+            "input_ids": num_tokens,
+            "expanded_start": num_tokens + 1,
+            "image_start": num_images,
+            "cu_image_embeddings": num_images + 1,
+        }
+    slots = {  # parts of about the same size take the same room, so that kernels find them easily
+        "cu_seqlens_expanded": num_seqs + 2,
+        "cu_seqlens_collapsed": num_seqs + 2,
+        "input_ids": (num_tokens or 0) + 1,
+        "image_start": num_images + 1,
+    }
+    parts, begin = {}, 0
+    for name, size in sizes.items():
+        parts[name] = begin, size
+        begin += -(-slots.get(name, size) // 4) * 4
+    return parts | {"end": (begin, 0)}
+
+
+class Maps(NamedTuple):
+    """The parts of a layout's tensor that the kernels of the expansion read.
 
     Attributes:
+        seq_start_expanded: int32 ``[B + 2]``, the position each sequence starts with in the
+            unpadded row, and the row's length.
+        cu_seqlens_padded: int32 ``[B + 2]``, where each sequence is in the physical row.
+        input_ids: int32 ``[T]``.
         expanded_start: int32 ``[T + 1]``, where each token starts in the unpadded row.
         image_start: int32 ``[N]``, the same for the placeholders alone.
-        cu_image_rows: int32 ``[N + 1]``, prefix sums of ``tokens_per_image``.
-        seq_start_collapsed: int32 ``[B + 2]``, the token each sequence starts with, and ``T``.
-        seq_start_expanded: int32 ``[B + 2]``, the same in the unpadded row, and its length.
-        cu_seqlens_collapsed: int32 ``[B + 1]``, real boundaries in tokens.
-        cu_seqlens_expanded: int32 ``[B + 1]``, real boundaries in rows.
-        cu_seqlens_padded: int32 ``[B + 2]``, where each sequence is in the physical row.
-        status: int64 ``[6]``, see ``faults.Status``.
+        cu_image_embeddings: int32 ``[N + 1]``, prefix sums of ``tokens_per_image``.
     """
 
+    seq_start_expanded: Tensor
+    cu_seqlens_padded: Tensor
+    input_ids: Tensor
     expanded_start: Tensor
     image_start: Tensor
-    cu_image_rows: Tensor
-    seq_start_collapsed: Tensor
-    seq_start_expanded: Tensor
-    cu_seqlens_collapsed: Tensor
-    cu_seqlens_expanded: Tensor
-    cu_seqlens_padded: Tensor
-    status: Tensor
+    cu_image_embeddings: Tensor
+
+
+def maps_of(layout: Tensor, num_tokens: int, num_images: int, num_seqs: int) -> Maps:
+    """Views of a layout's tensor."""
+    parts = parts_of(num_seqs, num_tokens, num_images)
+    return Maps(*(layout.narrow(0, *parts[name]) for name in Maps._fields))
 
 
 def layout(
@@ -55,13 +109,12 @@ def layout(
     tokens_per_image: Tensor,
     image_token_id: int,
     expanded: bool,
-    strict: bool,
-    num_image_rows: int,
-    longest_row: int,
-    num_rows: int,
+    num_image_embeddings: int,
+    longest: int,
+    num_positions: int,
     seq_multiple: int,
     truncate: bool,
-) -> LayoutMaps:
+) -> Tensor:
     """Where every token, image and sequence of one packed row goes.
 
     Args:
@@ -71,138 +124,171 @@ def layout(
         tokens_per_image: integer ``[N]``.
         image_token_id: the placeholder.
         expanded: whether boundaries are in expanded space.
-        strict: whether boundaries that are unlikely to be in their space are a fault; otherwise
-            only those are that could be in the other.
-        num_image_rows: the sum of ``tokens_per_image`` as the host knows it, -1 where it does not.
-        longest_row: an expanded boundary that may lie inside an image, because the data path cut
-            its row there; -1 where there is none.
-        num_rows: physical length to lay out; what the sequences leave of it goes to the tail.
+        num_image_embeddings: the sum of ``tokens_per_image`` as the host knows it, -1 where it does
+            not.
+        longest: an expanded boundary that may lie inside an image, because the data path cut its
+            row there; -1 where there is none.
+        num_positions: physical length to lay out; what the sequences leave of it goes to the tail.
         seq_multiple: every sequence is padded to a multiple of it.
-        truncate: whether sequences beyond ``num_rows`` are cut off (else they are a fault).
+        truncate: whether sequences beyond ``num_positions`` are cut off (else they are a fault).
 
     Returns:
-        ``LayoutMaps``.
+        int32, the parts that ``parts_of`` names: all but the header, which is left to be written.
     """
-    num_tokens, num_images = input_ids.numel(), tokens_per_image.numel()
-    physical = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
+    ids, counts = input_ids.numpy(), tokens_per_image.numpy()
+    given = cu_seqlens.numpy().astype(np.int64)
+    physical = given
+    if cu_seqlens_padded is not None:
+        physical = cu_seqlens_padded.numpy().astype(np.int64)
+    num_tokens, num_images = ids.size, counts.size
 
     # Tokens to the unpadded row.
-    placeholders = (input_ids == image_token_id).nonzero().squeeze(1)
-    count = placeholders.numel()
-    matched, given = placeholders[:num_images], tokens_per_image[:count].long()
-    width = torch.ones(num_tokens, dtype=torch.int64, device=input_ids.device)
-    width[matched] = given.clamp(1, INT32_MAX)
-    start = _prefix_sum(width)
-    total = start[-1].clone()
-    start.clamp_(max=INT32_MAX)
-    image_start = total.repeat(num_images)  # an image without a placeholder is at the end
-    image_start[: matched.numel()] = start[matched]
-    cu_image_rows = (total - num_tokens + matched.numel()).repeat(num_images + 1)
-    cu_image_rows[: matched.numel()] = _prefix_sum(width[matched])[:-1]
+    placeholders = np.flatnonzero(ids == image_token_id)
+    unlimited = expanded_starts(num_tokens, placeholders, counts)
+    start, total = unlimited.clip(max=INT32_MAX), int(unlimited[-1])
+    matched = placeholders[:num_images]
+    image_start = np.full(num_images, total)  # an image without a placeholder is at the end
+    image_start[: matched.size] = start[matched]
+    cu_image_embeddings = np.full(num_images + 1, total - num_tokens + matched.size)
+    cu_image_embeddings[: matched.size] = unlimited[matched] - matched + np.arange(matched.size)
 
     # Where each sequence begins and really ends, in tokens and in the unpadded row.
-    begin = physical.long()
-    end = begin[:-1] + cu_seqlens.long().diff().clamp(min=0)
+    begin, end = physical, physical[:-1] + np.diff(given).clip(min=0)
     if expanded:
-        seq_start, seq_end = (x.clamp(min=0).minimum(total) for x in (begin, end))
-        token_begin, token_end = (torch.searchsorted(start, x) for x in (seq_start, seq_end))
+        seq_start, seq_end = begin.clip(0, total), end.clip(0, total)
+        token_begin, token_end = start.searchsorted(seq_start), start.searchsorted(seq_end)
     else:
-        token_begin, token_end = (x.clamp(0, num_tokens) for x in (begin, end))
+        token_begin, token_end = begin.clip(0, num_tokens), end.clip(0, num_tokens)
         seq_start, seq_end = start[token_begin], start[token_end]  # <- a boundary moves
 
     # Where it goes in the physical row.
-    length = seq_start.diff().clamp(min=0)
-    padded = _prefix_sum((length + seq_multiple - 1) // seq_multiple * seq_multiple)
-    cu_padded = _append(padded.clamp(max=num_rows), num_rows)
-    real = (seq_end - seq_start[:-1]).clamp(min=0).minimum(cu_padded.diff()[:-1])
+    lengths = np.diff(seq_start).clip(min=0)
+    padded = prefix_sum(-(-lengths // seq_multiple) * seq_multiple)
+    cu_padded = np.append(padded.clip(max=num_positions), num_positions)
+    rooms = np.diff(cu_padded)
+    real = np.minimum((seq_end - seq_start[:-1]).clip(min=0), rooms[:-1])
 
     fault = _find_fault(
-        cu_seqlens, physical, start, int(total), placeholders, tokens_per_image, expanded, strict,
-        num_image_rows, longest_row, int(padded[-1]), None if truncate else num_rows,
+        given, physical, start, total, placeholders, counts, expanded, num_image_embeddings,
+        longest, int(padded[-1]), None if truncate else num_positions,
     )  # fmt: skip
-    status = Status(*fault, int(cu_padded.diff().max()), int(cu_image_rows[-1]))
-    return LayoutMaps(
-        _int32(start),
-        _int32(image_start),
-        _int32(cu_image_rows),
-        _int32(_append(token_begin, num_tokens)),
-        _int32(_append(seq_start, total)),
-        _int32(_prefix_sum((token_end - token_begin[:-1]).clamp(min=0))),
-        _int32(_prefix_sum(real)),
-        _int32(cu_padded),
-        torch.tensor(status, dtype=torch.int64, device=cu_seqlens.device),
-    )
+    status = Status(*fault, int(rooms.max()), int(cu_image_embeddings[-1]))
+
+    parts = parts_of(given.size - 1, num_tokens, num_images)
+    out = np.zeros(parts["end"][0], dtype=np.int32)
+    for name, value in {
+        "status": np.array(status, dtype=np.int64).view(np.int32),
+        "cu_seqlens_expanded": prefix_sum(real),
+        "cu_seqlens_padded": cu_padded,
+        "seq_start_expanded": np.append(seq_start, min(total, INT32_MAX)),
+        "cu_seqlens_collapsed": prefix_sum((token_end - token_begin[:-1]).clip(min=0)),
+        "seq_start_collapsed": np.append(token_begin, num_tokens),
+        "input_ids": ids,
+        "expanded_start": start,
+        "image_start": image_start.clip(max=INT32_MAX),
+        "cu_image_embeddings": cu_image_embeddings.clip(max=INT32_MAX),
+    }.items():
+        begin, size = parts[name]
+        out[begin : begin + size] = value
+    return torch.from_numpy(out)
+
+
+def expanded_starts(num_tokens: int, placeholders: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 ``[T + 1]``, ``expanded_start`` without a limit; placeholders and entries without each
+    other are one position wide."""
+    both = min(placeholders.size, counts.size)
+    width = np.ones(num_tokens, dtype=np.int64)
+    width[placeholders[:both]] = counts[:both].astype(np.int64).clip(1, INT32_MAX)
+    return prefix_sum(width)
+
+
+class Spaces(NamedTuple):
+    """Which spaces boundaries can be in.
+
+    A space belongs to a data path, not to a row, and most rows could be in either. So the rule is
+    plain, and what it does not decide is left open.
+
+    Attributes:
+        collapsed: the last is at most ``T``, and behind the last placeholder.
+        expanded: each is where some token starts in the expanded row, and the last is at or behind
+            the end of the last image; one that was cut at the model's maximum counts as both.
+        inside_image: the first boundary that lies inside an image, None where there is none.
+    """
+
+    collapsed: bool
+    expanded: bool
+    inside_image: int | None
+
+
+def spaces_of(edges: np.ndarray, start: np.ndarray, images_end: int, longest: int) -> Spaces:
+    """Ask the values of boundaries.
+
+    Args:
+        edges: ``[B + 1]``, physical boundaries, never decreasing.
+        start: int64 ``[T + 1]``, ``expanded_start``.
+        images_end: the token behind the last placeholder.
+        longest: the model's maximum, -1 where there is none.
+    """
+    num_tokens, last = start.size - 1, int(edges[-1])
+    token = start.searchsorted(edges).clip(max=num_tokens)
+    inside_image = _first((start[token] != edges) & (edges != longest))
+    covers = last >= start[images_end] or last == longest
+    is_expanded = bool(covers) and inside_image is None
+    return Spaces(images_end <= last <= num_tokens, is_expanded, inside_image)
 
 
 def _find_fault(
-    cu_seqlens, physical, start, total, placeholders, tokens_per_image, expanded, strict,
-    num_image_rows, longest_row, padded_rows, num_rows,
+    given, physical, start, total, placeholders, counts, expanded, num_image_embeddings, longest,
+    padded_length, room,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """``fault, where, found, expected``: the first that applies, in the order of ``Fault``."""
-    num_tokens, num_images, count = (
-        start.numel() - 1,
-        tokens_per_image.numel(),
-        placeholders.numel(),
-    )
-    for cu in (cu_seqlens, physical):
-        if int(cu[0]) != 0:
+    num_tokens, num_images, found = start.size - 1, counts.size, placeholders.size
+    for cu in (given, physical):
+        if cu[0] != 0:
             return Fault.START, 0, int(cu[0]), 0
-    lengths, room = cu_seqlens.long().diff(), physical.long().diff()
-    for steps in (lengths, room):
+    lengths, widths = np.diff(given), np.diff(physical)
+    for steps in (lengths, widths):
         if (seq := _first(steps < 0)) is not None:
             return Fault.DECREASING, seq, int(steps[seq]), 0
-    if count > num_images:
-        return Fault.TOO_FEW_IMAGES, int(placeholders[num_images]), num_images, count
-    if count < num_images:
-        return Fault.TOO_MANY_IMAGES, 0, num_images, count
-    if (image := _first(tokens_per_image < 1)) is not None:
-        return Fault.TOKENS_PER_IMAGE, image, int(tokens_per_image[image]), 1
+    if found > num_images:
+        return Fault.TOO_FEW_IMAGES, int(placeholders[num_images]), num_images, found
+    if found < num_images:
+        return Fault.TOO_MANY_IMAGES, 0, num_images, found
+    if (image := _first(counts < 1)) is not None:
+        return Fault.TOKENS_PER_IMAGE, image, int(counts[image]), 1
     if total > INT32_MAX:
         return Fault.OVERFLOW, 0, total, INT32_MAX
-    image_rows = total - num_tokens + num_images
-    if num_image_rows not in (-1, image_rows):
-        return Fault.IMAGE_ROWS, 0, image_rows, num_image_rows
+    embeddings = total - num_tokens + num_images
+    if num_image_embeddings not in (-1, embeddings):
+        return Fault.IMAGE_EMBEDDINGS, 0, embeddings, num_image_embeddings
 
     last = int(physical[-1])
-    images_end = int(placeholders[-1]) + 1 if count else 0
-    could_be_collapsed = images_end <= last <= num_tokens
-    inside_image = None
-    if expanded:
-        is_start = torch.isin(physical, start) | (physical == longest_row)
-        inside_image = _first(~is_start)
-        covers = last >= int(start[images_end]) or last == longest_row
-        is_other = not (covers and inside_image is None) and (strict or could_be_collapsed)
-    else:
-        is_other = strict and last < images_end
-    if is_other:
-        where = physical.numel() if inside_image is None else inside_image
-        return Fault.OTHER_SPACE, where, last, images_end
-    row_end = total if expanded else num_tokens
-    if last > row_end:
-        return Fault.PAST_END, 0, last, row_end
-    if (seq := _first(lengths > room)) is not None:
-        return Fault.REAL_LENGTH, seq, int(lengths[seq]), int(room[seq])
-    if num_rows is not None and padded_rows > num_rows:
-        return Fault.NO_ROOM, 0, padded_rows, num_rows
+    if expanded:  # taken at their word, unless they can only be collapsed
+        images_end = int(placeholders[-1]) + 1 if found else 0
+        spaces = spaces_of(physical, start, images_end, longest)
+        if spaces.collapsed and not spaces.expanded:
+            where = physical.size if spaces.inside_image is None else spaces.inside_image
+            return Fault.OTHER_SPACE, where, last, images_end
+    end = total if expanded else num_tokens
+    if last > end:
+        return Fault.PAST_END, 0, last, end
+    if (seq := _first(lengths > widths)) is not None:
+        return Fault.REAL_LENGTH, seq, int(lengths[seq]), int(widths[seq])
+    if room is not None and padded_length > room:
+        return Fault.NO_ROOM, 0, padded_length, room
     return Fault.NONE, 0, 0, 0
 
 
-def _first(wrong: Tensor) -> int | None:
+def _first(wrong: np.ndarray) -> int | None:
     """Index of the first entry that is true."""
-    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+    return int(wrong.argmax()) if wrong.any() else None
 
 
-def _prefix_sum(lengths: Tensor) -> Tensor:
+def prefix_sum(lengths: np.ndarray) -> np.ndarray:
     """int64 ``[n + 1]``: the exclusive prefix sums of ``[n]`` and their total."""
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-
-
-def _append(values: Tensor, last) -> Tensor:
-    return torch.cat([values, torch.as_tensor(last).to(values).reshape(1)])
-
-
-def _int32(values: Tensor) -> Tensor:
-    return values.clamp(max=INT32_MAX).to(torch.int32)
+    sums = np.zeros(lengths.size + 1, dtype=np.int64)
+    lengths.cumsum(out=sums[1:])
+    return sums
 
 
 def last_at_or_below(starts: Tensor, value: Tensor) -> Tensor:
@@ -210,15 +296,17 @@ def last_at_or_below(starts: Tensor, value: Tensor) -> Tensor:
     return (torch.searchsorted(starts, value, right=True) - 1).clamp(0, starts.numel() - 2)
 
 
-def local_positions(cu_seqlens_padded: Tensor, num_rows: int, cp_size: int, cp_rank: int) -> Tensor:
-    """The physical positions that a context-parallel rank owns, int64 ``[num_rows / cp_size]``.
+def local_positions(
+    cu_seqlens_padded: Tensor, num_positions: int, cp_size: int, cp_rank: int
+) -> Tensor:
+    """The physical positions that a context-parallel rank owns, int64 ``[S / cp_size]``.
 
     Every sequence is cut into ``2 * cp_size`` chunks; rank ``r`` owns the ``r``-th from either end.
 
     Source:
         ``thd_partition_indices_kernel`` of Transformer Engine 2.x.
     """
-    local = torch.arange(num_rows // cp_size, device=cu_seqlens_padded.device)
+    local = torch.arange(num_positions // cp_size, device=cu_seqlens_padded.device)
     if cp_size == 1:
         return local
     cu = cu_seqlens_padded.long()
@@ -231,12 +319,12 @@ def local_positions(cu_seqlens_padded: Tensor, num_rows: int, cp_size: int, cp_r
 
 
 class ExpandedTokens(NamedTuple):
-    """What stands at each of a rank's positions ``[P]``, with ``P = num_rows / cp_size``.
+    """What stands at each of a rank's positions ``[P]``, with ``P = num_positions / cp_size``.
 
     Attributes:
-        source: int32, a text token, ``PAD``, or ``FIRST_IMAGE_ROW - r`` for image row ``r``.
+        source: int32, a text token, ``PAD``, or ``FIRST_IMAGE - e`` for image embedding ``e``.
         position_ids: int64, restarting in every sequence.
-        token_ids: like ``input_ids``, 0 where no text token stands.
+        token_ids: int64, 0 where no text token stands.
         labels: like ``labels``, -100 where nothing is predicted; empty where none were given.
         loss_mask: like ``loss_mask``, 0 where nothing is predicted; empty where none was given.
     """
@@ -249,20 +337,18 @@ class ExpandedTokens(NamedTuple):
 
 
 def expand_tokens(
-    input_ids: Tensor,
+    layout: Tensor,
     labels: Tensor | None,
     loss_mask: Tensor | None,
-    expanded_start: Tensor,
-    image_start: Tensor,
-    cu_image_rows: Tensor,
-    seq_start_expanded: Tensor,
-    cu_seqlens_padded: Tensor,
+    num_tokens: int,
+    num_images: int,
+    num_seqs: int,
     image_token_id: int,
-    num_rows: int,
+    num_positions: int,
     cp_size: int,
     cp_rank: int,
 ) -> ExpandedTokens:
-    """Find the token that each of a rank's positions belongs to, and which of its rows it is.
+    """Find the token that each of a rank's positions belongs to, and which of its positions it is.
 
     Returns:
         ``ExpandedTokens``.
@@ -271,49 +357,51 @@ def expand_tokens(
         ``LLaVAModel._preprocess_data`` of Megatron-Core 0.16.1 for labels and loss mask within a
         sequence, and of main for ``token_ids``.
     """
-    num_images = image_start.numel()
-    cu, seq_start = cu_seqlens_padded.long(), seq_start_expanded.long()
-    position = local_positions(cu_seqlens_padded, num_rows, cp_size, cp_rank)
+    seq_start, cu, input_ids, expanded_start, image_start, cu_image_embeddings = maps_of(
+        layout, num_tokens, num_images, num_seqs
+    )
+    cu, seq_start, starts = cu.long(), seq_start.long(), expanded_start.long()
+    position = local_positions(cu, num_positions, cp_size, cp_rank)
     seq = last_at_or_below(cu, position)
     unpadded, seq_end = seq_start[seq] + position - cu[seq], seq_start[seq + 1]
     is_pad = unpadded >= seq_end
 
-    starts = expanded_start.long()
     token = last_at_or_below(starts, unpadded)
-    row = unpadded - starts[token]
+    within = unpadded - starts[token]
     is_placeholder = torch.isin(expanded_start, image_start)
     is_image = is_placeholder[token] & ~is_pad
     is_text = ~is_image & ~is_pad
     source = torch.where(is_pad, PAD, token)
     if num_images:
         image = torch.searchsorted(image_start, starts[token].int()).clamp(max=num_images - 1)
-        source = torch.where(is_image, FIRST_IMAGE_ROW - cu_image_rows[image] - row, source)
-    token_ids = torch.where(is_text, input_ids[token], 0)
+        source = torch.where(is_image, FIRST_IMAGE - cu_image_embeddings[image] - within, source)
+    token_ids = torch.where(is_text, input_ids[token], 0).long()
 
-    # The last row of a token predicts the next one, unless that is an image of the same sequence.
-    last_row = unpadded + 1 == starts[token + 1]
-    before_image = is_placeholder[token + 1] & last_row & (unpadded + 1 < seq_end)
-    new_labels, new_loss_mask = input_ids.new_empty(0), input_ids.new_empty(0)
+    # The last position of a token predicts the next one, unless that is an image of the same
+    # sequence.
+    is_last = unpadded + 1 == starts[token + 1]
+    before_image = is_placeholder[token + 1] & is_last & (unpadded + 1 < seq_end)
+    new_labels, new_loss_mask = token_ids.new_empty(0), token_ids.new_empty(0)
     trains = ~before_image & ~is_pad
     if labels is not None or loss_mask is not None:
         if labels is not None:
             label = labels[token]
             # A row-wide shift made this one: the next sequence begins with an image.
             leaked = (label == image_token_id) & (unpadded + 1 == seq_end)
-            trains = trains & ~(leaked & (token + 1 < input_ids.numel()))
-            new_labels = torch.where(trains & last_row, label, -100)
+            trains = trains & ~(leaked & (token + 1 < num_tokens))
+            new_labels = torch.where(trains & is_last, label, IGNORE_INDEX)
         if loss_mask is not None:
             new_loss_mask = loss_mask[token].where(trains & is_text, loss_mask.new_zeros(()))
     return ExpandedTokens(source.int(), position - cu[seq], token_ids, new_labels, new_loss_mask)
 
 
 class SourcePositions(NamedTuple):
-    """The inverse of ``source``, -1 for what is not on this rank (a placeholder, a row that was cut
-    off, a row of another rank).
+    """The inverse of ``source``, -1 for what is not on this rank (a placeholder, what was cut off,
+    what another rank owns).
 
     Attributes:
-        text: int32 ``[T]``, where the row of each text token went.
-        images: int32 ``[num_image_rows]``, where each image row went.
+        text: int32 ``[T]``, where the embedding of each text token went.
+        images: int32 ``[num_image_embeddings]``, where each image embedding went.
     """
 
     text: Tensor
@@ -321,12 +409,11 @@ class SourcePositions(NamedTuple):
 
 
 def source_positions(
-    expanded_start: Tensor,
-    image_start: Tensor,
-    cu_image_rows: Tensor,
-    seq_start_expanded: Tensor,
-    cu_seqlens_padded: Tensor,
-    num_image_rows: int,
+    layout: Tensor,
+    num_tokens: int,
+    num_images: int,
+    num_seqs: int,
+    num_image_embeddings: int,
     cp_size: int,
     cp_rank: int,
 ) -> SourcePositions:
@@ -337,30 +424,28 @@ def source_positions(
     Returns:
         ``SourcePositions``.
     """
-    num_tokens = expanded_start.numel() - 1
-    input_ids = expanded_start.new_zeros(num_tokens)
+    num_positions = int(maps_of(layout, num_tokens, num_images, num_seqs).cu_seqlens_padded[-1])
     source = expand_tokens(
-        input_ids, None, None, expanded_start, image_start, cu_image_rows, seq_start_expanded,
-        cu_seqlens_padded, 0, int(cu_seqlens_padded[-1]), cp_size, cp_rank,
-    ).source.long()  # fmt: skip
+        layout, None, None, num_tokens, num_images, num_seqs, 0, num_positions, cp_size, cp_rank
+    ).source.long()
     position = torch.arange(source.numel(), dtype=torch.int32, device=source.device)
     text = position.new_full((num_tokens,), -1)
-    images = position.new_full((num_image_rows,), -1)
-    image_row = FIRST_IMAGE_ROW - source
-    is_text, is_image = source >= 0, (source < PAD) & (image_row < num_image_rows)
+    images = position.new_full((num_image_embeddings,), -1)
+    embedding = FIRST_IMAGE - source
+    is_text, is_image = source >= 0, (source < PAD) & (embedding < num_image_embeddings)
     text[source[is_text]] = position[is_text]
-    images[image_row[is_image]] = position[is_image]
+    images[embedding[is_image]] = position[is_image]
     return SourcePositions(text, images)
 
 
-def expand_rows(
+def expand_embeddings(
     text: Tensor,
     images: Tensor | None,
     source: Tensor,
     text_position: Tensor | None = None,
     image_position: Tensor | None = None,
 ) -> Tensor:
-    """Fill every expanded row, ``[P, H]``, from text ``[T, H]`` and images ``[L, tiles, H]``.
+    """Fill every position, ``[P, H]``, from text ``[T, H]`` and images ``[L, tiles, H]``.
 
     An index over a concatenated table. The positions, which only the gradient needs, are those of
     ``source_positions``.
@@ -374,13 +459,13 @@ def expand_rows(
     return torch.cat(table)[index]
 
 
-def collect_rows(grad: Tensor, index: Tensor, length: int, tiles: int) -> Tensor:
-    """The adjoint of ``expand_rows`` for one source: ``[length, tiles, H]`` from ``[P, H]``.
+def collect_gradients(grad: Tensor, index: Tensor, length: int, tiles: int) -> Tensor:
+    """The adjoint of ``expand_embeddings`` for one source: ``[length, tiles, H]`` from ``[P, H]``.
 
-    Row ``r`` of the source, counted tile by tile, takes ``grad[index[r]]``, or zero where that is
-    -1.
+    Vector ``e`` of the source, counted tile by tile, takes ``grad[index[e]]``, or zero where there
+    is no such position, -1.
     """
-    num_rows, width = grad.shape
+    num_positions, width = grad.shape
     table = torch.cat([grad, grad.new_zeros(1, width)])
-    rows = table[torch.where(index < 0, num_rows, index.long())]
-    return rows.view(tiles, length, width).transpose(0, 1).contiguous()
+    vectors = table[torch.where(index < 0, num_positions, index.long())]
+    return vectors.view(tiles, length, width).transpose(0, 1).contiguous()

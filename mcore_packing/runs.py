@@ -1,54 +1,55 @@
-"""Expansion on a CPU: rows copied run by run, several times faster than an index of rows.
+"""Expansion on a CPU: vectors copied run by run, several times faster than one by one.
 
-The same answers as ``reference.expand_rows`` and ``reference.collect_rows``, bit for bit.
+The same answers as ``reference.expand_embeddings`` and ``reference.collect_gradients``, bit for
+bit.
 """
 
 import torch
 from torch import Tensor
 
-from .reference import FIRST_IMAGE_ROW, PAD
+from .reference import FIRST_IMAGE, PAD
 
 
-def expand_rows(
+def expand_embeddings(
     text: Tensor,
     images: Tensor | None,
     source: Tensor,
     text_position: Tensor | None = None,
     image_position: Tensor | None = None,
 ) -> Tensor:
-    """As ``reference.expand_rows``."""
+    """As ``reference.expand_embeddings``."""
     out = text.new_empty(source.numel(), text.shape[1])
     length = images.shape[0] if images is not None else 1
-    begins_tile = (source < PAD) & ((FIRST_IMAGE_ROW - source) % max(length, 1) == 0)
+    begins_tile = (source < PAD) & ((FIRST_IMAGE - source) % max(length, 1) == 0)
     for begin, end, first in _runs(source, begins_tile):
         if first >= 0:
             out[begin:end] = text[first : first + end - begin]
         elif first == PAD:
             out[begin:end] = 0
         else:
-            tile, row = divmod(FIRST_IMAGE_ROW - first, length)
-            out[begin:end] = images[row : row + end - begin, tile]
+            tile, place = divmod(FIRST_IMAGE - first, length)
+            out[begin:end] = images[place : place + end - begin, tile]
     return out
 
 
-def collect_rows(grad: Tensor, index: Tensor, length: int, tiles: int) -> Tensor:
-    """As ``reference.collect_rows``."""
+def collect_gradients(grad: Tensor, index: Tensor, length: int, tiles: int) -> Tensor:
+    """As ``reference.collect_gradients``."""
     out = grad.new_empty(length, tiles, grad.shape[1])
     begins_tile = torch.arange(index.numel()) % max(length, 1) == 0
     for begin, end, first in _runs(index, begins_tile):
-        tile, row = divmod(begin, length)
-        rows = out[row : row + end - begin, tile]
+        tile, place = divmod(begin, length)
+        part = out[place : place + end - begin, tile]
         if first == PAD:
-            rows.zero_()
+            part.zero_()
         else:
-            rows.copy_(grad[first : first + end - begin])
+            part.copy_(grad[first : first + end - begin])
     return out
 
 
 def _runs(index: Tensor, begins_tile: Tensor) -> list[tuple[int, int, int]]:
     """``(begin, end, index[begin])`` of every run that one slice can copy.
 
-    Text rows and positions count up by one, image rows (below ``PAD``) count down, padding stays.
+    Text and positions count up by one, image embeddings (below ``PAD``) count down, padding stays.
     """
     kind = (index - PAD).sign()
     goes_on = (kind[1:] == kind[:-1]) & (index.diff() == kind[1:]) & ~begins_tile[1:]

@@ -1,48 +1,38 @@
-"""Telling collapsed boundaries from expanded ones."""
+"""Which space boundaries can be in: a diagnosis, by the rule of the reference."""
 
+from collections.abc import Sequence
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from .errors import BoundarySpaceError, PackingError
+from .errors import BoundarySpaceError
+from .inputs import as_boundaries, as_int, as_row, as_size, as_tokens_per_image
+from .reference import expanded_starts, spaces_of
 
 Space = Literal["collapsed", "expanded"]
-SPACES = ("auto", "collapsed", "expanded")
-
-
-def check_space(space: str) -> str:
-    """``space`` itself.
-
-    Raises:
-        PackingError: it is none of "auto", "collapsed" and "expanded".
-    """
-    if not isinstance(space, str) or space not in SPACES:
-        raise PackingError(f"space is {space!r}, expected 'auto', 'collapsed' or 'expanded'")
-    return space
+SPACES = ("collapsed", "expanded")
 
 
 def find_space(
     input_ids: Tensor,
     cu_seqlens: Tensor,
-    tokens_per_image: Tensor,
-    image_token_id: int,
-    longest_row: int | None = None,
+    tokens_per_image: Tensor | Sequence,
+    image_token_id: int = -200,
+    *,
+    max_length: int | None = None,
 ) -> Space | None:
     """The only space that boundaries can be in, where there is only one.
 
-    A space belongs to a data path, not to a row, and most rows could be in either. So the rule is
-    plain, and what it does not decide is refused. Boundaries can be *collapsed* if the last is at
-    most ``T`` and behind the last placeholder. They can be *expanded* if each is where some token
-    starts in the expanded row and the last is at or behind the end of the last image, where one
-    that was cut at the model's maximum counts as both.
+    For finding out what a data path counts; nothing in this package relies on its answer. A space
+    belongs to a data path, not to a row: most rows could be in either, and those are refused.
 
     Args:
-        input_ids: integer ``[T]``.
+        input_ids: integer ``[T]`` or ``[1, T]``.
         cu_seqlens: int32 ``[B + 1]``, physical boundaries: the padded ones, where there are any.
-        tokens_per_image: integer ``[N]``.
+        tokens_per_image: integer ``[N]``, or one list per sequence.
         image_token_id: the placeholder's id.
-        longest_row: the model's maximum, where a data path may have cut boundaries.
+        max_length: the model's maximum, where a data path may have cut boundaries.
 
     Returns:
         The space; None where both are the same for this row, or where the row has another fault,
@@ -50,43 +40,36 @@ def find_space(
 
     Raises:
         BoundarySpaceError: either space is possible, or neither.
+        PackingError: arguments of another kind.
 
     Example:
-        >>> ids, rows = torch.tensor([11, -200, 12, 21, 22]), torch.tensor([576])
-        >>> find_space(ids, torch.tensor([0, 3, 5]), rows, -200)
+        >>> import torch
+        >>> ids = torch.tensor([11, -200, 12, 21, 22])
+        >>> find_space(ids, torch.tensor([0, 3, 5], dtype=torch.int32), [576])
         'collapsed'
-        >>> find_space(ids, torch.tensor([0, 578, 580]), rows, -200)
+        >>> find_space(ids, torch.tensor([0, 578, 580], dtype=torch.int32), [576])
         'expanded'
     """
-    is_image = input_ids == image_token_id
-    placeholders = is_image.nonzero().squeeze(1)
-    edges = cu_seqlens.long()
-    is_faulty = int(edges[0]) != 0 or bool((edges.diff() < 0).any())
-    if is_faulty or placeholders.numel() != tokens_per_image.numel():
+    ids = as_row(input_ids, "input_ids")
+    edges = as_boundaries(cu_seqlens, "cu_seqlens", like=ids)
+    counts, _ = as_tokens_per_image(tokens_per_image, ids, edges.numel() - 1)
+    ids, edges, counts = (x.cpu().numpy() for x in (ids, edges, counts))
+    placeholders = np.flatnonzero(ids == as_int(image_token_id, "image_token_id"))
+    if edges[0] != 0 or (np.diff(edges) < 0).any() or placeholders.size != counts.size:
         return None
-    width = torch.ones_like(input_ids, dtype=torch.int64)
-    width[placeholders] = tokens_per_image.long().clamp(min=1)
-    start = torch.cat([width.new_zeros(1), width.cumsum(0)])
-    num_tokens, last = input_ids.numel(), int(edges[-1])
-    images_end = int(placeholders[-1]) + 1 if placeholders.numel() else 0
-
-    is_collapsed = images_end <= last <= num_tokens
-    token = torch.searchsorted(start, edges).clamp(max=num_tokens)
-    is_start = start[token] == edges
-    covers = last >= int(start[images_end])
-    if longest_row is not None:
-        is_start |= edges == longest_row
-        covers |= last == longest_row
-    is_expanded = covers and bool(is_start.all())
-    if is_collapsed and torch.equal(start[edges], edges):
+    start = expanded_starts(ids.size, placeholders, counts)
+    images_end = int(placeholders[-1]) + 1 if placeholders.size else 0
+    longest = as_size(max_length, "max_length")
+    spaces = spaces_of(edges, start, images_end, -1 if longest is None else longest)
+    if spaces.collapsed and (start[edges] == edges).all():
         return None
-    if is_collapsed != is_expanded:
-        return "collapsed" if is_collapsed else "expanded"
-    word = "either" if is_collapsed else "neither"
-    inside = "" if bool(is_start.all()) else ", and a boundary lies inside an image"
+    if spaces.collapsed != spaces.expanded:
+        return "collapsed" if spaces.collapsed else "expanded"
+    word = "either" if spaces.collapsed else "neither"
+    inside = "" if spaces.inside_image is None else ", and a boundary lies inside an image"
     raise BoundarySpaceError(
-        f"the boundaries end at {last} and could count {word}: the row has {num_tokens} tokens, "
-        f"{int(start[-1])} expanded, and its last image ends at token {images_end}, or "
+        f"the boundaries end at {int(edges[-1])} and could count {word}: the row has {ids.size} "
+        f"tokens, {int(start[-1])} expanded, and its last image ends at token {images_end}, or "
         f"{int(start[images_end])} expanded{inside}; pass space='collapsed' if they count tokens, "
-        f"space='expanded' if they count image rows too"
+        f"space='expanded' if they count positions"
     )

@@ -19,12 +19,12 @@ from mcore_packing.testing import tiny
 from mcore_packing.testing.host_reads import HostReads
 
 IMAGE = tiny.IMAGE_TOKEN_ID
-ROWS = 576
+TOKENS_PER_TILE = 576
 CP_SIZE = 8
 
 
 class Row:
-    """One packed row: ``T`` tokens, images of 1 to 3 tiles of 576 rows, 4 sequences."""
+    """One packed row: ``T`` tokens, images of 1 to 3 tiles of 576 embeddings, 4 sequences."""
 
     def __init__(self, num_tokens, num_images, hidden_size, dtype):
         generator = torch.Generator().manual_seed(0)
@@ -41,24 +41,25 @@ class Row:
         self.labels = torch.cat([self.ids[1:], self.ids[:1]])
         self.loss_mask = torch.ones(num_tokens)
         self.num_tiles = int(self.tiles.sum())
-        self.rows = self.tiles * ROWS
-        self.num_image_rows = int(self.rows.sum())
-        shapes = (num_tokens, hidden_size), (ROWS, self.num_tiles, hidden_size)
+        self.counts = self.tiles * TOKENS_PER_TILE
+        self.num_image_embeddings = int(self.counts.sum())
+        shapes = (num_tokens, hidden_size), (TOKENS_PER_TILE, self.num_tiles, hidden_size)
         self.text, self.images = (
             torch.randn(shape, generator=generator).to(dtype) for shape in shapes
         )
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(bench.DEVICE))
-        self.num_rows = num_tokens - len(self.tiles) + self.num_image_rows
+        self.length = num_tokens - len(self.tiles) + self.num_image_embeddings
         self.text.requires_grad_()
         self.images.requires_grad_()
 
-    def build(self, **kwargs):
-        kwargs = {"num_image_rows": self.num_image_rows, **kwargs}
+    def build(self, **fields):
+        spec = mp.RowSpec(image_token_id=IMAGE, **fields)
         return PackedLayout.build(
-            self.ids, self.cu_seqlens, self.rows, IMAGE, "collapsed", **kwargs
-        )
+            self.ids, self.cu_seqlens, self.counts, spec, space="collapsed",
+            num_image_embeddings=self.num_image_embeddings,
+        )  # fmt: skip
 
 
 def contenders(model, row):
@@ -105,7 +106,7 @@ def contenders(model, row):
 
 def plain_copy(row):
     """A copy of as many bytes, with the default allocator."""
-    rows = torch.randn(row.num_rows, row.text.shape[1], device=bench.DEVICE).to(row.text.dtype)
+    rows = torch.randn(row.length, row.text.shape[1], device=bench.DEVICE).to(row.text.dtype)
     return lambda: torch.empty_like(rows).copy_(rows)
 
 
@@ -129,7 +130,7 @@ def count_synchronisations(name, function):
 def bench_case(model, case, budget):
     row = Row(**case)
     runs = contenders(model, row)
-    y = torch.randn(row.num_rows, row.text.shape[1], device=bench.DEVICE).to(row.text.dtype)
+    y = torch.randn(row.length, row.text.shape[1], device=bench.DEVICE).to(row.text.dtype)
     backwards, expected = {}, None  # Megatron's, which comes first
     for name, function in runs.items():
         outputs = function()
@@ -149,7 +150,7 @@ def bench_case(model, case, budget):
     for name, function in runs.items():
         result = {
             **{key: str(value) for key, value in case.items()},
-            "expanded_rows": row.num_rows,
+            "positions": row.length,
             "name": name,
             "forward": forward[name],
             "backward": backward[name],
@@ -214,17 +215,17 @@ def draw(rows, path):
     rows = [row for row in rows if row["hidden_size"] == width]
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        x = [row["expanded_rows"] for row in mine]
+        x = [row["positions"] for row in mine]
         y = [row["forward"]["median_us"] / 1e3 for row in mine]
         axis.plot(x, y, marker="o", label=name, linewidth=3 if name == "mcore_packing" else 1.5)
-    copy = {row["expanded_rows"]: row["copy"]["median_us"] / 1e3 for row in rows}
+    copy = {row["positions"]: row["copy"]["median_us"] / 1e3 for row in rows}
     axis.plot(list(copy), list(copy.values()), "k--", label="a plain copy of the same bytes")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(list(copy), [f"{size:,}" for size in copy])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("expanded rows")
+    axis.set_xlabel("positions")
     axis.set_ylabel("milliseconds, forward")
     kind = f"{rows[0]['dtype'].removeprefix('torch.')}, H = {width}"
     axis.set_title(f"Expanding one packed row ({bench.device_name().upper()}, {kind})", loc="left")
@@ -235,7 +236,7 @@ def draw(rows, path):
 
 
 def cases():
-    """``T`` and images; on a GPU up to 32 k expanded rows and H = 8192."""
+    """``T`` and images; on a GPU up to 32 k positions and H = 8192."""
     if bench.HAVE_GPU:
         sizes, widths, dtype = (
             [(512, 3), (1024, 6), (2048, 12), (4096, 25)],
@@ -275,11 +276,11 @@ def main() -> int:
     options = bench.parser(__doc__, budget=1.0).parse_args()
     logging.disable(logging.WARNING)
     rows, ranks = [], []
-    header = f"{'name':28} {'rows':>6} {'H':>5} {'forward':>9} {'backward':>9} {'copy':>9}"
+    header = f"{'name':28} {'length':>6} {'H':>5} {'forward':>9} {'backward':>9} {'copy':>9}"
     print(f"{header} {'x Megatron':>10} {'of copy':>8} {'peak':>5} {'syncs':>5}   (ms)")
     with tiny.megatron():
         model = tiny.llava_model(drop_vision_class_token=True, max_sequence_length=1 << 20)
-    assert model.img_seq_len == ROWS
+    assert model.img_seq_len == TOKENS_PER_TILE
     wanted = list(cases())[: 1 if options.smallest else None]
     for case in wanted:
         for row in bench_case(model, case, options.budget):
@@ -289,7 +290,7 @@ def main() -> int:
                 for key in ("peak_over_output", "synchronisations")
             )
             print(
-                f"{row['name']:28} {row['expanded_rows']:6} {row['hidden_size']:>5} "
+                f"{row['name']:28} {row['positions']:6} {row['hidden_size']:>5} "
                 f"{row['forward']['median_us'] / 1e3:9.3f} "
                 f"{row['backward']['median_us'] / 1e3:9.3f} "
                 f"{row['copy']['median_us'] / 1e3:9.3f} {row['times_megatron']:10.2f} "

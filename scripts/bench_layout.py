@@ -11,10 +11,11 @@ import sys
 import bench
 import torch
 
-from mcore_packing import PackedLayout
+from mcore_packing import PackedLayout, RowSpec
 
 IMAGE = -200
-ROWS = 576
+SPEC = RowSpec(image_token_id=IMAGE)
+TOKENS_PER_TILE = 576
 
 
 def make_row(num_tokens: int, num_seqs: int, device: str):
@@ -25,19 +26,19 @@ def make_row(num_tokens: int, num_seqs: int, device: str):
     edges = sorted(rng.sample(range(1, num_tokens), num_seqs - 1))
     cu_seqlens = torch.tensor([0, *edges, num_tokens], dtype=torch.int32)
     tiles = [rng.randint(1, 3) for _ in range(int((ids == IMAGE).sum()))]
-    rows = torch.tensor(tiles, dtype=torch.int32) * ROWS
-    return ids.to(device), cu_seqlens.to(device), rows.to(device), int(rows.sum())
+    counts = torch.tensor(tiles, dtype=torch.int32) * TOKENS_PER_TILE
+    return ids.to(device), cu_seqlens.to(device), counts.to(device), int(counts.sum())
 
 
-def compose(ids, cu_seqlens, rows):
-    """Masks, cumsum, gather: starts of tokens, prefix sums of image rows, and boundaries."""
+def compose(ids, cu_seqlens, counts):
+    """Masks, cumsum, gather: starts of tokens, prefix sums of image embeddings, and boundaries."""
     expansion = torch.ones_like(ids)
-    expansion[ids == IMAGE] = rows.long()
+    expansion[ids == IMAGE] = counts.long()
     start = torch.cat([expansion.new_zeros(1), expansion.cumsum(0)]).int()
-    cu_image_rows = torch.cat([rows.new_zeros(1), rows.cumsum(0)]).int()
+    cu_image_embeddings = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     expanded = start[cu_seqlens.long()]
     padded = torch.cat([expanded, start[-1:]])
-    return start, cu_image_rows, expanded, padded, int(expanded.diff().max())
+    return start, cu_image_embeddings, expanded, padded, int(expanded.diff().max())
 
 
 def main() -> int:
@@ -49,25 +50,25 @@ def main() -> int:
         for num_seqs in (1, 64, 4_096):
             if num_seqs > num_tokens // 2:
                 continue
-            ids, cu_seqlens, image_rows, total = make_row(num_tokens, num_seqs, bench.DEVICE)
+            ids, cu_seqlens, counts, total = make_row(num_tokens, num_seqs, bench.DEVICE)
 
-            def ours(ids=ids, cu=cu_seqlens, image_rows=image_rows, total=total):
+            def ours(ids=ids, cu=cu_seqlens, counts=counts, total=total):
                 return PackedLayout.build(
-                    ids, cu, image_rows, IMAGE, "collapsed", num_image_rows=total
+                    ids, cu, counts, SPEC, space="collapsed", num_image_embeddings=total
                 )
 
-            def plain(ids=ids, cu=cu_seqlens, image_rows=image_rows):
-                return compose(ids, cu, image_rows)
+            def plain(ids=ids, cu=cu_seqlens, counts=counts):
+                return compose(ids, cu, counts)
 
             layout, expected = ours(), plain()
             layout.check()
             assert torch.equal(layout.expanded_start, expected[0])
-            assert torch.equal(layout.cu_image_rows, expected[1])
+            assert torch.equal(layout.cu_image_embeddings, expected[1])
             assert torch.equal(layout.cu_seqlens_expanded, expected[2])
             assert torch.equal(layout.cu_seqlens_padded[: num_seqs + 2], expected[3])
             found = bench.measure_captured(ours, options.budget)
             composed = bench.measure(plain, options.budget)
-            row = {"tokens": num_tokens, "sequences": num_seqs, "images": image_rows.numel(),
+            row = {"tokens": num_tokens, "sequences": num_seqs, "images": counts.numel(),
                    "layout": found, "composition": composed,
                    "ratio": composed["median_us"] / found["median_us"],
                    "host_us": bench.host_time(ours)}  # fmt: skip

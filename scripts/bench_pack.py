@@ -10,7 +10,7 @@ import torch
 import mcore_packing as mp
 from mcore_packing.testing.lengths import llava_mix
 
-IMAGE_ROWS = 576
+IMAGE_TOKENS = 576
 
 
 def check(lengths: list[int], bins: list[list[int]], capacity: int) -> None:
@@ -20,7 +20,7 @@ def check(lengths: list[int], bins: list[list[int]], capacity: int) -> None:
 
 
 def measure(name: str, lengths: list[int], capacity: int, repeats: int, **options) -> dict:
-    packer = mp.data.get_packer(name, capacity, **options)
+    packer = mp.data.get_packer(name, mp.RowSpec(), capacity, **options)
     seconds = []
     for _ in range(repeats):
         begin = time.process_time()
@@ -47,8 +47,8 @@ def make_samples(lengths: list[int]) -> list[dict]:
     pixels = torch.zeros(1, 3, 14, 14)
     samples = []
     for length in lengths:
-        has_image = length > IMAGE_ROWS + 8
-        ids = torch.ones(length - (IMAGE_ROWS - 1) * has_image, dtype=torch.int64)
+        has_image = length > IMAGE_TOKENS + 8
+        ids = torch.ones(length - (IMAGE_TOKENS - 1) * has_image, dtype=torch.int64)
         sample = {"input_ids": ids}
         if has_image:
             ids[4] = -200
@@ -64,7 +64,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     lengths = llava_mix(options.samples)
-    print(f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} rows each on average\n")
+    print(
+        f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} positions each on average\n"
+    )
     print("| algorithm | capacity | CPU seconds | rows | fill | spread of attention | balanced |")
     print("|---|---|---|---|---|---|---|")
     results = []
@@ -82,7 +84,8 @@ def main() -> int:
             )
     samples = make_samples(lengths)
     begin = time.process_time()
-    rows, report = mp.data.pack(samples, options.capacities[0], img_seq_len=IMAGE_ROWS)
+    spec = mp.RowSpec(img_seq_len=IMAGE_TOKENS)
+    rows, report = mp.data.pack(samples, spec, options.capacities[0])
     whole = time.process_time() - begin
     begin = time.process_time()
     some = [row for _, row in zip(range(500), rows, strict=False)]

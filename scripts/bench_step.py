@@ -58,10 +58,7 @@ def make_row(model, row_length: int):
         labels = torch.where(ids < 0, -100, ids)
         samples.append({"input_ids": ids, "labels": labels, "images": images,
                         "num_image_tiles": [len(images)]})  # fmt: skip
-    packer = mp.data.get_packer(
-        "first_fit", row_length, image_token_id=tiny.IMAGE_TOKEN_ID,
-        img_seq_len=model.img_seq_len, **mp.layout_options(model),
-    )  # fmt: skip
+    packer = mp.data.get_packer("first_fit", mp.row_spec(model), row_length)
     rows, _ = packer.pack(samples)
     return rows[0].to(tiny.DEVICE, tiny.DTYPE), packer
 
@@ -75,8 +72,7 @@ def contenders(row, packer) -> dict:
              for sample in mp.data.split(row)]  # fmt: skip
     return {
         "mcore_packing, layout from the data path": ({}, [given]),
-        "mcore_packing, laid out in the model": ({}, [to_map]),
-        "mcore_packing, fused=False": ({"fused": False}, [to_map]),
+        "mcore_packing, laid out in the model": ({"space": "collapsed"}, [to_map]),
         "Megatron, boundaries by hand": (None, [by_hand]),
         "Megatron, padded batch": (None, [padded(alone)]),
         "Megatron, one by one": (None, alone),

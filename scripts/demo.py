@@ -111,9 +111,9 @@ def show_broken(model, samples, alone, right) -> dict:
 
 
 def miscounted(layout):
-    """The boundaries of a data path that takes an image for a row less than it becomes; the last
-    one is the row's end."""
-    images = (layout.input_ids == layout.image_token_id).cumsum(0)
+    """The boundaries of a data path that takes an image for one position less than it becomes; the
+    last one is the row's end."""
+    images = layout.is_placeholder.cumsum(0)
     before = torch.cat([images.new_zeros(1), images])[layout.cu_seqlens_collapsed.long()]
     before[-1] = 0
     return (layout.cu_seqlens_expanded - before).int()
@@ -126,12 +126,12 @@ def in_short(result, reason) -> str:
 BROKEN = {  # what becomes of the boundaries, and of attention
     "left collapsed": (
         lambda layout: "collapsed",
-        "cut inside images; rows past the last boundary attend to nothing",
+        "cut inside images; what is past the last boundary attends to nothing",
     ),
     "dropped": (lambda layout: None, "one sequence: every sample sees all before it"),
-    "expanded, but a row short for each image": (
+    "expanded, but one short for each image": (
         miscounted,
-        "the last rows of each sample belong to the next one",
+        "the last positions of each sample belong to the next one",
     ),
 }
 
@@ -175,43 +175,35 @@ def progress(text: str) -> None:
 
 
 def show_training() -> dict:
-    """Losses of a few steps: packed (fused, and not), and one by one, from the same weights."""
+    """Losses of a few steps, packed and one by one, from the same weights."""
     samples = tiny.samples(6)
     say(f"\nTraining {STEPS} steps with SGD from the same weights: the loss of every step.\n")
     runs = {}
-    for name, options in (
-        ("one by one", None),
-        ("packed, fused", {"fused": True}),
-        ("packed, fused=False", {"fused": False}),
-    ):
+    for name in ("one by one", "packed"):
         begin = time.perf_counter()
-        runs[name] = train(samples, options)
+        runs[name] = train(samples, name == "packed")
         losses = "  ".join(f"{loss:.7f}" for loss in runs[name])
         say(f"{name:20} {losses}   ({time.perf_counter() - begin:.1f} s)")
     tolerance = 2e-6 if torch.float32 == tiny.DTYPE else 2e-2
 
-    def same(a, b):
-        return all(abs(x - y) <= tolerance * abs(x) for x, y in zip(runs[a], runs[b], strict=True))
-
-    checks = {
-        f"{name} equals one by one": same("one by one", name)
-        for name in ("packed, fused", "packed, fused=False")
-    }
+    pairs = zip(*runs.values(), strict=True)
+    same = all(abs(x - y) <= tolerance * abs(x) for x, y in pairs)
+    checks = {"packed equals one by one": same}
     for check, passed in checks.items():
         say(f"{'ok' if passed else 'NO':>4}  {check}")
     say("")
     return {"losses": runs, "checks": checks}
 
 
-def train(samples, options) -> list[float]:
-    """Mean loss of every step, packed with ``options`` of ``install``, or one by one."""
+def train(samples, is_packed: bool) -> list[float]:
+    """Mean loss of every step, packed or one by one."""
     model = tiny.llava_model()
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    rows = [mp.parity.pack(samples)]
-    if options is None:
-        rows = [{**mp.parity.pack([sample]), "cu_seqlens": None} for sample in samples]
-    handle = None if options is None else mp.install(model, space="collapsed", **options)
+    rows = [mp.parity.collate(samples)]
+    if not is_packed:
+        rows = [{**mp.parity.collate([sample]), "cu_seqlens": None} for sample in samples]
+    handle = mp.install(model, space="collapsed") if is_packed else None
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()

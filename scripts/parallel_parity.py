@@ -23,12 +23,13 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import mcore_packing as mp
-from mcore_packing import cpu, layout, llava, ops, packed_seq, parity
+from mcore_packing import cpu, layout, ops, parity
+from mcore_packing.megatron import call, hook, params
 from mcore_packing.testing import tiny
 from mcore_packing.testing.host_reads import HostReads
 
 SIZE = 28  # pixels: 5 rows a tile
-LONGEST = 512  # rows of the language model, and of every row under pipeline parallelism
+LONGEST = 512  # positions of the language model, and of every row under pipeline parallelism
 CAPACITY = 8  # sequences that a stage without tokens has room for
 LAYERS = 4
 
@@ -64,7 +65,7 @@ def share(parameter, full):
 
 def rows(model):
     """Two micro-batches of packed rows, with what the data path sends of them to every stage."""
-    first, second = (parity.pack(tiny.samples(n, img_size=SIZE, seed=n)) for n in (4, 3))
+    first, second = (parity.collate(tiny.samples(n, img_size=SIZE, seed=n)) for n in (4, 3))
     tiles = second["num_image_tiles"] * model.img_seq_len
     second["cu_seqlens"] = mp.remap_cu_seqlens(
         second["cu_seqlens"], second["input_ids"], tiles, tiny.IMAGE_TOKEN_ID
@@ -76,8 +77,8 @@ def rows(model):
             row["input_ids"],
             row["cu_seqlens"],
             row["num_image_tiles"] * model.img_seq_len,
-            tiny.IMAGE_TOKEN_ID,
-            **{**mp.layout_options(model), "space": row["space"]},
+            mp.row_spec(model),
+            space=row["space"],
         )
         size = mp.PackedLayout.tensor_size(CAPACITY)
         row["boundaries"] = row["layout"].to_tensor(size, boundaries_only=True)
@@ -121,30 +122,30 @@ class Spy:
     @contextlib.contextmanager
     def watching(self):
         """As on a GPU, where looking at a value would cost."""
-        prepare, build = llava._Hook._prepare, ops.layout
+        begin, build = call.packed_call, ops.layout
 
-        def watched(hook, *args):
+        def watched(*args):
             self.launches.append(0)
             with HostReads() as reads:
-                call = prepare(hook, *args)
+                packed = begin(*args)
             self.reads.append(len(reads.found))
-            return call
+            return packed
 
         def launched(*args):
             self.launches[-1] += 1
             return build(*args)
 
         with contextlib.ExitStack() as stack:
-            for room in (layout, packed_seq):
+            for room in (layout, params):
                 stack.enter_context(patch.object(room, "may_look", lambda tensor: False))
-            stack.enter_context(patch.object(llava._Hook, "_prepare", watched))
+            stack.enter_context(patch.object(hook, "packed_call", watched))
             stack.enter_context(patch.object(ops, "layout", launched))
             yield
 
 
 def run(model):
     """Loss of every micro-batch, the summed gradients, by Megatron's own schedule; and the spy."""
-    with mp.install(model, on_missing="raise"):
+    with mp.install(model):
         batches = rows(model)
         spy = Spy(model)
         with spy.watching():
@@ -182,7 +183,7 @@ def one_by_one(model):
     for count in (4, 3):
         total = 0.0
         for sample in tiny.samples(count, img_size=SIZE, seed=count):
-            loss, mask = parity.forward(model, {**parity.pack([sample]), "cu_seqlens": None})
+            loss, mask = parity.forward(model, {**parity.collate([sample]), "cu_seqlens": None})
             (loss * mask).sum().backward()
             total += (loss * mask).sum().item()
         losses.append(total)

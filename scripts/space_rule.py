@@ -1,4 +1,4 @@
-"""Ask ``space="auto"`` about rows that Megatron's own example makes, and count its answers.
+"""Ask ``mp.find_space`` about rows that Megatron's own example makes, and count its answers.
 
 ``TaskEncoder.pack_selected_samples``, ``TaskEncoder.batch`` and ``get_batch`` of Megatron's
 ``examples/multimodal`` make the rows, under every combination of parallelism, precision, pad id,
@@ -43,7 +43,7 @@ def cases() -> list[Case]:
 def answer(case: Case, tokens, boundaries, tokens_per_image, longest) -> str:
     """What the rule says of a row: "right", "WRONG", "both" (the same) or "refused"."""
     try:
-        found = find_space(tokens, boundaries, tokens_per_image, IMAGE, longest)
+        found = find_space(tokens, boundaries.int(), tokens_per_image, IMAGE, max_length=longest)
     except BoundarySpaceError:
         return "refused"
     if found is None:

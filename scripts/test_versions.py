@@ -17,13 +17,14 @@ from mcore_packing.testing.sources import CHECKOUT, MEGATRON, SourcesMissing
 PACKAGES = "0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1"
 SOURCES = tuple(MEGATRON.commits)
 OUR_TESTS = [
-    f"tests/test_{room}.py" for room in ("llava", "versions", "packed_seq", "cpu", "attention")
+    *sorted(str(path) for path in Path("tests").glob("test_hook_*.py")),
+    *(f"tests/test_{room}.py" for room in ("releases", "row_spec", "params", "cpu", "attention")),
 ]
 MEGATRONS_TESTS = "tests/unit_tests/models/test_llava_model.py"
 PLUGIN = "mcore_packing.testing.megatron_tests"
 DESCRIBE = """
 import megatron.core
-from mcore_packing.versions import describe
+from mcore_packing.megatron.releases import describe
 print(megatron.core.__file__, describe(), sep="\\n")
 """
 COLUMNS = "megatron-core", "expansion", "our tests", "hybrid models", "Megatron's own LLaVA tests"

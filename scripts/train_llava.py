@@ -6,6 +6,7 @@ trains on the same samples however they are packed, so that runs can be laid ove
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -32,7 +33,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import mcore_packing as mp
 from mcore_packing.data import Packer, Row
-from mcore_packing.llava import find_llava
 from mcore_packing.testing import shapes, tiny
 
 PACKINGS = ("hook", "dropped", "one-by-one", "padded")
@@ -147,7 +147,8 @@ class Training:
         self.options, self.packing, self.step = options, packing, 0
         self.folder = options.output / packing
         self.model = build_model(options)
-        mp.install(self.model)
+        # The other packings show what happens without boundaries.
+        mp.install(self.model, on_missing="raise" if packing == "hook" else "pass")
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.num_rows = options.rows_per_step or self.dp_size
@@ -293,7 +294,7 @@ class Training:
             "steps": self.options.steps,
             "row_length": self.options.row_length,
             "rows_per_step": self.num_rows,
-            "seq_multiple": self.packer.seq_multiple,
+            "seq_multiple": self.packer.spec.seq_multiple,
             "tp": self.options.tp,
             "pp": self.options.pp,
         }
@@ -407,17 +408,11 @@ def build_optimizer(model, steps: int):
 
 
 def make_packer(model, options) -> Packer:
-    layout_options = mp.layout_options(model)
-    multiple = math.lcm(layout_options.pop("seq_multiple"), options.seq_multiple)
-    llava = find_llava(model)
-    return mp.data.get_packer(
-        "first_fit",  # as they arrive: longest first would give the longest samples first
-        options.row_length,
-        image_token_id=llava.image_token_index,
-        img_seq_len=llava.img_seq_len,
-        seq_multiple=multiple,
-        **layout_options,
-    )
+    spec = mp.row_spec(model)
+    multiple = math.lcm(spec.seq_multiple, options.seq_multiple)
+    spec = dataclasses.replace(spec, seq_multiple=multiple)
+    # As they arrive: longest first would give the longest samples first.
+    return mp.data.get_packer("first_fit", spec, options.row_length)
 
 
 def say(line: str) -> None:

@@ -1,6 +1,7 @@
 """Fixtures: real Megatron on this machine, and Hypothesis without randomness."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -85,7 +86,8 @@ def poisoned_memory():
 def like_a_gpu(monkeypatch):
     """Nobody looks at a value, but through ``read_later``, as on a GPU. Gives the reads: "queued"
     or "read", one for each."""
-    from mcore_packing import layout, llava, packed_seq
+    from mcore_packing import layout
+    from mcore_packing.megatron import call, params
 
     events = []
 
@@ -98,8 +100,52 @@ def like_a_gpu(monkeypatch):
 
         return wait
 
-    for room in (layout, packed_seq):
+    for room in (layout, params):
         monkeypatch.setattr(room, "may_look", lambda tensor: False)
-    for room in (layout, llava):
+    for room in (layout, call):
         monkeypatch.setattr(room, "read_later", read_later)
     return events
+
+
+@pytest.fixture
+def sent_layout(monkeypatch):
+    """The layout that a data path, on a CPU, would send with these arguments of ``forward``."""
+    import mcore_packing as mp
+    from mcore_packing import inputs, layout
+
+    def build(given, model, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, "may_look", inputs.may_look)
+            return mp.PackedLayout.build(
+                given["input_ids"],
+                given["packed_seq_params"].cu_seqlens_q,
+                given["num_image_tiles"] * model.img_seq_len,
+                dataclasses.replace(mp.row_spec(model), **changes),
+                space="collapsed",
+            )
+
+    return build
+
+
+@pytest.fixture
+def seen():
+    """What a language model is called with, call by call."""
+    calls = []
+
+    def watch(model):
+        hook = lambda module, args, kwargs: calls.append(kwargs)  # noqa: E731
+        model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+        return calls
+
+    return watch
+
+
+@pytest.fixture
+def no_layers():
+    """Notes when the first layer of a language model runs."""
+
+    def watch(model, events):
+        run = lambda module, args: events.append("layer")  # noqa: E731
+        model.language_model.decoder.layers[0].register_forward_pre_hook(run)
+
+    return watch

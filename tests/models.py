@@ -1,23 +1,46 @@
 """Small LLaVAModels, how to call them, and how far."""
 
+import functools
+import warnings
+
+import pytest
 import torch
 from megatron.core import __version__ as mcore_version
+from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 import mcore_packing as mp
 from mcore_packing import parity
+from mcore_packing.megatron.find import find_llavas
+from mcore_packing.megatron.releases import release_of
 from mcore_packing.testing import tiny
-from mcore_packing.versions import release_of
 
-SIZE = 28  # pixels: 5 rows a tile
+SIZE = 28  # pixels: a tile becomes 5 positions
 POSITIONS = ("learned_absolute", "rope")
 OLD = tuple(map(int, mcore_version.split(".")[:2])) < (0, 16)
 RELEASE = release_of()
 
 
-def install(model, **options):
-    """``mp.install`` on models whose rows have collapsed boundaries, unless a test says more."""
-    return mp.install(model, **{"space": "collapsed", **options})
+class OwnExpansion(LLaVAModel):
+    """A user's class: its expansion is Megatron's, but not recognised as that."""
+
+    @functools.wraps(LLaVAModel._preprocess_data)
+    def _preprocess_data(self, *args, **kwargs):
+        return super()._preprocess_data(*args, **kwargs)
+
+
+both_expansions = pytest.mark.parametrize("ours", [True, False], ids=["ours", "boundaries-only"])
+
+
+def install(model, ours=True, **options):
+    """``mp.install`` on models whose rows have collapsed boundaries, unless a test says more;
+    without ``ours`` their expansion is their own, and only boundaries are moved."""
+    with warnings.catch_warnings():
+        if not ours:
+            warnings.simplefilter("ignore")
+            for llava in find_llavas(model):
+                llava.__class__ = OwnExpansion
+        return mp.install(model, **{"space": "collapsed", **options})
 
 
 def model_of(positions="learned_absolute", **kwargs):
@@ -26,7 +49,7 @@ def model_of(positions="learned_absolute", **kwargs):
 
 def arguments(samples, cu_seqlens=None):
     """Keyword arguments of ``forward`` for one packed row."""
-    row = parity.pack(samples)
+    row = parity.collate(samples)
     cu_seqlens = row["cu_seqlens"] if cu_seqlens is None else cu_seqlens
     params = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,

@@ -6,14 +6,14 @@ import torch
 
 from mcore_packing.testing import tiny
 
-from .packs import IMAGE, ROWS_PER_TILE, Row
+from .packs import IMAGE, TOKENS_PER_TILE, Row
 
 
 @functools.cache
 def model(**kwargs):
-    """A real ``LLaVAModel`` with 5 rows a tile."""
+    """A real ``LLaVAModel`` of 5 positions a tile."""
     built = tiny.llava_model(img_size=28, max_sequence_length=1 << 20, **kwargs)
-    assert built.img_seq_len == ROWS_PER_TILE
+    assert built.img_seq_len == TOKENS_PER_TILE
     return built
 
 
@@ -45,5 +45,5 @@ def concatenated(row: Row):
 
 
 def lengths(row: Row) -> list[int]:
-    """How many rows Megatron makes of each sequence by itself."""
+    """How many positions Megatron makes of each sequence by itself."""
     return [preprocess(part)[0].shape[0] if part.input_ids.numel() else 0 for part in row.split()]

@@ -7,8 +7,10 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
+from mcore_packing import PackedLayout, RowSpec
+
 IMAGE = -200
-ROWS_PER_TILE = 5  # of the oracle model: 4 patches and a class token
+TOKENS_PER_TILE = 5  # of the oracle model: 4 patches and a class token
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Row:
     images: Tensor  # [L, tiles, H]
 
     @property
-    def num_image_rows(self) -> int:
+    def num_image_embeddings(self) -> int:
         return int(self.tokens_per_image.sum())
 
     def split(self) -> list["Row"]:
@@ -54,10 +56,25 @@ class Row:
         return list(pairwise(self.cu_seqlens.tolist()))
 
 
+def lay_out(input_ids, cu_seqlens, tokens_per_image, space="collapsed", **options) -> PackedLayout:
+    """``PackedLayout.build`` with the fields of a ``RowSpec`` and its own options side by side."""
+    given = {name: options.pop(name) for name in _BUILD if name in options}
+    spec = RowSpec(**{"image_token_id": IMAGE, **options})
+    return PackedLayout.build(input_ids, cu_seqlens, tokens_per_image, spec, space=space, **given)
+
+
+_BUILD = "num_image_embeddings", "cu_seqlens_padded"
+
+
+def build(row: "Row", space="collapsed", **options) -> PackedLayout:
+    """The layout of a row; options are those of ``lay_out``."""
+    return lay_out(row.input_ids, row.cu_seqlens, row.tokens_per_image, space, **options)
+
+
 def make_row(
     structure: list[list[int]],
     *,
-    rows_per_tile: int = ROWS_PER_TILE,
+    tokens_per_tile: int = TOKENS_PER_TILE,
     hidden_size: int = 4,
     dtype=torch.float32,
     seed: int = 0,
@@ -77,12 +94,12 @@ def make_row(
     labels = torch.cat([ids[1:], ids.new_tensor([7])])
     last = cu_seqlens[1:][lengths > 0].long() - 1
     labels[last] = 1000 + last
-    shape = (rows_per_tile, int(tiles.sum()), hidden_size)
+    shape = (tokens_per_tile, int(tiles.sum()), hidden_size)
     row = Row(
         ids,
         cu_seqlens,
         tiles,
-        tiles.long() * rows_per_tile,
+        tiles.long() * tokens_per_tile,
         labels,
         (torch.rand(len(flat), generator=generator) < 0.8).float(),
         torch.randn(len(flat), hidden_size, generator=generator, dtype=torch.float64).to(dtype),

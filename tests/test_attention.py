@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import mcore_packing as mp
-from mcore_packing.attention import PackedAttention
+from mcore_packing.megatron.attention import PackedAttention
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

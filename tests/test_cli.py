@@ -209,7 +209,7 @@ def test_show(space, folder, capsys):
     out = capsys.readouterr().out
     assert f"given      cu_seqlens {row['cu_seqlens']}" in out and space in out
     assert "collapsed  4 tokens, cu_seqlens [0, 3, 4]" in out
-    assert "expanded   23 rows, cu_seqlens [0, 22, 23], longest sequence 22" in out
+    assert "expanded   23 positions, cu_seqlens [0, 22, 23], longest sequence 22" in out
     assert "wrote row.png" in out
 
 

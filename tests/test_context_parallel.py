@@ -41,11 +41,11 @@ def test_ranks_partition_the_row():
 @pytest.mark.parametrize(
     "cu_seqlens, total, cp_size, cp_rank, message",
     [
-        ([0, 6, 16], 16, 2, 0, "sequence 0: 6 rows, not a multiple of 2 \\* cp_size = 4"),
+        ([0, 6, 16], 16, 2, 0, "sequence 0: 6 positions, not a multiple of 2 \\* cp_size = 4"),
         ([0, 8, 12], 16, 2, 0, "boundaries run from 0 to 12, but the row from 0 to 16"),
         ([4, 8, 16], 16, 2, 0, "boundaries run from 4 to 16"),
-        ([0, 8, 4, 16], 16, 2, 0, "sequence 1: -4 rows"),
-        ([0, 8, 18], 18, 2, 0, "the row has 18 rows, not a multiple"),
+        ([0, 8, 4, 16], 16, 2, 0, "sequence 1: -4 positions"),
+        ([0, 8, 18], 18, 2, 0, "the row has 18 positions, not a multiple"),
         ([0, 8, 16], 16, 2, 2, "cp_rank is 2"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_model_trains():
         model = tiny.llava_model(img_size=28, language={"hidden_dropout": 0.1})
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        row = {**parity.pack(tiny.samples(1, img_size=28)), "cu_seqlens": None}
+        row = {**parity.collate(tiny.samples(1, img_size=28)), "cu_seqlens": None}
         losses = []
         for _ in range(5):
             loss, mask = parity.forward(model, row)

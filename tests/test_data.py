@@ -1,8 +1,8 @@
 """Packing: every sample in one row or in the report, rows that fit, samples as they were."""
 
+import dataclasses
 import pickle
 import time
-from dataclasses import fields
 
 import hypothesis.strategies as st
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import given, settings
 import mcore_packing as mp
 from mcore_packing import ops, parity
 from mcore_packing.data import algorithms
-from mcore_packing.data import rows as rows_room
 from mcore_packing.testing import tiny
 from mcore_packing.testing.lengths import llava_mix
 
@@ -20,14 +19,18 @@ from . import packs
 
 SIZE = 28
 IMAGE = packs.IMAGE
-ROWS_PER_TILE = packs.ROWS_PER_TILE
-OPTIONS = {"img_seq_len": ROWS_PER_TILE}
+TOKENS_PER_TILE = packs.TOKENS_PER_TILE
+SPEC = mp.RowSpec(img_seq_len=TOKENS_PER_TILE)
 PARALLEL = [
     mp.alignment(cp_size, 8, sequence_parallel, fp8_align)
     for cp_size in (1, 2, 8, 64)
     for sequence_parallel in (False, True)
     for fp8_align in (1, 16, 128)
 ]
+
+
+def spec_of(**fields) -> mp.RowSpec:
+    return dataclasses.replace(SPEC, **fields)
 
 
 def make_sample(tokens: list[int], index: int = 0, labels: str = "none", key: bool = False) -> dict:
@@ -82,15 +85,8 @@ def test_every_sample_is_in_one_row_that_fits_or_in_the_report(
     seq_multiple, total_multiple = multiples
     capacity = total_multiple * -(-room // total_multiple) + spare % total_multiple
     samples = make_samples(structure, labels=labels, key=key)
-    rows, report = mp.data.pack(
-        samples,
-        capacity,
-        algorithm,
-        seq_multiple=seq_multiple,
-        total_multiple=total_multiple,
-        **OPTIONS,
-        **flags,
-    )
+    spec = spec_of(seq_multiple=seq_multiple, total_multiple=total_multiple)
+    rows, report = mp.data.pack(samples, spec, capacity, algorithm, **flags)
     refused = [entry.index for entry in report.refused]
     assert sorted([index for row in rows for index in row.indices] + refused) == list(
         range(len(samples))
@@ -98,7 +94,7 @@ def test_every_sample_is_in_one_row_that_fits_or_in_the_report(
     for entry in report.refused:
         sample = samples[entry.index]
         length = len(structure[entry.index]) + sum(
-            tiles * ROWS_PER_TILE - 1 for tiles in structure[entry.index] if tiles
+            tiles * TOKENS_PER_TILE - 1 for tiles in structure[entry.index] if tiles
         )
         is_empty = sample["input_ids"].numel() == 0
         assert entry.cause == ("EmptySample" if is_empty else "SampleTooLong")
@@ -120,7 +116,7 @@ def test_every_sample_is_in_one_row_that_fits_or_in_the_report(
 def test_a_row_is_its_samples_one_behind_the_other(labels):
     structure = [[0, 1, 0, 0], [2, 0], [0, 0, 0], [0, 0, 3]]
     samples = make_samples(structure, labels=labels)
-    packer = mp.data.get_packer("first_fit", 100, seq_multiple=4, total_multiple=8, **OPTIONS)
+    packer = mp.data.get_packer("first_fit", spec_of(seq_multiple=4, total_multiple=8), 100)
     row = packer.join(samples)
     alone = [packer.join([sample]) for sample in samples]
     for name in ("input_ids", "labels", "loss_mask", "position_ids"):
@@ -139,36 +135,35 @@ def test_a_row_is_its_samples_one_behind_the_other(labels):
 
 
 def test_a_row_without_images_has_tensors_too():
-    (row,), _ = mp.data.pack(make_samples([[0, 0], [0]]), 8, **OPTIONS)
+    (row,), _ = mp.data.pack(make_samples([[0, 0], [0]]), SPEC, 8)
     assert row.images.numel() == 0
     assert row.num_image_tiles.shape == (0,) and row.num_image_tiles.dtype == torch.int32
 
 
-def test_rows_of_each_image_in_place_of_tiles():
+def test_tokens_per_image_in_place_of_tiles():
     """Dynamic resolution: what an image becomes is said, not counted in tiles."""
     sample = make_sample([0, 1, 0, 1])
     sample["tokens_per_image"] = [7, 3]
-    (row,), report = mp.data.pack([{**sample, "num_image_tiles": [1, 1]}], 12)
-    assert row.layout.cu_image_rows.tolist() == [0, 7, 10] and report.num_real == 12
+    (row,), report = mp.data.pack([{**sample, "num_image_tiles": [1, 1]}], mp.RowSpec(), 12)
+    assert row.layout.cu_image_embeddings.tolist() == [0, 7, 10] and report.num_real == 12
     del sample["num_image_tiles"]
     sample["images"] = torch.zeros(30, 588)  # patches
-    (row,), _ = mp.data.pack([sample], None, max_expanded=12)
+    (row,), _ = mp.data.pack([sample], mp.RowSpec(max_length=12))
     assert row.num_image_tiles.tolist() == [1, 1] and row.images.shape == (30, 588)
     assert all(map(same, mp.data.split(row), [sample]))
 
 
 def test_rows_of_a_fixed_length():
     """Pipelines exchange rows of one length: the tail takes what is left."""
-    rows, report = mp.data.pack(
-        make_samples([[0] * 9, [0] * 7, [0] * 5]), None, "first_fit", num_padded_rows=16
-    )
+    samples = make_samples([[0] * 9, [0] * 7, [0] * 5])
+    rows, report = mp.data.pack(samples, mp.RowSpec(fixed_length=16), algorithm="first_fit")
     assert [row.layout.num_expanded for row in rows] == [16, 16]
     assert report.capacity == 16 and "65.6% filled" in str(report)
 
 
 def test_rows_are_made_when_asked_for_and_travel():
     samples = make_samples([[0, 1, 0], [0, 0], [2, 0, 0], [0]], labels="some")
-    rows, _ = mp.data.pack(samples, 12, "first_fit", **OPTIONS)
+    rows, _ = mp.data.pack(samples, SPEC, 12, "first_fit")
     assert len(rows) == 2 and len(rows[1:]) == 1 and rows[-1].indices == rows[1].indices
     loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2)
     for sent, here in zip(loader, rows, strict=True):
@@ -191,16 +186,16 @@ def test_samples_may_come_from_a_dataset_or_an_iterator():
         def __getitem__(self, index):
             return samples[index]
 
-    expected, _ = mp.data.pack(samples, 12, **OPTIONS)
+    expected, _ = mp.data.pack(samples, SPEC, 12)
     for source in (Dataset(), iter(samples)):
-        rows, _ = mp.data.pack(source, 12, **OPTIONS)
+        rows, _ = mp.data.pack(source, SPEC, 12)
         assert rows.bins == expected.bins
         assert torch.equal(rows[0].input_ids, expected[0].input_ids)
 
 
 def test_a_stream_is_packed_buffer_by_buffer():
     samples = make_samples([[0] * (1 + i % 5) for i in range(11)] + [[]])
-    packer = mp.data.get_packer("best_fit_decreasing", 6)
+    packer = mp.data.get_packer("best_fit_decreasing", SPEC, 6)
     seen, total, counts = [], mp.data.Report(), []
     for rows, report in packer.stream(iter(samples), 5):
         seen += [int(ids[0]) // 1000 - 1 for row in rows for ids in row.input_ids[0].split(
@@ -224,7 +219,7 @@ WRONG = {
     "too long": (
         {"input_ids": torch.tensor([IMAGE] + [7] * 94)},
         "SampleTooLong",
-        "99 expanded rows, 100 when",
+        "99 positions, 100 when",
     ),
     "labels": ({"labels": torch.arange(2)}, "PackingError", "labels have 2 entries, but input_ids"),
     "a label of -1": ({"labels": torch.tensor([5, -1, -100])}, "PackingError", "label 1 is -1"),
@@ -241,7 +236,7 @@ WRONG = {
     "floats": ({"num_image_tiles": torch.tensor([1.0])}, "PackingError", "expected positive ints"),
     "pixels": ({"images": torch.zeros(1, 3, 2, 2)}, "PackingError", "[3, 2, 2] each, but those"),
     "a path": ({"images": "cat.jpg"}, "PackingError", "images: found str, expected a tensor"),
-    "rows without images": (
+    "tokens without images": (
         {"images": None, "num_image_tiles": None, "tokens_per_image": [4]},
         "PackingError",
         "names 1 images, but there are none",
@@ -254,55 +249,64 @@ def test_a_wrong_sample_is_named_and_the_others_are_packed(name):
     change, cause, reason = WRONG[name]
     samples = make_samples([[0, 1, 0, 0], [0, 1, 0], [1, 0]], key=True)
     samples[1] |= change
-    options = {"seq_multiple": 4, **OPTIONS}
-    rows, report = mp.data.pack(samples, 32, **options)
+    spec = spec_of(seq_multiple=4)
+    rows, report = mp.data.pack(samples, spec, 32)
     assert sorted(index for row in rows for index in row.indices) == [0, 2]
     (refused,) = report.refused
     assert (refused.index, refused.key, refused.cause) == (1, "shard/1", cause)
     assert reason in refused.reason and report.causes == {cause: 1}
     assert f"sample 1 (shard/1): {refused.reason}" in str(report)
     with pytest.raises(mp.PackingError) as caught:
-        mp.data.pack(samples, 32, on_refused="raise", **options)
+        mp.data.pack(samples, spec, 32, on_refused="raise")
     assert str(caught.value) == f"sample 1 (shard/1): {refused.reason}"
     assert type(caught.value).__name__ == cause
 
 
 def test_no_sample_at_all():
-    rows, report = mp.data.pack([], 8)
+    rows, report = mp.data.pack([], SPEC, 8)
     assert len(rows) == 0 and str(report).startswith("0 of 0 samples in 0 rows")
-    rows, report = mp.data.pack([7], 8)
+    rows, report = mp.data.pack([7], SPEC, 8)
     assert len(rows) == 0 and report.refused[0].reason == "a sample is a int, expected a dict"
 
 
 def test_a_long_report_is_short_in_print():
-    _, report = mp.data.pack([{"input_ids": torch.tensor([])}] * 30, 8)
+    _, report = mp.data.pack([{"input_ids": torch.tensor([])}] * 30, SPEC, 8)
     assert len(str(report).splitlines()) == 13 and "and 20 more" in str(report)
 
 
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"capacity": None}, "capacity is None, and there is no max_expanded"),
-        ({"max_expanded": 7}, "capacity is 8, but the model takes rows of at most 7"),
-        ({"num_padded_rows": 7}, "capacity is 8, but the model takes rows of at most 7"),
-        ({"total_multiple": 16}, "capacity is 8, expected at least 16"),
+        ({"spec": None}, "spec is None, expected a mp.RowSpec"),
+        ({"spec": 8}, "spec is 8, expected a mp.RowSpec"),  # the capacity of 0.1
+        ({"capacity": 8.0}, "capacity is 8.0, expected an int"),
+        ({"spec": spec_of(max_length=7)}, "capacity is 8, but the model takes rows of at most 7"),
+        ({"spec": spec_of(fixed_length=7)}, "capacity is 8, but the model takes rows of at most 7"),
+        ({"spec": spec_of(total_multiple=16)}, "capacity is 8, expected at least 16"),
         ({"algorithm": "worst_fit"}, "algorithm is 'worst_fit', expected one of concatenative"),
-        ({"on_refused": "skip"}, "on_refused is 'skip'"),
-        ({"space": "flat"}, "space is 'flat'"),
-        ({"on_overflow": "ignore"}, "on_overflow is 'ignore'"),
-        ({"seq_multiple": 0}, "seq_multiple is 0"),
+        ({"on_refused": "skip"}, "on_refused is 'skip', expected 'report' or 'raise'"),
+        ({"img_seq_len": 5}, "takes no img_seq_len= any more: spec=mp.row_spec"),
+        ({"max_expanded": 8}, "takes no max_expanded= any more: spec=mp.row_spec"),
     ],
 )
 def test_options_that_contradict_each_other(options, match):
     with pytest.raises(mp.PackingError, match=match):
-        mp.data.pack([], **{"capacity": 8, **options})
+        mp.data.pack([], **{"spec": SPEC, "capacity": 8, **options})
+
+
+def test_without_a_limit_one_row_takes_all():
+    samples = make_samples([[0] * 900, [1, 0], [0] * 5000, []])
+    rows, report = mp.data.pack(samples, spec_of(seq_multiple=4))
+    assert len(rows) == 1 and sorted(rows[0].indices) == [0, 1, 2]
+    assert report.capacity == rows[0].layout.num_expanded == 5908
+    assert report.fill_aligned == 1
 
 
 def test_img_seq_len_is_asked_for():
     with pytest.raises(TypeError, match="img_seq_len"):
-        mp.data.pack(make_samples([[1, 0]]), 32)
+        mp.data.pack(make_samples([[1, 0]]), mp.RowSpec(), 32)
     with pytest.raises(TypeError, match="no_such_option"):
-        mp.data.pack([], 32, no_such_option=1)
+        mp.data.pack([], SPEC, 32, no_such_option=1)
 
 
 # Algorithms
@@ -387,7 +391,7 @@ def test_a_length_that_no_bin_holds_is_refused(lengths):
 
 def test_a_llava_mix_fills_rows_in_time():
     lengths = llava_mix(100_000)
-    packer = mp.data.get_packer("modified_first_fit_decreasing", 4096)
+    packer = mp.data.get_packer("modified_first_fit_decreasing", SPEC, 4096)
     begin = time.perf_counter()
     bins = packer.place(lengths)
     assert time.perf_counter() - begin < 5  # 0.3 s; scripts/bench_pack.py measures
@@ -429,8 +433,7 @@ def test_rows_run_as_their_samples_do(positions, monkeypatch):
     model = tiny.llava_model(positions, img_size=SIZE)
     samples = tiny.samples(9, img_size=SIZE)
     samples.append({"input_ids": torch.arange(1, 20)})
-    model_options = {"image_token_id": model.image_token_index, "img_seq_len": model.img_seq_len}
-    rows, report = mp.data.pack(samples, 256, **model_options, **mp.layout_options(model))
+    rows, report = mp.data.pack(samples, mp.row_spec(model), 256)
     assert not report.refused and len(rows) > 1
     rows = list(rows)
     with mp.install(model), torch.no_grad():
@@ -449,11 +452,9 @@ def test_rows_run_as_their_samples_do(positions, monkeypatch):
 
 
 @pytest.mark.usefixtures("megatron")
-def test_every_layout_option_of_a_model_is_taken():
+def test_the_capacity_of_a_model():
     model = tiny.llava_model("rope", img_size=SIZE, max_sequence_length=100)
-    options = mp.layout_options(model)
-    assert set(options) <= {field.name for field in fields(rows_room.Packer)}
-    _, report = mp.data.pack(tiny.samples(3, img_size=SIZE), None, img_seq_len=5, **options)
+    _, report = mp.data.pack(tiny.samples(3, img_size=SIZE), mp.row_spec(model))
     assert report.capacity == 100
     assert [refused.cause for refused in report.refused] == ["SampleTooLong"] * len(report.refused)
 
@@ -463,18 +464,18 @@ def test_what_can_be_packed():
         def __iter__(self):
             return iter(make_samples([[0, 1, 0], [0, 0]]))
 
-    rows, report = mp.data.pack(Stream(), 32, **OPTIONS)
+    rows, report = mp.data.pack(Stream(), SPEC, 32)
     assert report.num_samples == 2 and len(rows) == 1
     with pytest.raises(mp.PackingError, match="one mapping"):
-        mp.data.pack({"a": 1}, 32, **OPTIONS)
+        mp.data.pack({"a": 1}, SPEC, 32)
     with pytest.raises(mp.PackingError, match="buffer_size is 0"):
-        next(mp.data.get_packer("best_fit", 32, **OPTIONS).stream([], 0))
-    with pytest.raises(mp.PackingError, match="img_seq_len is 0"):
-        mp.data.get_packer("best_fit", 32, img_seq_len=0)
+        next(mp.data.get_packer("best_fit", SPEC, 32).stream([], 0))
+    with pytest.raises(mp.PackingError, match="takes no seq_multiple= any more"):
+        mp.data.get_packer("best_fit", SPEC, 32, seq_multiple=4)
 
 
 def test_a_text_with_no_image_tensor_is_packed_beside_images():
     samples = make_samples([[0, 0], [0, 1, 0]])
     samples[0]["images"] = torch.empty(0)
-    rows, report = mp.data.pack(samples, 64, **OPTIONS)
+    rows, report = mp.data.pack(samples, SPEC, 64)
     assert not report.refused and len(rows[0].images) == len(samples[1]["images"])

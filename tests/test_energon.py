@@ -16,7 +16,7 @@ energon = pytest.importorskip("megatron.energon", reason="needs megatron-energon
 from megatron.energon.flavors.webdataset.base_webdataset import BaseWebdatasetFactory  # noqa: E402
 from PIL import Image  # noqa: E402
 
-SIZE, ROWS_PER_TILE, CAPACITY = 8, 4, 64
+SIZE, TOKENS_PER_TILE, CAPACITY = 8, 4, 64
 WORDS = ["<pad>", "<image>", *(f"w{i}" for i in range(90))]
 NUM_GOOD = 60
 DATASET = """
@@ -82,11 +82,11 @@ def dataset(tmp_path_factory):
 
 
 def encoder(**options):
-    settings = {"seq_multiple": 2, "img_seq_len": ROWS_PER_TILE} | options
-    name = settings.pop("algorithm", "modified_first_fit_decreasing")
+    spec = mp.RowSpec(seq_multiple=2, img_seq_len=TOKENS_PER_TILE)
+    name = options.pop("algorithm", "modified_first_fit_decreasing")
 
     class Encoder(mp.data.energon.PackingTaskEncoder):
-        packer = mp.data.get_packer(name, CAPACITY, **settings)
+        packer = mp.data.get_packer(name, spec, CAPACITY, **options)
 
         def make_sample(self, sample) -> dict:
             if sample.__key__ == "skipped-by-the-user":
@@ -143,7 +143,7 @@ def test_a_row_has_what_the_model_takes_and_both_spaces(dataset):
         assert len(row.indices) == len(row.__key__) == row.layout.num_seqs
         assert row.layout.num_expanded <= CAPACITY
         tokens = row.layout.cu_seqlens_collapsed.diff()
-        assert torch.equal(row.layout.cu_seqlens_expanded.diff(), tokens + ROWS_PER_TILE - 1)
+        assert torch.equal(row.layout.cu_seqlens_expanded.diff(), tokens + TOKENS_PER_TILE - 1)
         assert row.to(dtype=torch.bfloat16).__key__ == row.__key__
         for key, sample in zip(row.__key__, mp.data.split(row), strict=True):
             number = int(key[5:])

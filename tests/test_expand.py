@@ -10,14 +10,9 @@ from mcore_packing import PackedLayout
 from mcore_packing.expand import expand_tokens, source_positions
 
 from . import oracle
-from .packs import IMAGE, NAMED, Row, make_row, structures
+from .packs import IMAGE, NAMED, Row, build, make_row, structures
 
 pytestmark = pytest.mark.usefixtures("megatron", "poisoned_memory")
-
-
-def build(row: Row, **kwargs) -> PackedLayout:
-    kwargs = {"space": "collapsed", **kwargs}
-    return PackedLayout.build(row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, **kwargs)
 
 
 def expand(row: Row, layout: PackedLayout, **rank):
@@ -75,7 +70,7 @@ def test_a_label_from_the_next_sequence_is_dropped():
 
 
 @hypothesis.given(structures(), st.integers(1, 6), st.integers(1, 3))
-def test_padding_rows_are_zero_and_masked(structure, seq_multiple, factor):
+def test_padding_is_zero_and_masked(structure, seq_multiple, factor):
     row = make_row(structure)
     layout = build(row, seq_multiple=seq_multiple, total_multiple=seq_multiple * factor)
     embeddings, labels, loss_mask = expand(row, layout)
@@ -90,7 +85,7 @@ def test_padding_rows_are_zero_and_masked(structure, seq_multiple, factor):
 def test_truncation_equals_megatrons_front(structure, longest):
     row = make_row(structure)
     expected = (x[:longest] for x in oracle.concatenated(row))
-    layout = build(row, max_expanded=longest, on_overflow="truncate")
+    layout = build(row, max_length=longest, on_overflow="truncate")
     assert_equal(expand(row, layout), expected)
 
 
@@ -100,7 +95,7 @@ def test_adjoint(structure, cp_size, data):
     row = make_row(structure, dtype=torch.float64)
     rank = {"cp_size": cp_size, "cp_rank": data.draw(st.integers(0, cp_size - 1))}
     longest = data.draw(st.one_of(st.none(), st.integers(1, 8).map(lambda n: 8 * n)))
-    options = {"seq_multiple": 2 * cp_size, "max_expanded": longest}
+    options = {"seq_multiple": 2 * cp_size, "max_length": longest}
     layout = build(row, on_overflow="truncate", **options)
     text, images = row.text.requires_grad_(), row.images.requires_grad_()
     embeddings = mp.expand_embeddings(layout, text, images, **rank)
@@ -114,12 +109,12 @@ def test_adjoint(structure, cp_size, data):
     assert used.unique().numel() == used.numel()
 
 
-def test_collapsing_gives_the_text_rows_back():
+def test_collapsing_gives_the_text_back():
     row = make_row(NAMED["T63-N5-B3"])
     layout = build(row)
     embeddings = mp.expand_embeddings(layout, row.text, row.images)
     is_text = row.input_ids != IMAGE
-    positions = source_positions(layout, row.num_image_rows).text[is_text].long()
+    positions = source_positions(layout, row.num_image_embeddings).text[is_text].long()
     torch.testing.assert_close(embeddings[positions], row.text[is_text], rtol=0, atol=0)
 
 
@@ -155,7 +150,7 @@ def test_any_loss_mask(dtype):
     assert_equal(expand(row, build(row)), oracle.concatenated(row))
 
 
-def test_flat_images_are_the_same_rows():
+def test_flat_images_are_the_same():
     row = make_row(NAMED["adjacent-images"])
     flat = row.images.transpose(0, 1).reshape(-1, row.images.shape[2])
     layout = build(row)
@@ -167,7 +162,7 @@ def test_flat_images_are_the_same_rows():
     )
 
 
-def test_strided_inputs_are_the_same_rows():
+def test_strided_inputs_are_the_same():
     row = make_row(NAMED["adjacent-images"])
     layout = build(row)
     text = row.text.t().contiguous().t().requires_grad_()
@@ -215,8 +210,8 @@ def test_differentiating_twice_is_refused():
     "change, error, message",
     [
         ({"text": torch.ones(5, 4)}, mp.PackingError, r"text is \[5, 4\], expected \[4, H\]"),
-        ({"images": torch.ones(4, 1, 4)}, mp.PlaceholderMismatch, "images have 4 rows, but"),
-        ({"images": None}, mp.PlaceholderMismatch, "images have 0 rows, but"),
+        ({"images": torch.ones(4, 1, 4)}, mp.PlaceholderMismatch, "images hold 4 embeddings, but"),
+        ({"images": None}, mp.PlaceholderMismatch, "images hold 0 embeddings, but"),
         ({"images": torch.ones(5, 1, 3)}, mp.PackingError, r"images are \[5, 1, 3\]"),
         ({"images": torch.ones(5, 1, 4).half()}, mp.PackingError, r"expected .* like text"),
         ({"images": torch.ones(5)}, mp.PackingError, r"images are \[5\]"),

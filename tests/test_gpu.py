@@ -1,33 +1,33 @@
 """What only a GPU can show: Transformer Engine, host synchronisations, graphs, memory, bounds."""
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, parity, reference
+from mcore_packing import PackedLayout, parity
 from mcore_packing.testing import tiny
 
-from .packs import IMAGE, NAMED, make_row
+from . import packs
+from .models import both_expansions, install
+from .packs import IMAGE, NAMED, lay_out, make_row
 
 pytestmark = pytest.mark.gpu
 SIZE = 28
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def build(row, **kwargs):
+def build(row, **options):
     """A layout that does not look: one launch, no synchronisation."""
-    kwargs = {"space": "collapsed", "num_image_rows": row.num_image_rows, **kwargs}
-    return PackedLayout.build(row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, **kwargs)
+    return packs.build(row, num_image_embeddings=row.num_image_embeddings, **options)
 
 
 def long_row(num_seqs=8, hidden_size=256, dtype=torch.bfloat16):
-    """About 20 k expanded rows on the GPU."""
+    """About 20 k positions on the GPU."""
     sequence = [0] * 300 + [1] + [0] * 100 + [3] + [0] * 30
-    return make_row([sequence] * num_seqs, rows_per_tile=576, hidden_size=hidden_size, dtype=dtype,
-                    device="cuda")  # fmt: skip
+    shape = {"tokens_per_tile": 576, "hidden_size": hidden_size, "dtype": dtype}
+    return make_row([sequence] * num_seqs, **shape, device="cuda")
 
 
 @contextlib.contextmanager
@@ -44,11 +44,11 @@ def no_synchronisation():
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
 @pytest.mark.parametrize("count", [1, 4, 16])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
-def test_forward_packed_vs_batched(count, positions, fused):
+@both_expansions
+def test_forward_packed_vs_batched(count, positions, ours):
     model, samples = tiny.llava_model(positions), tiny.samples(count)
     alone = parity.run_alone(model, samples)
-    with mp.install(model, space="collapsed", fused=fused):
+    with install(model, ours):
         result = parity.compare(model, samples, alone)
     assert result.token_mult_prob_error < 1.02 and result.lost_labels == 0, tiny.attention_name()
     if positions == "learned_absolute":
@@ -62,7 +62,7 @@ def test_expansion_equals_the_cpu(structure, dtype):
     rows = {device: make_row(structure, dtype=dtype, device=device) for device in ("cuda", "cpu")}
     results = {}
     for device, row in rows.items():
-        layout = build(row, seq_multiple=4, num_padded_rows=400)
+        layout = build(row, seq_multiple=4, fixed_length=400)
         layout.check()
         text, images = row.text.requires_grad_(), row.images.requires_grad_()
         embeddings = mp.expand_embeddings(layout, text, images)
@@ -79,13 +79,10 @@ def test_expansion_equals_the_cpu(structure, dtype):
 
 def test_no_synchronisation_forward_and_backward():
     row = long_row()
-    num_image_rows = row.num_image_rows
     text, images = row.text.requires_grad_(), row.images.requires_grad_()
+    known = row.num_image_embeddings
     with no_synchronisation():
-        layout = PackedLayout.build(
-            row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE,
-            num_image_rows=num_image_rows, seq_multiple=8, total_multiple=64,
-        )  # fmt: skip
+        layout = packs.build(row, num_image_embeddings=known, seq_multiple=8, total_multiple=64)
         embeddings = mp.expand_embeddings(layout, text, images)
         mp.expand_labels(layout, row.labels, row.loss_mask)
         mp.packed_seq_params(layout, seq_idx=True)
@@ -111,13 +108,12 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("rides_along", [False, True], ids=["built-in-the-model", "rides-along"])
 def test_one_wait_before_the_language_model_or_none(rides_along, waits):
     model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
-    row = parity.pack(samples)
+    row = parity.collate(samples)
     events, lengths = [], []
     if rides_along:
-        rows = row["num_image_tiles"].cpu() * model.img_seq_len
+        counts = row["num_image_tiles"].cpu() * model.img_seq_len
         ids, edges = row["input_ids"].cpu(), row["cu_seqlens"].cpu()
-        options = {**mp.layout_options(model), "space": "collapsed"}
-        layout = PackedLayout.build(ids, edges, rows, tiny.IMAGE_TOKEN_ID, **options)
+        layout = PackedLayout.build(ids, edges, counts, mp.row_spec(model), space="collapsed")
         row["packed_seq_params"] = mp.packed_seq_params(layout.to("cuda"))
 
     def before(module, args, kwargs):
@@ -140,7 +136,7 @@ def test_one_wait_before_the_language_model_or_none(rides_along, waits):
 @pytest.mark.usefixtures("megatron")
 def test_a_bad_row_raises_before_any_layer():
     model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
-    row = parity.pack(samples)
+    row = parity.collate(samples)
     layers = []
     model.language_model.decoder.layers[0].register_forward_pre_hook(lambda *_: layers.append(1))
     with mp.install(model, space="collapsed") as handle:
@@ -159,8 +155,8 @@ def test_a_bad_layout_stays_in_bounds():
     # Guards around every tensor: no kernel writes outside, whatever it is given.
     row = make_row(NAMED["T63-N5-B3"], device="cuda")
     row.tokens_per_image[2] = -7
-    layout = build(row, num_padded_rows=400)
-    layout = dataclasses.replace(layout, num_image_rows=row.images.shape[:2].numel())
+    layout = build(row, fixed_length=400)
+    layout.num_image_embeddings = row.images.shape[:2].numel()
     mp.expand_embeddings(layout, row.text, row.images)
     torch.cuda.synchronize()
     with pytest.raises(mp.PackingError, match="image 2: tokens_per_image is -7"):
@@ -168,23 +164,22 @@ def test_a_bad_layout_stays_in_bounds():
 
 
 def test_offsets_beyond_int32():
-    hidden_size, tiles, rows_per_tile = 8192, 500, 576  # 2.4 G elements, 4.7 GB
+    hidden_size, tiles, per_tile = 8192, 500, 576  # 2.4 G elements, 4.7 GB
     ids = torch.full((2 * tiles,), 7, device="cuda")
     ids[1::2] = IMAGE
     cu_seqlens = torch.tensor([0, 2 * tiles], dtype=torch.int32, device="cuda")
-    rows = torch.full((tiles,), rows_per_tile, dtype=torch.int32, device="cuda")
-    num_rows = tiles * rows_per_tile
-    layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, "collapsed", num_image_rows=num_rows)
+    counts = torch.full((tiles,), per_tile, dtype=torch.int32, device="cuda")
+    layout = lay_out(ids, cu_seqlens, counts, num_image_embeddings=tiles * per_tile)
     options = {"dtype": torch.bfloat16, "device": "cuda"}
     text = torch.randn(2 * tiles, hidden_size, **options)
-    images = torch.randn(rows_per_tile, tiles, hidden_size, **options)
+    images = torch.randn(per_tile, tiles, hidden_size, **options)
     out = mp.expand_embeddings(layout, text, images)
     layout.check()
     assert out.numel() > 2**31
-    for tile in (0, 1, tiles // 2, tiles - 1):  # each text row, then the rows of its tile
-        start = tile * (rows_per_tile + 1)
+    for tile in (0, 1, tiles // 2, tiles - 1):  # each text, then the embeddings of its tile
+        start = tile * (per_tile + 1)
         assert torch.equal(out[start], text[2 * tile])
-        assert torch.equal(out[start + 1 : start + 1 + rows_per_tile], images[:, tile])
+        assert torch.equal(out[start + 1 : start + 1 + per_tile], images[:, tile])
 
 
 def test_memory_is_the_output_and_the_index():
@@ -199,23 +194,23 @@ def test_memory_is_the_output_and_the_index():
 
 
 def test_a_captured_graph_replays_with_other_boundaries():
-    # The same capacity: tokens, images and image rows in all; fewer sequences repeat the last
+    # The same numbers of tokens, images and embeddings in all; fewer sequences repeat the last
     # value.
     a, b, c = [0] * 300 + [1] + [0] * 99, [0] * 50 + [2, 0], [3] + [0] * 147
     structures = [[a, b, c, a, b, c], [c, a, b + a, c + b], [a + b + c + c + b + a]]
-    shape = {"rows_per_tile": 576, "hidden_size": 256, "device": "cuda"}
+    shape = {"tokens_per_tile": 576, "hidden_size": 256, "device": "cuda"}
     rows = [make_row(structure, seed=seed, **shape) for seed, structure in enumerate(structures)]
-    capacity, num_image_rows = 7, rows[0].num_image_rows
-    num_rows = -(-(rows[0].input_ids.numel() + num_image_rows + 6 * 3) // 64) * 64
+    entries, known = 7, rows[0].num_image_embeddings
+    length = -(-(rows[0].input_ids.numel() + known + 6 * 3) // 64) * 64
     names = ("input_ids", "cu_seqlens", "tokens_per_image", "text", "images", "labels", "loss_mask")
     static = {name: getattr(rows[0], name).clone() for name in names}
     sources = static["text"].requires_grad_(), static["images"].requires_grad_()
-    y = torch.randn(num_rows, shape["hidden_size"], device="cuda")
+    y = torch.randn(length, shape["hidden_size"], device="cuda")
 
     def step():
-        layout = PackedLayout.build(
-            static["input_ids"], static["cu_seqlens"], static["tokens_per_image"], IMAGE,
-            "collapsed", num_image_rows=num_image_rows, num_padded_rows=num_rows, seq_multiple=4,
+        layout = lay_out(
+            static["input_ids"], static["cu_seqlens"], static["tokens_per_image"],
+            num_image_embeddings=known, fixed_length=length, seq_multiple=4,
         )  # fmt: skip
         embeddings = mp.expand_embeddings(layout, static["text"], static["images"])
         labels, loss_mask = mp.expand_labels(layout, static["labels"], static["loss_mask"])
@@ -229,7 +224,7 @@ def test_a_captured_graph_replays_with_other_boundaries():
     with torch.cuda.graph(graph):
         captured = step()
     for row in rows:
-        spare = capacity - row.cu_seqlens.numel()
+        spare = entries - row.cu_seqlens.numel()
         last = row.cu_seqlens[-1:]
         row.cu_seqlens = torch.cat([row.cu_seqlens, last.expand(spare)])
         with torch.no_grad():
@@ -246,7 +241,7 @@ def test_a_captured_graph_replays_with_other_boundaries():
 def test_a_captured_hook_asserts_instead():
     # Nothing is read while a stream captures: the bound serves, and an assertion on the GPU.
     model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
-    row = parity.pack(samples)
+    row = parity.collate(samples)
     given, lengths = [], []
 
     def reach(module, args, kwargs):
@@ -288,7 +283,8 @@ def test_partition_equals_transformer_engines(cp_size):
 
 
 @pytest.mark.parametrize(
-    "op", ["layout", "expand_tokens", "source_positions", "expand_rows", "collect_rows"]
+    "op",
+    ["layout", "expand_tokens", "source_positions", "expand_embeddings", "collect_gradients"],
 )
 def test_opcheck_on_a_gpu(op):
     from . import test_ops
@@ -336,12 +332,3 @@ def test_varlen_attention_equals_sdpa():
             query.float(), key.float(), value.float(), params, mask_type == AttnMaskType.causal
         )
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
-
-
-def test_the_reference_runs_on_a_gpu_too():
-    row = make_row(NAMED["T63-N5-B3"], device="cuda")
-    layout = build(row, seq_multiple=4, num_padded_rows=400)
-    given = (row.input_ids, row.cu_seqlens, None, row.tokens_per_image, IMAGE, False, False, -1, -1)
-    expected = reference.layout(*given, 400, 4, False)
-    assert torch.equal(layout.cu_seqlens_padded, expected.cu_seqlens_padded)
-    assert torch.equal(layout.expanded_start, expected.expanded_start)

@@ -47,7 +47,7 @@ def test_the_model_provider_installs_the_hook(version):
     namespace = {}
     exec(f"def provide(model):\n{body}", namespace)
     model = namespace["provide"](model_of())
-    assert isinstance(model, LLaVAModel) and model._packing_hook.settings.raises_if_missing
+    assert isinstance(model, LLaVAModel) and model._packing_hook.plan.space == "expanded"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -109,9 +109,9 @@ def test_a_middle_stage_with_tokens_moves_its_boundaries():
     for name, chunk in (("first", model), ("middle", stage)):
         chunk._language_is_pipeline_parallel = True
         chunk.language_model.register_forward_pre_hook(see(name), with_kwargs=True)
-    row = parity.pack(tiny.samples(4, img_size=SIZE))
+    row = parity.collate(tiny.samples(4, img_size=SIZE))
     stage.set_input_tensor(torch.randn(512, 1, 64))
-    with mp.install([model, stage], space="collapsed", on_missing="raise"), torch.no_grad():
+    with mp.install([model, stage], space="collapsed"), torch.no_grad():
         parity.forward(model, row)
         parity.forward(stage, row)
     assert torch.equal(seen["middle"].cu_seqlens_q, seen["first"].cu_seqlens_q)
@@ -194,13 +194,12 @@ def test_the_lines_on_pipelines():
     (block,) = blocks_of("docs/parallelism.md")
     send, receive = block.split("...\n")
     model = model_of("rope")
-    row = parity.pack(tiny.samples(4, img_size=SIZE))
+    row = parity.collate(tiny.samples(4, img_size=SIZE))
     namespace = namespace_of(model) | {
         "tokens": row["input_ids"],
         "cu_seqlens": row["cu_seqlens"],
         "num_image_tiles": row["num_image_tiles"],
         "img_seq_len": model.img_seq_len,
-        "image_token_id": tiny.IMAGE_TOKEN_ID,
     }
     with mp.install(model, space="collapsed"):
         exec(send, namespace)

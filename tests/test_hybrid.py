@@ -5,13 +5,16 @@ import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 import mcore_packing as mp
+from mcore_packing.megatron.plan import takes_boundaries
+from mcore_packing.megatron.releases import PACKED_SEQ_FIELDS
 from mcore_packing.testing import tiny
-from mcore_packing.versions import PACKED_SEQ_FIELDS, takes_boundaries
 
 try:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 except ImportError:
     from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
+
+from .models import both_expansions, install
 
 pytestmark = [
     pytest.mark.usefixtures("megatron"),
@@ -23,7 +26,7 @@ SIZE = 56
 
 
 class RunningMean(torch.nn.Module):
-    """A recurrent layer: adds the mean of all rows so far of the same ``seq_idx``."""
+    """A recurrent layer: adds the mean of all positions so far of the same ``seq_idx``."""
 
     def __init__(self, config, layer_number, **kwargs):
         super().__init__()
@@ -48,7 +51,7 @@ def hybrid(pattern: str) -> LLaVAModel:
     return tiny.llava_model("rope", img_size=SIZE, language_layers=len(pattern), **layers)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries only"])
+@both_expansions
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -62,13 +65,13 @@ def hybrid(pattern: str) -> LLaVAModel:
     ],
 )
 @pytest.mark.parametrize("subclassed", [False, True], ids=["", "subclass"])
-def test_hybrid_packed_vs_one_by_one(pattern, fused, subclassed):
+def test_hybrid_packed_vs_one_by_one(pattern, ours, subclassed):
     model = hybrid(pattern)
     assert isinstance(model.language_model, HybridModel)
     if subclassed:
         model.language_model.__class__ = OfOnesOwn
-    with mp.install(model, space="collapsed", fused=fused):
+    with install(model, ours):
         found = mp.parity.compare(model, tiny.samples(5, img_size=SIZE))
     assert found.token_mult_prob_error == pytest.approx(1, abs=1e-6)
     assert found.max_difference < 1e-5
-    assert not fused or found.lost_labels == 0
+    assert not ours or found.lost_labels == 0

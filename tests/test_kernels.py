@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from mcore_packing import ops, reference, runs
-from mcore_packing.errors import INT32_MAX
-from mcore_packing.faults import Fault
-from mcore_packing.reference import LayoutMaps
+from mcore_packing.errors import INT32_MAX, Fault
+from mcore_packing.reference import parts_of
 
 from .packs import IMAGE
 
@@ -51,7 +50,7 @@ def test_the_hook_on_the_kernels():
     folder = Path(__file__).parent
     chosen = "many_packs or gradients or adjoint or named or fixed_length or truncation_at or ranks"
     chosen += " or looking or before_any_layer"
-    files = [folder / "test_llava.py", folder / "test_expand.py"]
+    files = [*sorted(folder.glob("test_hook_*.py")), folder / "test_expand.py"]
     output = run_interpreted(*map(str, files), "-k", chosen, MCORE_PACKING_TEST_KERNELS="1")
     launched = json.loads(re.search(r"^launched (.*)$", output, re.M).group(1))
     assert launched.keys() == ops.KERNELS.keys() and min(launched.values()) > 20, launched
@@ -92,23 +91,30 @@ def bounds(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
 
 
-def layout_arguments(ids, cu_seqlens, padded, rows, num_rows, **changes) -> dict:
+def layout_arguments(ids, cu_seqlens, padded, counts, length, **changes) -> dict:
     """Arguments of the layout op by name, in its order."""
     return {
         "input_ids": ids,
         "cu_seqlens": cu_seqlens,
         "cu_seqlens_padded": padded,
-        "tokens_per_image": rows,
+        "tokens_per_image": counts,
         "image_token_id": IMAGE,
         "expanded": False,
-        "strict": False,
-        "num_image_rows": -1,
-        "longest_row": -1,
-        "num_rows": num_rows,
+        "num_image_embeddings": -1,
+        "longest": -1,
+        "num_positions": length,
         "seq_multiple": 1,
         "truncate": False,
         **changes,
     }
+
+
+def parts(layout, given: dict) -> dict:
+    """The parts of a layout's tensor by their names, its header left out."""
+    sizes = given["cu_seqlens"].numel() - 1, given["input_ids"].numel()
+    found = parts_of(*sizes, given["tokens_per_image"].numel())
+    names = set(found) - {"header", "end"}
+    return {name: layout.narrow(0, *found[name]) for name in sorted(names)}
 
 
 def random_layout(rng: random.Random, bad: bool) -> dict:
@@ -117,42 +123,43 @@ def random_layout(rng: random.Random, bad: bool) -> dict:
     num_tokens, num_seqs = rng.randint(1, 60), rng.randint(1, 6)
     ids = torch.randint(0, 4, (num_tokens,), generator=generator)
     ids[rng.sample(range(num_tokens), rng.randint(0, min(6, num_tokens)))] = IMAGE
-    rows = torch.randint(1, 40, (int((ids == IMAGE).sum()),), generator=generator)
+    counts = torch.randint(1, 40, (int((ids == IMAGE).sum()),), generator=generator)
     edges = sorted(rng.randint(0, num_tokens) for _ in range(num_seqs))
     if rng.random() < 0.5:
         edges[-1] = num_tokens
     cu_seqlens = torch.tensor([0, *edges], dtype=torch.int32)
-    total = num_tokens - rows.numel() + int(rows.sum())
-    expanded, longest_row = rng.random() < 0.4, -1
+    total = num_tokens - counts.numel() + int(counts.sum())
+    expanded, longest = rng.random() < 0.4, -1
     if expanded:
-        given = layout_arguments(ids, cu_seqlens, None, rows, total, truncate=True)
-        start = reference.layout(**given).expanded_start
+        given = layout_arguments(ids, cu_seqlens, None, counts, total, truncate=True)
+        start = parts(reference.layout(**given), given)["expanded_start"]
         cu_seqlens = start[cu_seqlens.long()]
         if rng.random() < 0.3:  # cut at the model's maximum, anywhere
-            longest_row = rng.randint(1, total)
-            cu_seqlens = cu_seqlens.clamp(max=longest_row)
+            longest = rng.randint(1, total)
+            cu_seqlens = cu_seqlens.clamp(max=longest)
     padded = None
     if rng.random() < 0.3:
         padded = cu_seqlens
         lengths = torch.tensor([rng.randint(0, int(length)) for length in padded.diff()])
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     multiple = rng.choice([1, 1, 2, 4, 8])
-    num_rows = total + num_seqs * (multiple - 1) + rng.choice([0, 5])
-    num_rows = -(-num_rows // multiple) * multiple
+    length = total + num_seqs * (multiple - 1) + rng.choice([0, 5])
+    length = -(-length // multiple) * multiple
     truncate = rng.random() < 0.2
     if truncate:
-        num_rows = rng.randint(0, num_rows) // multiple * multiple
+        length = rng.randint(0, length) // multiple * multiple
     given = layout_arguments(
-        ids, cu_seqlens, padded, rows, num_rows, expanded=expanded, longest_row=longest_row,
-        num_image_rows=rng.choice([-1, int(rows.sum())]), seq_multiple=multiple, truncate=truncate,
+        ids, cu_seqlens, padded, counts, length, expanded=expanded, longest=longest,
+        num_image_embeddings=rng.choice([-1, int(counts.sum())]), seq_multiple=multiple,
+        truncate=truncate,
     )  # fmt: skip
     return given | (spoiled(rng, given, generator) if bad else {})
 
 
 def spoiled(rng, given, generator) -> dict:
     """Any value at all for one or two arguments."""
-    ids, cu_seqlens, padded, rows = list(given.values())[:4]
-    changes = {"strict": rng.random() < 0.3}
+    ids, cu_seqlens, padded, counts = list(given.values())[:4]
+    changes = {}
     for _ in range(rng.randint(1, 2)):
         size = cu_seqlens.numel()
         wild = torch.randint(-(2**31), INT32_MAX, (size,), generator=generator).int()
@@ -160,20 +167,19 @@ def spoiled(rng, given, generator) -> dict:
         near[0] = rng.choice([0, 0, 3])
         sorted_near = near.clamp(min=0).sort().values
         sorted_near[0] = 0
-        kind = rng.choice(
-            [
-                "wild",
-                "near",
-                "sorted",
-                "padded",
-                "swapped",
-                "few",
-                "many",
-                "rows",
-                "known",
-                "length",
-            ]
-        )
+        kinds = [
+            "wild",
+            "near",
+            "sorted",
+            "padded",
+            "swapped",
+            "few",
+            "many",
+            "counts",
+            "known",
+            "length",
+        ]
+        kind = rng.choice(kinds)
         if kind in ("wild", "near", "sorted"):
             changes["cu_seqlens"] = {"wild": wild, "near": near, "sorted": sorted_near}[kind]
         elif kind == "padded":
@@ -181,15 +187,15 @@ def spoiled(rng, given, generator) -> dict:
         elif kind == "swapped" and padded is not None:
             changes |= {"cu_seqlens": padded, "cu_seqlens_padded": cu_seqlens}
         elif kind == "few":
-            changes["tokens_per_image"] = rows[:-1]
+            changes["tokens_per_image"] = counts[:-1]
         elif kind == "many":
-            changes["tokens_per_image"] = torch.cat([rows, rows.new_tensor([3, 5])])
-        elif kind == "rows" and rows.numel():
-            rows[rng.randrange(rows.numel())] = rng.choice([0, -7, INT32_MAX, 2**40, -(2**63)])
+            changes["tokens_per_image"] = torch.cat([counts, counts.new_tensor([3, 5])])
+        elif kind == "counts" and counts.numel():
+            counts[rng.randrange(counts.numel())] = rng.choice([0, -7, INT32_MAX, 2**40, -(2**63)])
         elif kind == "known":
-            changes["num_image_rows"] = rng.randint(0, 99)
+            changes["num_image_embeddings"] = rng.randint(0, 99)
         elif kind == "length":
-            changes |= {"num_rows": rng.randint(0, ids.numel()), "truncate": False}
+            changes |= {"num_positions": rng.randint(0, ids.numel()), "truncate": False}
     if rng.random() < 0.2:
         changes["expanded"] = not given["expanded"]
     return changes
@@ -209,6 +215,11 @@ def assert_same(found, expected, names=None):
         )
 
 
+def assert_same_layout(found, expected, given):
+    found, expected = parts(found, given), parts(expected, given)
+    assert_same(found.values(), expected.values(), list(expected))
+
+
 @runs_kernels
 @pytest.mark.parametrize("bad", [False, True], ids=["sound", "any-value"])
 def test_layout(bad, poisoned_memory):
@@ -221,13 +232,17 @@ def test_layout(bad, poisoned_memory):
         expected = reference.layout(**given)
         blocks = {"block_t": rng.choice([4, 16, 64]), "block_b": rng.choice([2, 4, 8])}
         found = layout(*to_device(given.values()), **(blocks if INTERPRETED else {}))
-        assert_same(found, expected, LayoutMaps._fields)
-        faults.add(Fault(int(expected[-1][0])))
+        assert_same_layout(found, expected, given)
+        faults.add(Fault(fault_of(expected, given)))
     if bad:
-        of_stages = {Fault.STAGE_ROWS, Fault.STAGE_MULTIPLE}  # no kernel finds these
+        of_stages = {Fault.STAGE_LENGTH, Fault.STAGE_MULTIPLE}  # no kernel finds these
         assert faults == set(Fault) - of_stages, set(Fault) - faults
     else:
         assert faults == {Fault.NONE}, faults
+
+
+def fault_of(layout, given) -> int:
+    return int(parts(layout, given)["status"].view(torch.int64)[0])
 
 
 @runs_kernels
@@ -237,20 +252,29 @@ def test_layout_of_many_blocks():
     rng = random.Random("long rows")
     ids = torch.randint(0, 9, (20_000,), generator=torch.Generator().manual_seed(0))
     ids[rng.sample(range(ids.numel()), 700)] = IMAGE
-    rows = torch.randint(1, 600, (700,), generator=torch.Generator().manual_seed(1))
+    counts = torch.randint(1, 600, (700,), generator=torch.Generator().manual_seed(1))
     edges = sorted(rng.randint(0, ids.numel()) for _ in range(2500))
     cu_seqlens = torch.tensor([0, *edges], dtype=torch.int32)
-    given = layout_arguments(ids, cu_seqlens, None, rows, 1_000_000, seq_multiple=8)
-    expected = reference.layout(**given)
-    assert_same(layout(*to_device(given.values())), expected, LayoutMaps._fields)
+    given = layout_arguments(ids, cu_seqlens, None, counts, 1_000_000, seq_multiple=8)
+    found = layout(*to_device(given.values()))
+    assert_same_layout(found, reference.layout(**given), given)
 
 
 def test_the_kernels_faults_are_ours():
     from mcore_packing.kernels import layout
 
     for fault in Fault:
-        if 0 < fault < Fault.STAGE_ROWS:
+        if 0 < fault < Fault.STAGE_LENGTH:
             assert getattr(layout, fault.name).value == fault
+
+
+def test_the_kernels_find_the_parts_where_they_are():
+    from mcore_packing.kernels import parts as of_kernels
+
+    assert of_kernels.HEADER_SIZE.value == reference.HEADER_SIZE
+    assert of_kernels.STATUS_SIZE.value == reference.STATUS_SIZE
+    for sizes in ((1, 1, 0), (3, 60, 5), (7, 4096, 24), (8, 3, 3)):
+        assert of_kernels.size(*sizes) == parts_of(*sizes)["end"][0]
 
 
 def random_maps(rng, bad=False):
@@ -259,92 +283,89 @@ def random_maps(rng, bad=False):
     cp_size = rng.choice([1, 1, 2, 4])
     if cp_size > 1:
         multiple = 2 * cp_size * rng.choice([1, 2])
-        num_rows = -(-(given["num_rows"] + 7 * multiple) // multiple) * multiple
-        given |= {"seq_multiple": multiple, "num_rows": num_rows}
+        length = -(-(given["num_positions"] + 7 * multiple) // multiple) * multiple
+        given |= {"seq_multiple": multiple, "num_positions": length}
     return given, reference.layout(**given), cp_size, rng.randrange(cp_size)
 
 
 @runs_kernels
 @pytest.mark.parametrize("bad", [False, True], ids=["sound", "any-value"])
 def test_expansion(bad, poisoned_memory):
-    from mcore_packing.kernels.expand_rows import collect_rows, expand_rows
+    from mcore_packing.kernels.copy_vectors import collect_gradients, expand_embeddings
     from mcore_packing.kernels.expand_tokens import expand_tokens
     from mcore_packing.kernels.source_positions import source_positions
 
     rng = random.Random(f"expansion {bad}")
     for _ in range(300 if INTERPRETED else 1000):
         given, layout, cp_size, cp_rank = random_maps(rng, bad)
-        ids, num_rows = given["input_ids"], given["num_rows"]
+        ids, length = given["input_ids"], given["num_positions"]
         labels = torch.cat([ids[1:], ids[:1]]) if rng.random() < 0.8 else None
         loss_mask = torch.rand(ids.numel()) if rng.random() < 0.8 else None
-        names = ("expanded_start", "image_start", "cu_image_rows", "seq_start_expanded")
-        maps = [getattr(layout, name) for name in (*names, "cu_seqlens_padded")]
-        tokens = (ids, labels, loss_mask, *maps, IMAGE, num_rows, cp_size, cp_rank)
-        num_image_rows = min(int(layout.cu_image_rows[-1]), 500)
-        positions = (*maps, num_image_rows, cp_size, cp_rank)
+        sizes = ids.numel(), given["tokens_per_image"].numel(), given["cu_seqlens"].numel() - 1
+        tokens = (layout, labels, loss_mask, *sizes, IMAGE, length, cp_size, cp_rank)
+        embeddings = min(int(parts(layout, given)["cu_image_embeddings"][-1]), 500)
+        positions = (layout, *sizes, embeddings, cp_size, cp_rank)
         found_tokens = expand_tokens(*to_device(tokens))
         found_positions = source_positions(*to_device(positions))
 
         width = rng.choice([1, 3, 16])
-        length = rng.choice(
-            [n for n in range(1, num_image_rows + 1) if num_image_rows % n == 0] or [1]
-        )
-        tiles = num_image_rows // length
+        per_tile = rng.choice([n for n in range(1, embeddings + 1) if embeddings % n == 0] or [1])
+        tiles = embeddings // per_tile
         text = torch.randn(ids.numel(), width)
-        images = torch.randn(length, tiles, width) if tiles else None
+        images = torch.randn(per_tile, tiles, width) if tiles else None
         source = found_tokens[0]
-        rows = expand_rows(*to_device((text, images)), source)
-        grad = torch.randn(rows.shape)
-        if bad and int(layout.status[0]):  # in bounds, whatever the layout
-            assert rows.isfinite().all()
-            for index, sizes in zip(
-                found_positions, ((ids.numel(), 1), (length, tiles)), strict=True
+        filled = expand_embeddings(*to_device((text, images)), source)
+        grad = torch.randn(filled.shape)
+        if bad and fault_of(layout, given):  # in bounds, whatever the layout
+            assert filled.isfinite().all()
+            for index, shape in zip(
+                found_positions, ((ids.numel(), 1), (per_tile, tiles)), strict=True
             ):
-                collect_rows(grad.to(DEVICE), index, *sizes)
+                collect_gradients(grad.to(DEVICE), index, *shape)
             continue
         assert_same(found_tokens, reference.expand_tokens(*tokens))
         expected = reference.source_positions(*positions)
         assert_same(found_positions, expected)
         for oracle in (reference, runs):
-            assert_same([rows], [oracle.expand_rows(text, images, source.cpu())])
-        for index, sizes in zip(expected, ((ids.numel(), 1), (length, tiles)), strict=True):
-            found = collect_rows(*to_device((grad, index)), *sizes)
+            assert_same([filled], [oracle.expand_embeddings(text, images, source.cpu())])
+        for index, shape in zip(expected, ((ids.numel(), 1), (per_tile, tiles)), strict=True):
+            found = collect_gradients(*to_device((grad, index)), *shape)
             for oracle in (reference, runs):
-                assert_same([found], [oracle.collect_rows(grad, index, *sizes)])
+                assert_same([found], [oracle.collect_gradients(grad, index, *shape)])
 
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_any_width(dtype):
-    from mcore_packing.kernels.expand_rows import expand_rows
+def test_vectors_of_any_width(dtype):
+    from mcore_packing.kernels.copy_vectors import expand_embeddings
 
     source = torch.tensor([0, -2, -3, -1, 2, -4, -5], dtype=torch.int32)
-    for width in (1, 7, 64, 4096, 5000):
+    for width in (1, 7, 64, 1500, 4096, 5000):
         text, images = torch.randn(3, width).to(dtype), torch.randn(2, 2, width).to(dtype)
-        found = expand_rows(*to_device((text, images, source)))
-        assert_same([found], [reference.expand_rows(text, images, source)])
+        found = expand_embeddings(*to_device((text, images, source)))
+        assert_same([found], [reference.expand_embeddings(text, images, source)])
 
 
 @runs_kernels
-def test_rows_that_point_outside_are_zeros():
-    from mcore_packing.kernels.expand_rows import expand_rows
+def test_what_points_outside_is_zeros():
+    from mcore_packing.kernels.copy_vectors import expand_embeddings
 
     text, images = torch.ones(3, 8), torch.ones(2, 2, 8)
     source = torch.tensor([3, 2**31 - 1, -6, -(2**31), 0, -2], dtype=torch.int32)
-    found = expand_rows(*to_device((text, images, source)))
+    found = expand_embeddings(*to_device((text, images, source)))
     assert found.sum(1).tolist() == [0, 0, 0, 0, 8, 8]
 
 
 @pytest.mark.gpu
-def test_rows_beyond_two_billion_elements():
-    from mcore_packing.kernels.expand_rows import collect_rows, expand_rows
+def test_vectors_beyond_two_billion_elements():
+    from mcore_packing.kernels.copy_vectors import collect_gradients, expand_embeddings
 
     width, count = 8192, 2**31 // 8192 + 100
     text = torch.empty(count, width, dtype=torch.bfloat16, device="cuda")
     text[:] = torch.arange(count, device="cuda")[:, None] % 251
     source = torch.arange(count - 1, -1, -1, dtype=torch.int32, device="cuda")
-    assert torch.equal(expand_rows(text, None, source), text.flip(0))
-    assert torch.equal(collect_rows(text, source, count, 1)[:, 0], text.flip(0))
+    assert torch.equal(expand_embeddings(text, None, source), text.flip(0))
+    assert torch.equal(collect_gradients(text, source, count, 1)[:, 0], text.flip(0))
 
 
 VARIANTS = {
@@ -360,9 +381,12 @@ VARIANTS = {
         "expand_tokens", "expand_tokens_kernel", {"HAS_LABELS": False, "HAS_LOSS_MASK": False},
     ),
     "positions": ("source_positions", "source_positions_kernel", {}),
-    "rows": ("expand_rows", "copy_rows_kernel", {"BLOCK_R": 1, "BLOCK_H": 4096}),
-    "rows, narrow": ("expand_rows", "copy_rows_kernel", {"BLOCK_R": 64, "BLOCK_H": 64}),
+    **{
+        f"vectors, {width} wide": ("copy_vectors", "copy_vectors_kernel", {"width": width})
+        for width in (64, 512, 1024, 2048, 4096)
+    },
 }  # fmt: skip
+KERNELS = "mcore_packing.kernels"
 BLOCKS = {"BLOCK": 256, "BLOCK_T": 4096, "BLOCK_B": 1024}
 TYPES = {
     "*i64": ("input_ids_ptr", "tokens_per_image_ptr", "status_ptr", "labels_ptr", "new_labels_ptr",
@@ -381,7 +405,12 @@ def test_compiles_ahead_of_time(variant, arch, tmp_path):
     from triton.compiler import ASTSource, compile
 
     module, name, constants = variant
-    kernel = getattr(importlib.import_module(f"mcore_packing.kernels.{module}"), name)
+    kernel = getattr(importlib.import_module(f"{KERNELS}.{module}"), name)
+    if "width" in constants:
+        block_v, block_h = importlib.import_module(f"{KERNELS}.copy_vectors").blocks(
+            constants["width"]
+        )
+        constants = {"BLOCK_V": block_v, "BLOCK_H": block_h}
     constants = {**BLOCKS, **constants}
     constants = {
         argument: constants[argument] for argument in kernel.arg_names if argument in constants
@@ -406,7 +435,7 @@ def test_compiles_ahead_of_time(variant, arch, tmp_path):
     assert stack_bytes(compiled.asm["cubin"], tmp_path) in (0, None), "registers spill"
     if module == "layout":
         assert compiled.asm["ptx"].count("bar.sync") >= 4
-    if module == "expand_rows":
+    if module == "copy_vectors":
         assert "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"]
 
 

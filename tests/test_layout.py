@@ -1,7 +1,5 @@
 """The laws of the layout: boundaries, lengths, positions, padding, truncation, errors."""
 
-import dataclasses
-import operator
 import pickle
 
 import hypothesis
@@ -10,18 +8,17 @@ import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout
+from mcore_packing import PackedLayout, RowSpec
 from mcore_packing.expand import expand_tokens, source_positions
 
 from . import oracle
-from .packs import IMAGE, NAMED, Row, make_row, structures
+from .packs import IMAGE, NAMED, Row, build, lay_out, make_row, structures
 
 pytestmark = pytest.mark.usefixtures("megatron", "poisoned_memory")
 
 
-def build(row: Row, **kwargs) -> PackedLayout:
-    kwargs = {"space": "collapsed", **kwargs}
-    return PackedLayout.build(row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, **kwargs)
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def cumsum(lengths) -> list[int]:
@@ -50,8 +47,8 @@ def check_laws(row: Row) -> None:
         assert position_ids.tolist() == [i for length in lengths for i in range(length)]
     assert not layout.padding_mask.any()
     # Law 5: what is expanded already comes back.
-    expanded = PackedLayout.build(
-        row.input_ids, layout.cu_seqlens_expanded, row.tokens_per_image, IMAGE, space="expanded"
+    expanded = lay_out(
+        row.input_ids, layout.cu_seqlens_expanded, row.tokens_per_image, space="expanded"
     )
     for name in ("cu_seqlens_collapsed", "cu_seqlens_expanded", "cu_seqlens_padded"):
         assert torch.equal(getattr(expanded, name), getattr(layout, name))
@@ -94,7 +91,7 @@ def test_truncation_keeps_the_front(structure, longest, multiple):
     row = make_row(structure)
     whole = build(row, seq_multiple=multiple)
     longest = longest // multiple * multiple
-    options = {"seq_multiple": multiple, "max_expanded": longest}
+    options = {"seq_multiple": multiple, "max_length": longest}
     layout = build(row, on_overflow="truncate", **options)
     assert layout.num_expanded == min(longest, whole.num_expanded)
     assert torch.equal(layout.cu_seqlens_padded, whole.cu_seqlens_padded.clamp(max=longest))
@@ -106,7 +103,7 @@ def test_truncation_keeps_the_front(structure, longest, multiple):
         assert torch.equal(expand_tokens(layout).source, expand_tokens(whole).source[:longest])
         assert torch.equal(layout.position_ids, whole.position_ids[:longest])
     is_text = row.input_ids != IMAGE
-    position = source_positions(whole, row.num_image_rows).text
+    position = source_positions(whole, row.num_image_embeddings).text
     assert torch.equal(layout.is_cut[is_text], (position >= longest)[is_text])
     if layout.num_expanded < whole.num_expanded:
         with pytest.raises(mp.PackingError, match="there is room for"):
@@ -115,43 +112,47 @@ def test_truncation_keeps_the_front(structure, longest, multiple):
 
 def test_a_known_length_gives_the_surplus_to_the_tail():
     row = make_row([[0, 1, 0], [0, 0]])
-    layout = build(row, num_padded_rows=16)
+    layout = build(row, fixed_length=16)
     assert layout.cu_seqlens_padded.tolist() == [0, 7, 9, 16]
     assert layout.has_tail and layout.num_expanded == 16
     assert layout.padding_mask.tolist() == [False] * 9 + [True] * 7
-    with pytest.raises(mp.PackingError, match="has 9 rows, but there is room for 8; pack rows"):
-        build(row, num_padded_rows=8)
-    cut = build(row, num_padded_rows=8, max_expanded=8, on_overflow="truncate")
+    with pytest.raises(
+        mp.PackingError, match="has 9 positions, but there is room for 8; pack rows"
+    ):
+        build(row, fixed_length=8)
+    cut = build(row, fixed_length=8, max_length=8, on_overflow="truncate")
     assert cut.cu_seqlens_padded.tolist() == [0, 7, 8, 8]
     assert cut.is_cut.tolist() == [False, False, False, False, True]
-    with pytest.raises(mp.PackingError, match="is 16, expected at most max_expanded=12"):
-        build(row, num_padded_rows=16, max_expanded=12)
+    with pytest.raises(
+        mp.PackingError, match="fixed_length is 16, expected at most max_length = 12"
+    ):
+        build(row, fixed_length=16, max_length=12)
 
 
 def test_padding_that_does_not_fit_says_how_much_it_needs():
-    row = make_row([[0, 1, 0], [0, 0]])  # 7 and 2 rows
-    message = "12 rows, but there is room for 8: 9 rows of its sequences, and 3 of padding"
+    row = make_row([[0, 1, 0], [0, 0]])  # 7 and 2 positions
+    message = "12 positions, but there is room for 8: 9 of its sequences, and 3 of padding"
     with pytest.raises(mp.PackingError, match=message):
-        build(row, seq_multiple=4, max_expanded=8)
+        build(row, seq_multiple=4, max_length=8)
 
 
 def test_what_is_behind_the_last_boundary_may_be_cut_off():
     ids = torch.tensor([1, IMAGE, 2, 0, 0, 0, 0])
     cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
-    layout = PackedLayout.build(ids, cu_seqlens, [4], IMAGE, "collapsed", max_expanded=7)
+    layout = lay_out(ids, cu_seqlens, [4], max_length=7)
     assert layout.cu_seqlens_padded.tolist() == [0, 6, 7]
     assert layout.is_cut.tolist() == [False] * 4 + [True] * 3
 
 
-def test_boundaries_that_end_at_the_maximum_were_cut_there():
-    # A data path cut its row of 9 at 6, inside the image: what lies behind is not a sequence.
-    ids, cu_seqlens = torch.tensor([1, 2, IMAGE, 3]), torch.tensor([0, 2, 6], dtype=torch.int32)
-    for space in ("expanded", "auto"):
-        layout = PackedLayout.build(ids, cu_seqlens, [6], IMAGE, space, max_expanded=6)
-        assert layout.space == "expanded" and layout.cu_seqlens_padded.tolist() == [0, 2, 6, 6]
-    whole = torch.tensor([0, 2, 9], dtype=torch.int32)
-    with pytest.raises(mp.PackingError, match="9 rows, but there is room for 6"):
-        PackedLayout.build(ids, whole, [6], IMAGE, "expanded", max_expanded=6)
+def test_a_boundary_at_the_maximum_may_lie_inside_an_image():
+    # A data path cut its row of 9 at 6, inside the image. That is geometry, and no consent: what is
+    # behind is counted as cut off.
+    ids, cu_seqlens = torch.tensor([1, 2, IMAGE, 3]), int32(0, 2, 6)
+    layout = lay_out(ids, cu_seqlens, [6], "expanded", max_length=6)
+    assert layout.cu_seqlens_padded.tolist() == [0, 2, 6, 6]
+    assert layout.is_cut.tolist() == [False, False, False, True] and layout.num_cut == 1
+    with pytest.raises(mp.PackingError, match="9 positions, but there is room for 6"):
+        lay_out(ids, int32(0, 2, 9), [6], "expanded", max_length=6)
 
 
 def test_real_and_padded_boundaries():
@@ -160,16 +161,16 @@ def test_real_and_padded_boundaries():
     real = torch.tensor([0, 3, 5], dtype=torch.int32)
     padded = torch.tensor([0, 4, 8], dtype=torch.int32)
     options = {"space": "collapsed", "cu_seqlens_padded": padded}
-    layout = PackedLayout.build(ids, real, [4], IMAGE, **options)
+    layout = lay_out(ids, real, [4], **options)
     assert layout.cu_seqlens_expanded.tolist() == [0, 3, 8]
     assert layout.cu_seqlens_collapsed.tolist() == [0, 3, 5]
     assert layout.cu_seqlens_padded.tolist() == [0, 4, 11, 11]
     assert layout.padding_mask.nonzero().flatten().tolist() == [3, 9, 10]
-    layout = PackedLayout.build(ids, real, [4], IMAGE, seq_multiple=4, **options)
+    layout = lay_out(ids, real, [4], seq_multiple=4, **options)
     assert layout.cu_seqlens_padded.tolist() == [0, 4, 12, 12]
     longer = torch.tensor([0, 5, 6], dtype=torch.int32)
     with pytest.raises(mp.PackingError, match="sequence 0: 5 long by cu_seqlens, but only 4"):
-        PackedLayout.build(ids, longer, [4], IMAGE, **options)
+        lay_out(ids, longer, [4], **options)
 
 
 @hypothesis.given(structures(), st.data())
@@ -178,15 +179,13 @@ def test_real_and_padded_boundaries_of_either_space(structure, data):
     real = [data.draw(st.integers(0, end - begin)) for begin, end in row.spans()]
     real = torch.tensor(cumsum(real), dtype=torch.int32)
     ids, rows = row.input_ids, row.tokens_per_image
-    collapsed = PackedLayout.build(
-        ids, real, rows, IMAGE, space="collapsed", cu_seqlens_padded=row.cu_seqlens
-    )
+    collapsed = lay_out(ids, real, rows, space="collapsed", cu_seqlens_padded=row.cu_seqlens)
     start = collapsed.expanded_start
     begins, ends = row.cu_seqlens[:-1].long(), (row.cu_seqlens[:-1] + real.diff()).long()
     assert torch.equal(collapsed.cu_seqlens_expanded.diff(), start[ends] - start[begins])
     assert torch.equal(collapsed.cu_seqlens_collapsed, real)
-    expanded = PackedLayout.build(
-        ids, collapsed.cu_seqlens_expanded, rows, IMAGE, space="expanded",
+    expanded = lay_out(
+        ids, collapsed.cu_seqlens_expanded, rows, space="expanded",
         cu_seqlens_padded=collapsed.cu_seqlens_padded[:-1],
     )  # fmt: skip
     assert torch.equal(expanded.cu_seqlens_expanded, collapsed.cu_seqlens_expanded)
@@ -197,10 +196,10 @@ def test_boundaries_inside_an_image_are_left_alone():
     # Megatron's own unit test: 512 lies inside a 577-row image.
     ids = torch.cat([torch.tensor([IMAGE]), torch.arange(1, 1024)])
     cu_seqlens = torch.tensor([0, 512, 1024, 1600], dtype=torch.int32)
-    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE, "expanded")
+    layout = lay_out(ids, cu_seqlens, [577], "expanded")
     assert layout.cu_seqlens_padded.tolist() == [0, 512, 1024, 1600, 1600]
     assert layout.position_ids[[511, 512, 1599]].tolist() == [511, 0, 575]
-    layout = PackedLayout.build(ids, cu_seqlens, [577], IMAGE, "expanded", seq_multiple=5)
+    layout = lay_out(ids, cu_seqlens, [577], "expanded", seq_multiple=5)
     assert layout.cu_seqlens_padded.tolist() == [0, 515, 1030, 1610, 1610]
     source = expand_tokens(layout).source
     assert source[[511, 512, 514, 515]].tolist() == [-2 - 511, -1, -1, -2 - 512]
@@ -208,9 +207,7 @@ def test_boundaries_inside_an_image_are_left_alone():
 
 def test_tokens_past_the_last_boundary_are_the_tail():
     row = make_row([[0, 1], [0, 0], [0, 2, 0]])
-    layout = PackedLayout.build(
-        row.input_ids, row.cu_seqlens[:-1], row.tokens_per_image, IMAGE, space="collapsed"
-    )
+    layout = lay_out(row.input_ids, row.cu_seqlens[:-1], row.tokens_per_image, space="collapsed")
     assert layout.cu_seqlens_padded.tolist() == [0, 6, 8, 20] and layout.has_tail
     assert layout.position_ids[8:].tolist() == list(range(12))
 
@@ -221,7 +218,7 @@ def test_large_rows(num_tokens, num_seqs):
     ids[::1000] = IMAGE
     cu_seqlens = torch.linspace(0, num_tokens, num_seqs + 1).int()
     rows = torch.full((int((ids == IMAGE).sum()),), 300)
-    layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, space="collapsed")
+    layout = lay_out(ids, cu_seqlens, rows)
     assert layout.num_expanded == num_tokens + rows.numel() * 299
     expected = layout.expanded_start[cu_seqlens.long()]
     assert torch.equal(layout.cu_seqlens_expanded, expected)
@@ -230,92 +227,41 @@ def test_large_rows(num_tokens, num_seqs):
 def test_one_list_per_sequence():
     row = make_row([[0, 1], [0, 0], [0, 2, 0, 1]])
     nested = [[5], [], [10, 5]]
-    layout = PackedLayout.build(row.input_ids, row.cu_seqlens, nested, IMAGE, space="collapsed")
+    layout = lay_out(row.input_ids, row.cu_seqlens, nested)
     assert torch.equal(layout.cu_seqlens_expanded, build(row).cu_seqlens_expanded)
     with pytest.raises(
         mp.PlaceholderMismatch, match=r"sequence 0: 1 placeholders .* but 0 entries"
     ):
-        PackedLayout.build(row.input_ids, row.cu_seqlens, [[], [5], [10, 5]], IMAGE, "collapsed")
-
-
-def test_moves_and_pickles():
-    layout = build(make_row(NAMED["T63-N5-B3"]), seq_multiple=4)
-    for copy in (layout.to("cpu"), pickle.loads(pickle.dumps(layout))):
-        assert torch.equal(copy.cu_seqlens_padded, layout.cu_seqlens_padded)
-        assert copy.num_expanded == layout.num_expanded
-        assert torch.equal(copy.position_ids, layout.position_ids)
-
-
-@hypothesis.given(structures(), st.integers(1, 6), st.booleans(), st.sampled_from([None, 3]))
-def test_a_tensor_carries_all_of_it(structure, multiple, has_room, spare):
-    row = make_row(structure)
-    row.input_ids = row.input_ids.int() if multiple == 1 else row.input_ids
-    room = 2 * build(row, seq_multiple=multiple).num_expanded * multiple if has_room else None
-    layout = build(row, seq_multiple=multiple, num_padded_rows=room)
-    needed = PackedLayout.tensor_size(
-        layout.num_seqs, len(row.input_ids), len(row.tokens_per_image)
-    )
-    tensor = layout.to_tensor(None if spare is None else needed + spare)
-    assert tensor.dtype == torch.int32 and tensor.numel() == needed + (spare or 0)
-    for sent in (tensor, tensor[None], tensor.long()):
-        found = PackedLayout.from_tensor(sent)
-        for field in dataclasses.fields(layout):
-            ours, theirs = getattr(layout, field.name), getattr(found, field.name)
-            if field.name == "status":
-                continue  # nothing is wrong, and the host knows it
-            same = torch.equal if isinstance(ours, torch.Tensor) else operator.eq
-            assert type(ours) is type(theirs) and same(ours, theirs), field.name
-            assert not isinstance(ours, torch.Tensor) or ours.dtype == theirs.dtype, field.name
-    # What a stage without tokens needs.
-    found = PackedLayout.from_tensor(layout.to_tensor(boundaries_only=True))
-    assert not found.has_tokens and found.num_expanded == layout.num_expanded
-    assert found.max_seqlen == layout.max_seqlen and found.has_tail == layout.has_tail
-    for name in ("cu_seqlens_padded", "cu_seqlens_expanded", "position_ids", "padding_mask"):
-        assert torch.equal(getattr(found, name), getattr(layout, name)), name
-    assert torch.equal(found.tail_rows, layout.tail_rows)
-    assert torch.equal(found.to_tensor(), layout.to_tensor(boundaries_only=True))
-    with pytest.raises(mp.PackingError, match="this layout holds boundaries only"):
-        expand_tokens(found)
-
-
-def test_a_tensor_that_is_no_layout_is_refused():
-    layout = build(make_row(NAMED["T63-N5-B3"]))
-    tensor = layout.to_tensor()
-    wrong = tensor.clone()
-    wrong[0] += 1
-    for given, message in (
-        (wrong, "is not what PackedLayout.to_tensor"),
-        (tensor[:-1], "is not what PackedLayout.to_tensor"),
-        (tensor[:5], r"the layout is \[5\]"),
-        (tensor.float(), "the layout is torch.float32"),
-        (tensor.tolist(), "the layout is list"),
-    ):
-        with pytest.raises(mp.PackingError, match=message):
-            PackedLayout.from_tensor(given)
-    with pytest.raises(mp.PackingError, match="but size=9"):
-        layout.to_tensor(9)
-    ids = torch.tensor([2**31, 5])
-    layout = PackedLayout.build(ids, torch.tensor([0, 2], dtype=torch.int32), [])
-    with pytest.raises(mp.PackingError, match="beyond int32"):
-        layout.to_tensor()
+        lay_out(row.input_ids, row.cu_seqlens, [[], [5], [10, 5]])
 
 
 def test_boundaries_of_a_stage_without_tokens():
     layout = PackedLayout.from_boundaries(int32(0, 5, 9), 12)
     assert layout.cu_seqlens_padded.tolist() == [0, 5, 9, 12] and layout.max_seqlen == 5
-    assert layout.is_exact and not layout.has_tokens and layout.tail_rows.tolist() == [3]
-    layout = PackedLayout.from_boundaries(int32(0, 3, 5), 8, 4, cu_seqlens_padded=int32(0, 4, 8))
+    assert layout.is_exact and not layout.has_tokens and layout.tail_length.tolist() == [3]
+    by_four = RowSpec(seq_multiple=4)
+    layout = PackedLayout.from_boundaries(
+        int32(0, 3, 5), 8, by_four, cu_seqlens_padded=int32(0, 4, 8)
+    )
     assert layout.padding_mask.nonzero().flatten().tolist() == [3, 6, 7]
     for given, message in (
         ({"cu_seqlens": int32(1, 5)}, "starts at 1, expected 0"),
         ({"cu_seqlens": int32(0, 5, 3)}, "sequence 1: cu_seqlens decreases by 2"),
-        ({"cu_seqlens": int32(0, 13)}, "the last boundary is 13, but this stage has 12 rows"),
-        ({"cu_seqlens": int32(0, 4, 9), "seq_multiple": 4}, "sequence 1: 5 rows, expected a multi"),
+        ({"cu_seqlens": int32(0, 13)}, "the last boundary is 13, but this stage has 12 positions"),
+        (
+            {"cu_seqlens": int32(0, 4, 9), "spec": by_four},
+            "sequence 1: 5 positions, expected a multiple of 4",
+        ),
+        (
+            {"spec": RowSpec(max_sequences=1), "cu_seqlens": int32(0, 4)},
+            "has 2 sequences, the tail",
+        ),
+        ({"cu_seqlens": int32(0, 4), "spec": 4}, "spec is 4, expected a mp.RowSpec"),
         ({"cu_seqlens": int32(0, 4).long()}, "cu_seqlens is torch.int64"),
     ):
         with pytest.raises(mp.PackingError, match=message):
-            PackedLayout.from_boundaries(**{"num_rows": 12, **given})
-    cut = PackedLayout.from_boundaries(int32(0, 5, 13), 12, on_overflow="truncate")
+            PackedLayout.from_boundaries(**{"length": 12, **given})
+    cut = PackedLayout.from_boundaries(int32(0, 5, 13), 12, RowSpec(on_overflow="truncate"))
     assert cut.cu_seqlens_padded.tolist() == [0, 5, 12, 12]
 
 
@@ -328,11 +274,7 @@ def test_remap_cu_seqlens():
 
 IDS = torch.tensor([1, 2, IMAGE, 3, IMAGE, 4, 5])
 CU_SEQLENS = torch.tensor([0, 3, 7], dtype=torch.int32)
-ROWS = torch.tensor([4, 6])
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
+COUNTS = torch.tensor([4, 6])
 
 
 @pytest.mark.parametrize(
@@ -346,10 +288,14 @@ def int32(*values):
         ({"cu_seqlens": int32(0, 5, 3, 7)}, "sequence 1: cu_seqlens decreases by 2"),
         ({"cu_seqlens": int32(0, 3, 8)}, "the last boundary is 8, past the end of the row at 7"),
         ({"cu_seqlens": CU_SEQLENS.to("meta")}, "cu_seqlens is on meta, but input_ids on cpu"),
-        ({"tokens_per_image": ROWS.to("meta")}, "tokens_per_image is on meta"),
+        ({"tokens_per_image": COUNTS.to("meta")}, "tokens_per_image is on meta"),
         (
-            {"tokens_per_image": ROWS[:1]},
+            {"tokens_per_image": COUNTS[:1]},
             r"sequence 1: 1 placeholders \(id -200\) but 0 entries .* has 2 placeholders and 1",
+        ),
+        (
+            {"tokens_per_image": COUNTS[:1], "cu_seqlens": int32(0, 2)},
+            r"sequence 0: 2 placeholders \(id -200\) but 1 entries",  # the tail's count to the last
         ),
         (
             {"tokens_per_image": torch.tensor([4, 6, 8])},
@@ -363,63 +309,69 @@ def int32(*values):
         ({"tokens_per_image": "46"}, "tokens_per_image is '46', expected integers"),
         ({"tokens_per_image": [4, [6]]}, r"tokens_per_image mixes ints and lists: \[4, \[6\]\]"),
         ({"tokens_per_image": [4, 2**70]}, "image 1: tokens_per_image is 1180591620717411303424"),
-        ({"tokens_per_image": ROWS + 0j}, "tokens_per_image is torch.complex64"),
-        ({"image_token_id": None}, "image_token_id is None, expected an int"),
-        ({"image_token_id": "-200"}, "image_token_id is '-200', expected an int"),
-        ({"image_token_id": -200.0}, "image_token_id is -200.0, expected an int"),
-        ({"image_token_id": True}, "image_token_id is True, expected an int"),
-        ({"num_image_rows": 10.0}, "num_image_rows is 10.0, expected an int"),
-        ({"num_image_rows": "10"}, "num_image_rows is '10', expected an int"),
-        ({"num_padded_rows": 16.0}, "num_padded_rows is 16.0, expected an int"),
-        ({"seq_multiple": 2.0}, "seq_multiple is 2.0, expected an int"),
-        ({"on_overflow": "cut"}, "on_overflow is 'cut', expected 'raise' or 'truncate'"),
-        ({"on_overflow": None}, "on_overflow is None"),
-        ({"space": None}, "space is None"),
+        ({"tokens_per_image": COUNTS + 0j}, "tokens_per_image is torch.complex64"),
+        ({"num_image_embeddings": 10.0}, "num_image_embeddings is 10.0, expected an int"),
+        ({"num_image_embeddings": "10"}, "num_image_embeddings is '10', expected an int"),
+        ({"num_image_embeddings": 11}, "become 10 image embeddings, but there are 11"),
+        ({"space": None}, "space is not said: pass space='collapsed'"),
+        ({"space": "both"}, "space is 'both', expected 'collapsed' or 'expanded'"),
+        ({"space": "auto"}, "space='auto' is no more: ask mp.find_space"),
+        ({"spec": IMAGE}, "spec is -200, expected a mp.RowSpec"),
+        (
+            {"spec": RowSpec(max_sequences=2)},
+            "has 3 sequences, the tail included, .* max_sequences=2",
+        ),
         (
             dict.fromkeys(("input_ids", "cu_seqlens", "tokens_per_image"), IDS.to("meta")),
             "input_ids is on the meta device",
         ),
         ({"tokens_per_image": torch.tensor([2**30, 2**30])}, "more than int32 can count"),
-        ({"tokens_per_image": ROWS.float()}, "tokens_per_image is torch.float32"),
+        ({"tokens_per_image": COUNTS.float()}, "tokens_per_image is torch.float32"),
         ({"tokens_per_image": [[4], [6], []]}, "3 lists, but cu_seqlens 2 sequences"),
         ({"input_ids": IDS.float()}, "input_ids is torch.float32, expected int64"),
         ({"input_ids": IDS.to(torch.uint8)}, "input_ids is torch.uint8"),
         ({"input_ids": IDS.to(torch.int8)}, "input_ids is torch.int8"),
+        ({"input_ids": IDS + 2**31}, "input_ids hold an id beyond int32"),
         ({"tokens_per_image": [4.7, 6]}, r"tokens_per_image is \[4.7, 6\], expected ints"),
         ({"tokens_per_image": [True, 6]}, r"tokens_per_image is \[True, 6\], expected ints"),
         ({"tokens_per_image": [[4], [6.0]]}, r"tokens_per_image is \[4, 6.0\], expected ints"),
-        ({"tokens_per_image": ROWS > 0}, "tokens_per_image is torch.bool"),
+        ({"tokens_per_image": COUNTS > 0}, "tokens_per_image is torch.bool"),
         ({"input_ids": IDS.expand(2, -1)}, r"input_ids is \[2, 7\], expected one packed row"),
         ({"input_ids": IDS[:0]}, "input_ids is empty"),
         ({"input_ids": IDS.tolist()}, "input_ids is a list"),
-        ({"space": "both"}, "space is 'both'"),
-        ({"seq_multiple": 0}, "seq_multiple is 0"),
-        ({"total_multiple": 1.5}, "total_multiple is 1.5, expected an int"),
-        ({"max_expanded": 10, "total_multiple": 4}, "max_expanded is 10, expected a multiple of 4"),
-        ({"num_image_rows": 11}, "become 10 image rows, but there are 11"),
         ({"cu_seqlens_padded": int32(0, 7)}, "cu_seqlens_padded has 2 entries, expected 3"),
+        # What 0.1 took says what takes its place.
+        ({"image_token_id": IMAGE}, "no image_token_id= any more: pass spec=mp.RowSpec"),
+        ({"num_padded_rows": 16}, "no num_padded_rows= any more: .*fixed_length"),
+        ({"max_expanded": 16}, "no max_expanded= any more: .*max_length"),
+        ({"strict": True}, "no strict= any more: mp.find_space"),
     ],
 )
 def test_bad_input(change, message):
-    given = {"input_ids": IDS, "cu_seqlens": CU_SEQLENS, "tokens_per_image": ROWS}
-    given |= {"image_token_id": IMAGE, "space": "collapsed", **change}
+    given = {"input_ids": IDS, "cu_seqlens": CU_SEQLENS, "tokens_per_image": COUNTS}
+    given |= {"spec": RowSpec(image_token_id=IMAGE), "space": "collapsed", **change}
     before = {name: pickle.dumps(value) for name, value in given.items()}
     with pytest.raises(mp.PackingError, match=message):
         PackedLayout.build(**given)
     assert before == {name: pickle.dumps(value) for name, value in given.items()}
 
 
+def test_an_unknown_keyword_is_a_type_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'spaec'"):
+        PackedLayout.build(IDS, CU_SEQLENS, COUNTS, spaec="collapsed")
+
+
 def test_strided_boundaries_are_the_same_boundaries():
     strided = torch.stack([CU_SEQLENS, CU_SEQLENS + 1], 1)[:, 0]
     assert not strided.is_contiguous()
-    layout = PackedLayout.build(IDS, strided, ROWS, IMAGE, space="collapsed")
-    expected = PackedLayout.build(IDS, CU_SEQLENS, ROWS, IMAGE, space="collapsed")
+    layout = lay_out(IDS, strided, COUNTS)
+    expected = lay_out(IDS, CU_SEQLENS, COUNTS)
     assert torch.equal(layout.cu_seqlens_expanded, expected.cu_seqlens_expanded)
 
 
 def test_a_mismatch_names_both_numbers():
     with pytest.raises(mp.PlaceholderMismatch) as caught:
-        PackedLayout.build(IDS, CU_SEQLENS, ROWS[:1], IMAGE, space="collapsed")
+        lay_out(IDS, CU_SEQLENS, COUNTS[:1])
     assert (caught.value.actual, caught.value.expected) == (1, 2)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.actual, copy.expected, str(copy)) == (1, 2, str(caught.value))
@@ -430,7 +382,7 @@ class Mismatched(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, index):
-        PackedLayout.build(IDS, CU_SEQLENS, ROWS[:1], IMAGE, space="collapsed")
+        lay_out(IDS, CU_SEQLENS, COUNTS[:1])
 
 
 def test_a_mismatch_survives_a_worker():

@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout, ops
+from mcore_packing import ops
 from mcore_packing.expand import expand_tokens, source_positions
 from mcore_packing.testing.host_reads import HostReads
 
 from . import oracle
-from .packs import IMAGE, NAMED, make_row
+from .packs import IMAGE, NAMED, build, lay_out, make_row
 
 NAMES = [name for name in NAMED if name not in ("one-token",)]
 
@@ -22,25 +22,22 @@ NAMES = [name for name in NAMED if name not in ("one-token",)]
 def arguments(structure, grad=False):
     """``{op: its arguments}`` for one row."""
     row = make_row(structure)
-    ids, cu_seqlens, rows = row.input_ids, row.cu_seqlens, row.tokens_per_image
-    layout = PackedLayout.build(ids, cu_seqlens, rows, IMAGE, "collapsed", seq_multiple=4)
-    maps = (
-        layout.expanded_start, layout.image_start, layout.cu_image_rows, layout.seq_start_expanded,
-        layout.cu_seqlens_padded,
-    )  # fmt: skip
+    layout = build(row, seq_multiple=4)
+    sizes = layout.num_collapsed, layout.num_images, layout.num_seqs
     source = expand_tokens(layout).source
     text, images = row.text.requires_grad_(grad), row.images.requires_grad_(grad)
-    positions = source_positions(layout, row.num_image_rows)
-    num_rows = layout.num_expanded
+    positions = source_positions(layout, row.num_image_embeddings)
+    length = layout.num_expanded
     return {
         ops.layout: (
-            ids, cu_seqlens, None, rows, IMAGE, False, False, -1, -1, num_rows, 4, False,
+            row.input_ids, row.cu_seqlens, None, row.tokens_per_image, IMAGE, False, -1, -1, length,
+            4, False,
         ),
-        ops.expand_tokens: (ids, row.labels, row.loss_mask, *maps, IMAGE, num_rows, 2, 1),
-        ops.source_positions: (*maps, row.num_image_rows, 2, 0),
-        ops.expand_rows: (text, images, source, *positions),
-        ops.collect_rows: (
-            torch.randn(num_rows, 4), positions.images, row.images.shape[0], row.images.shape[1],
+        ops.expand_tokens: (layout.tensor, row.labels, row.loss_mask, *sizes, IMAGE, length, 2, 1),
+        ops.source_positions: (layout.tensor, *sizes, row.num_image_embeddings, 2, 0),
+        ops.expand_embeddings: (text, images, source, *positions),
+        ops.collect_gradients: (
+            torch.randn(length, 4), positions.images, row.images.shape[0], row.images.shape[1],
         ),
     }  # fmt: skip
 
@@ -53,20 +50,20 @@ def test_opcheck(op, structure):
 
 @pytest.mark.parametrize("structure", [NAMED["T63-N5-B3"], NAMED["text-only"]], ids=["N5", "N0"])
 def test_opcheck_with_gradients(structure):
-    torch.library.opcheck(ops.expand_rows, arguments(structure, grad=True)[ops.expand_rows])
-
-
-def whole_path(input_ids, cu_seqlens, rows, num_rows, text, images, labels, loss_mask):
-    """Everything between the tokens and the language model."""
-    layout = PackedLayout.build(
-        input_ids, cu_seqlens, rows, IMAGE, "collapsed", num_image_rows=num_rows, seq_multiple=4
+    torch.library.opcheck(
+        ops.expand_embeddings, arguments(structure, grad=True)[ops.expand_embeddings]
     )
+
+
+def whole_path(input_ids, cu_seqlens, counts, known, text, images, labels, loss_mask):
+    """Everything between the tokens and the language model."""
+    layout = lay_out(input_ids, cu_seqlens, counts, num_image_embeddings=known, seq_multiple=4)
     embeddings = mp.expand_embeddings(layout, text, images)
     labels, loss_mask = mp.expand_labels(layout, labels, loss_mask)
     # Backward, spelled out: without a GPU, autograd itself cannot run on tensors that claim one.
-    positions = source_positions(layout, num_rows)
-    grad_text = ops.collect_rows(embeddings, positions.text, text.shape[0], 1)
-    grad_images = ops.collect_rows(embeddings, positions.images, *images.shape[:2])
+    positions = source_positions(layout, known)
+    grad_text = ops.collect_gradients(embeddings, positions.text, text.shape[0], 1)
+    grad_images = ops.collect_gradients(embeddings, positions.images, *images.shape[:2])
     boundaries = layout.cu_seqlens_padded, layout.position_ids, layout.position_ids_collapsed
     masks = layout.padding_mask, layout.is_cut
     return embeddings, labels, loss_mask, grad_text, grad_images, *boundaries, *masks
@@ -74,13 +71,13 @@ def whole_path(input_ids, cu_seqlens, rows, num_rows, text, images, labels, loss
 
 def inputs_of(row):
     return (
-        row.input_ids, row.cu_seqlens, row.tokens_per_image, row.num_image_rows,
+        row.input_ids, row.cu_seqlens, row.tokens_per_image, row.num_image_embeddings,
         row.text, row.images, row.labels, row.loss_mask,
     )  # fmt: skip
 
 
 def expand_only(text, images, source, text_position, image_position):
-    return ops.expand_rows(text, images, source, text_position, image_position) * 2
+    return ops.expand_embeddings(text, images, source, text_position, image_position) * 2
 
 
 def test_compiles_whole_and_dynamic():
@@ -88,7 +85,7 @@ def test_compiles_whole_and_dynamic():
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(expand_only, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed, name in enumerate(("T63-N5-B3", "adjacent-images", "image-first")):
-        given = arguments(NAMED[name], grad=True)[ops.expand_rows]
+        given = arguments(NAMED[name], grad=True)[ops.expand_embeddings]
         found, expected = compiled(*given), expand_only(*given)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         y = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
@@ -112,9 +109,7 @@ def test_expansion_compiles_around_a_layout():
         row = make_row(NAMED[name])
         found, expected = (
             function(
-                PackedLayout.build(
-                    row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed"
-                ),
+                build(row),
                 row.text.requires_grad_(), row.images.requires_grad_(), row.labels, row.loss_mask,
             )
             for function in (compiled, expand_with_layout)

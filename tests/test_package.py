@@ -72,7 +72,7 @@ def test_imports_without_megatron_or_triton(wheel, place):
 import torch, mcore_packing as mp
 layout = mp.PackedLayout.build(torch.tensor([1, -200]), torch.tensor([0, 2], dtype=torch.int32),
                                [20], space="collapsed")
-rows, report = mp.data.pack([{"input_ids": torch.arange(3)}], 8)
+rows, report = mp.data.pack([{"input_ids": torch.arange(3)}], mp.RowSpec(), 8)
 assert rows[0].layout.num_expanded == 3
 print(layout.num_expanded, mp.__file__)
 """

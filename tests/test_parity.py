@@ -30,16 +30,16 @@ def test_token_mult_prob_error_by_hand():
 def test_compare_finds_the_place():
     model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(3, img_size=SIZE)
     alone = parity.run_alone(model, samples)
-    alone[1][0][20] += 0.25  # sequence 1, row 20
+    alone[1][0][20] += 0.25  # sequence 1, position 20
     alone[2][1][3] = 0  # a masked token does not count, whatever it differs by
     alone[2][0][3] += 9
     with mp.install(model):
         result = parity.compare(model, samples, alone)
-    assert (result.sequence, result.token) == (1, 20)
+    assert (result.sequence, result.position) == (1, 20)
     assert result.max_difference == pytest.approx(0.25, abs=1e-5)
     assert (result.num_samples, result.num_images) == (3, 4)
     assert result.num_expanded == sum(pair[0].numel() for pair in alone)
-    assert "at sequence 1, row 20" in str(result)
+    assert "at sequence 1, position 20" in str(result)
 
 
 @pytest.mark.usefixtures("megatron")
@@ -75,10 +75,10 @@ def test_nothing_trained_is_nothing_compared():
 @pytest.mark.usefixtures("megatron")
 def test_compare_runs_one_by_one_where_missing_boundaries_are_an_error():
     model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(3, img_size=SIZE)
-    with mp.install(model, space="collapsed", on_missing="raise"):
+    with mp.install(model, space="collapsed"):
         assert parity.compare(model, samples).max_difference < 1e-5
         with pytest.raises(mp.PackingError, match="got no packed_seq_params"):
-            parity.forward(model, {**parity.pack(samples), "cu_seqlens": None})
+            parity.forward(model, {**parity.collate(samples), "cu_seqlens": None})
 
 
 @pytest.mark.usefixtures("megatron")

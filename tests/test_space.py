@@ -1,4 +1,4 @@
-"""Telling collapsed boundaries from expanded ones: never wrong, refused where both are possible."""
+"""Which space boundaries can be in: never wrong, refused where both are possible."""
 
 import random
 from collections import Counter
@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import mcore_packing as mp
-from mcore_packing import PackedLayout
-from mcore_packing.space import find_space
+from mcore_packing import find_space
 
-from .packs import IMAGE
+from .packs import IMAGE, lay_out
 
 STYLES = [
     (space, tail) for space in ("collapsed", "expanded") for tail in ("bare", "folded", "dummy")
@@ -22,13 +21,13 @@ def random_row(rng: random.Random, space: str, tail: str):
     """A row of 1 to 8 samples that end in EOS, then 0 to 2,000 padding tokens; half of the rows are
     padded with EOS. ``bare`` boundaries stop before the padding, ``folded`` ones give it to the
     last sequence, ``dummy`` ones make it a sequence of its own."""
-    rows_per_tile = rng.choice([1, 2, 4, 16, 64, 256, 256, 576, 577])
+    tokens_per_tile = rng.choice([1, 2, 4, 16, 64, 256, 256, 576, 577])
     tokens, boundaries, rows = [], [0], []
     for _ in range(rng.randint(1, 8)):
         sample = [rng.randint(3, 9) for _ in range(rng.randint(0, 60))]
         for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
             sample.insert(rng.randint(0, len(sample)), IMAGE)
-            rows.append(rng.randint(1, 6) * rows_per_tile)
+            rows.append(rng.randint(1, 6) * tokens_per_tile)
         tokens += [*sample, EOS]
         boundaries.append(len(tokens))
     pad = rng.choice([0, rng.randint(0, 20), rng.randint(0, 2000)])
@@ -62,7 +61,7 @@ def test_space_is_never_wrong(space, tail):
             given, longest = cut(rng, ids, given, rows)
             truth = truth.clamp(max=longest)
         try:
-            answer = find_space(ids, given, rows, IMAGE, longest)
+            answer = find_space(ids, given, rows, IMAGE, max_length=longest)
         except mp.BoundarySpaceError as error:
             assert "pass space='collapsed' if they count tokens" in str(error)
             found["refused"] += 1
@@ -80,16 +79,19 @@ def test_saying_the_space_always_works(space, tail):
     rng = random.Random(f"{space} {tail} said")
     for _ in range(300):
         ids, given, rows, truth = random_row(rng, space, tail)
-        layout = PackedLayout.build(ids, given, rows, IMAGE, space=space)
+        layout = lay_out(ids, given, rows, space)
         assert torch.equal(layout.cu_seqlens_expanded, truth)
 
 
-def build(tokens, boundaries, rows, space="auto", **options):
-    given = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedLayout.build(torch.tensor(tokens), given, rows, IMAGE, space, **options)
+def build(tokens, boundaries, counts, space):
+    return lay_out(torch.tensor(tokens), int32(boundaries), counts, space)
 
 
-ROW = [1, IMAGE, 2, 3]  # the image ends at token 2, or at 21 of 23 rows if it has 20
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+ROW = [1, IMAGE, 2, 3]  # the image ends at token 2, or at position 21 of 23 if it becomes 20
 
 
 @pytest.mark.parametrize(
@@ -103,15 +105,15 @@ ROW = [1, IMAGE, 2, 3]  # the image ends at token 2, or at 21 of 23 rows if it h
         ([0, 20, 23], [20], "neither"),  # inside the image
         ([0, 24], [20], "neither"),  # past the end of either
         ([0, 5], [20], "neither"),
-        ([0, 4], [1], None),  # an image of one row: both are the same
+        ([0, 4], [1], None),  # an image of one embedding: both are the same
         ([0, 4], [3], "either"),  # all tokens, or right behind the image
         ([0, 4], [2], "either"),  # all tokens, or all but the last
         ([0, 1, 4], [2], "either"),
-        ([0, 2, 4], [2], "collapsed"),  # no token starts at row 2
+        ([0, 2, 4], [2], "collapsed"),  # no token starts at position 2
     ],
 )
 def test_each_rule(boundaries, rows, expected):
-    given = torch.tensor(ROW), torch.tensor(boundaries), torch.tensor(rows), IMAGE
+    given = torch.tensor(ROW), int32(boundaries), rows
     if expected in ("either", "neither"):
         with pytest.raises(mp.BoundarySpaceError, match=f"could count {expected}"):
             find_space(*given)
@@ -120,27 +122,39 @@ def test_each_rule(boundaries, rows, expected):
 
 
 def test_boundaries_cut_at_the_maximum():
-    given = torch.tensor(ROW), torch.tensor([0, 1, 10]), torch.tensor([20]), IMAGE
-    assert find_space(*given, longest_row=10) == "expanded"
+    given = torch.tensor(ROW), int32([0, 1, 10]), [20]
+    assert find_space(*given, max_length=10) == "expanded"
     with pytest.raises(mp.BoundarySpaceError, match="neither"):
         find_space(*given)
 
 
 def test_text_answers_nothing():
-    assert (
-        find_space(torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]), torch.empty(0), IMAGE) is None
-    )
-    assert build([1, 2, 3], [0, 2, 3], []).space is None
+    assert find_space(torch.tensor([1, 2, 3]), int32([0, 2, 3]), []) is None
 
 
-def test_another_fault_is_reported_by_the_layout():
-    for boundaries, rows, message in (
+def test_another_fault_is_left_to_the_layout():
+    for boundaries, counts, message in (
         ([0, 3, 2], [20], "cu_seqlens decreases"),
         ([1, 4], [20], "cu_seqlens starts at 1"),
         ([0, 4], [], "placeholders"),
     ):
+        assert find_space(torch.tensor(ROW), int32(boundaries), counts) is None
+        for space in ("collapsed", "expanded"):
+            with pytest.raises(mp.PackingError, match=message):
+                build(ROW, boundaries, counts, space)
+
+
+def test_what_it_does_not_take_is_refused():
+    for change, message in (
+        ({"input_ids": [1, 2]}, "input_ids is a list"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens is torch.int64"),
+        ({"tokens_per_image": None}, "tokens_per_image is None"),
+        ({"image_token_id": None}, "image_token_id is None"),
+        ({"max_length": 1.5}, "max_length is 1.5"),
+    ):
+        given = {"input_ids": torch.tensor(ROW), "cu_seqlens": int32([0, 4])}
         with pytest.raises(mp.PackingError, match=message):
-            build(ROW, boundaries, rows)
+            find_space(**{**given, "tokens_per_image": [20], **change})
 
 
 def test_one_token_too_many_is_not_expanded():
@@ -148,12 +162,12 @@ def test_one_token_too_many_is_not_expanded():
     tokens = [1] * 309
     for place in (10, 80, 150, 210):
         tokens[place] = IMAGE
-    rows = [577, 1154, 577, 1731]
+    counts = [577, 1154, 577, 1731]
     with pytest.raises(mp.BoundarySpaceError, match="could count neither"):
-        build(tokens, [0, 76, 148, 207, 310], rows)
+        find_space(torch.tensor(tokens), int32([0, 76, 148, 207, 310]), counts)
     with pytest.raises(mp.PackingError, match="the last boundary is 310, past the end"):
-        build(tokens, [0, 76, 148, 207, 310], rows, "collapsed")
-    assert build(tokens, [0, 76, 148, 207, 309], rows).space == "collapsed"
+        build(tokens, [0, 76, 148, 207, 310], counts, "collapsed")
+    assert find_space(torch.tensor(tokens), int32([0, 76, 148, 207, 309]), counts) == "collapsed"
 
 
 def test_collapsed_boundaries_that_are_said_to_be_expanded_are_refused():
@@ -166,23 +180,21 @@ def test_collapsed_boundaries_that_are_said_to_be_expanded_are_refused():
         build(tokens, [0, 76, 148, 309], [577], "expanded")
 
 
-def test_strict_refuses_what_auto_would_not_find():
+def test_what_is_said_is_taken_at_its_word():
+    # By their values these could be neither.
     tokens = [1, 2, IMAGE, 3, IMAGE, 4]
-    unlikely = {"collapsed": [0, 2, 4], "expanded": [0, 7, 9]}
-    for space, boundaries in unlikely.items():
+    for space, boundaries in {"collapsed": [0, 2, 4], "expanded": [0, 7, 9]}.items():
         assert build(tokens, boundaries, [6, 6], space).space == space
-        with pytest.raises(mp.BoundarySpaceError, match=f"said to be {space}, but cannot be"):
-            build(tokens, boundaries, [6, 6], space, strict=True)
-    build(tokens, [0, 2, 6], [6, 6], "collapsed", strict=True)
-    build(tokens, [0, 8, 16], [6, 6], "expanded", strict=True)
+        with pytest.raises(mp.BoundarySpaceError, match="could count neither"):
+            find_space(torch.tensor(tokens), int32(boundaries), [6, 6])
 
 
 def test_megatrons_own_case_is_said_to_be_expanded():
     # Its boundaries lie inside an image.
     ids = torch.randint(1, 100, (1024,), generator=torch.Generator().manual_seed(0))
     ids[0] = IMAGE
-    given = torch.tensor([0, 512, 1024, 1600], dtype=torch.int32)
+    given = int32([0, 512, 1024, 1600])
     with pytest.raises(mp.BoundarySpaceError, match="lies inside an image; pass space="):
-        PackedLayout.build(ids, given, [577], IMAGE)
-    layout = PackedLayout.build(ids, given, [577], IMAGE, space="expanded")
+        find_space(ids, given, [577])
+    layout = lay_out(ids, given, [577], "expanded")
     assert torch.equal(layout.cu_seqlens_expanded, given)

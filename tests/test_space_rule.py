@@ -1,4 +1,4 @@
-"""``space="auto"`` on rows that the functions of Megatron's own example make."""
+"""``mp.find_space`` on rows that the functions of Megatron's own example make."""
 
 import re
 import subprocess

@@ -47,9 +47,7 @@ def test_verify_on_every_rank(sizes, ranks, copies):
 
 
 def make_row(model, **options):
-    packer = mp.data.get_packer(
-        "concatenative", None, img_seq_len=model.img_seq_len, **mp.layout_options(model), **options
-    )
+    packer = mp.data.get_packer("concatenative", mp.row_spec(model), **options)
     return packer.join(tiny.samples(4, img_size=SIZE))
 
 
@@ -78,13 +76,8 @@ def test_verify_refuses_a_row_that_is_not_its_samples():
     model = tiny.llava_model("rope", img_size=SIZE)
     samples = tiny.samples(4, img_size=SIZE)
     samples = [{**sample, "labels": sample["input_ids"]} for sample in samples]
-    options = {"img_seq_len": model.img_seq_len, **mp.layout_options(model)}
-    row = mp.data.get_packer("concatenative", None, **options).join(samples)
-    cu_seqlens = row.layout.cu_seqlens_collapsed.clone()
-    cu_seqlens[3] += 1
-    row = dataclasses.replace(
-        row, layout=dataclasses.replace(row.layout, cu_seqlens_collapsed=cu_seqlens)
-    )
+    row = mp.data.get_packer("concatenative", mp.row_spec(model)).join(samples)
+    row.layout.cu_seqlens_collapsed[3] += 1
     with pytest.raises(mp.PackingError, match="sequence 2 of the row is not its sample"):
         mp.parity.verify(model, row)
     with pytest.raises(mp.PackingError, match="interleaved"):

@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import mcore_packing as mp
-from mcore_packing.llava import Installation
+from mcore_packing.megatron.hook import Installation
 
 
 def layouts(ids: Tensor, cu_seqlens: Tensor) -> None:
@@ -15,6 +15,11 @@ def layouts(ids: Tensor, cu_seqlens: Tensor) -> None:
     assert_type(layout.cu_seqlens_padded, Tensor)
     assert_type(layout.to("cuda"), mp.PackedLayout)
     assert_type(mp.PackedLayout.from_tensor(layout.to_tensor()), mp.PackedLayout)
+    spec = mp.RowSpec(seq_multiple=8, max_length=4096)
+    assert_type(
+        mp.PackedLayout.build(ids, cu_seqlens, [3], spec, space="expanded").spec, mp.RowSpec
+    )
+    mp.find_space(ids, cu_seqlens, [3, 4])
     assert_type(mp.remap_cu_seqlens(cu_seqlens, ids, [3, 4], -200), Tensor)
     mp.packed_seq_params(layout)
 
@@ -27,11 +32,13 @@ def expansion(layout: mp.PackedLayout, text: Tensor, images: Tensor) -> None:
 
 
 def hook(model: torch.nn.Module) -> None:
-    with mp.install(model, space="collapsed", fused=True, on_missing="raise") as handle:
+    with mp.install(model, space="collapsed", on_missing="raise", max_sequences=8) as handle:
         assert_type(handle, Installation)
         handle.check()
     handle.remove()
-    mp.layout_options(model)
+    assert_type(mp.row_spec(model), mp.RowSpec)
+    with mp.unpacked(model):
+        pass
 
 
 def comparison(model: torch.nn.Module, a: Tensor, b: Tensor, mask: Tensor) -> None:
@@ -52,7 +59,7 @@ def errors(error: mp.PackingError) -> None:
 
 
 def rows(model: torch.nn.Module, samples: list[dict]) -> None:
-    packed, report = mp.data.pack(samples, None, **mp.layout_options(model))
+    packed, report = mp.data.pack(samples, mp.row_spec(model), capacity=4096)
     assert_type(packed, mp.data.Rows)
     assert_type(report, mp.data.Report)
     assert_type(mp.data.split(packed[0]), list[dict])

@@ -21,21 +21,20 @@ SIZE = 28
 MOVED = 2  # the sequence whose first token goes to the one before
 
 
-def make_row(model, seed: int) -> tuple[Row, dict]:
-    """A row of six samples, and the options that laid it out."""
-    options = mp.layout_options(model)
-    packer = mp.data.get_packer("concatenative", None, img_seq_len=model.img_seq_len, **options)
-    samples = tiny.samples(6, img_size=SIZE, seed=seed)
-    return packer.join(samples), options
+def make_row(model, seed: int) -> Row:
+    """A row of six samples."""
+    packer = mp.data.get_packer("concatenative", mp.row_spec(model))
+    return packer.join(tiny.samples(6, img_size=SIZE, seed=seed))
 
 
-def with_moved_boundary(row: Row, options: dict, img_seq_len: int) -> Row:
+def with_moved_boundary(row: Row) -> Row:
     """The row as a data path brings it that is off by one."""
     cu_seqlens = row.layout.cu_seqlens_collapsed.clone()
     cu_seqlens[MOVED] += 1
-    tokens_per_image = row.num_image_tiles * img_seq_len
-    options = {**options, "space": "collapsed"}
-    layout = mp.PackedLayout.build(row.input_ids, cu_seqlens, tokens_per_image, **options)
+    counts = row.layout.cu_image_embeddings.diff()
+    layout = mp.PackedLayout.build(
+        row.input_ids, cu_seqlens, counts, row.layout.spec, space="collapsed"
+    )
 
     class Moved(Row):
         packed_seq_params = property(lambda self: mp.packed_seq_params(layout))
@@ -63,11 +62,11 @@ def main():
             language_layers=2,
             sequence_parallel=sizes.tp > 1,
         )
-        mp.install(model, on_missing="raise")
+        mp.install(model)
         job = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-        row, options = make_row(model, seed=parallel_state.get_data_parallel_rank())
+        row = make_row(model, seed=parallel_state.get_data_parallel_rank())
         good = mp.parity.verify(job, row)
-        moved = with_moved_boundary(row, options, model.img_seq_len)
+        moved = with_moved_boundary(row)
         bad = mp.parity.verify(job, moved)
         answers = [None] * dist.get_world_size()
         dist.all_gather_object(answers, [str(good), str(bad)])

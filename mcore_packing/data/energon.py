@@ -77,7 +77,7 @@ class PackingTaskEncoder(TaskEncoder):
         except SkipSample as error:  # Energon would say nothing
             _report(error, sample)
             raise
-        self.packer.num_rows(made)
+        self.packer.num_positions(made)
         sources = getattr(sample, "__sources__", None)
         return {
             **made,

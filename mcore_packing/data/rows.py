@@ -4,20 +4,20 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..errors import PackingError, PlaceholderMismatch
-from ..layout import PackedLayout, as_multiples, check_on_overflow, round_up
-from ..space import check_space
+from ..errors import INT32_MAX, PackingError, PlaceholderMismatch
+from ..inputs import as_choice, as_int, refuse_old
+from ..layout import PackedLayout, not_a_spec
+from ..reference import IGNORE_INDEX
+from ..spec import RowSpec, round_up
 from .algorithms import check_algorithm, place
 from .report import Refused, Report, name_of
-
-IGNORED = -100  # the label of a token that is not trained
 
 
 class EmptySample(PackingError):
@@ -63,7 +63,7 @@ class Row:
     @property
     def packed_seq_params(self):
         """Megatron's ``PackedSeqParams``, which remember the layout."""
-        from ..packed_seq import packed_seq_params
+        from ..megatron.params import packed_seq_params  # lazy: rows need no Megatron
 
         return packed_seq_params(self.layout)
 
@@ -129,7 +129,7 @@ def _on(labels, device):
 class _Size(NamedTuple):
     """How long a sample is: all that packing asks of it."""
 
-    num_rows: int  # expanded, not aligned
+    num_positions: int  # not aligned
     tokens_per_image: list[int]
     num_image_tiles: list[int]
 
@@ -138,59 +138,48 @@ class _Size(NamedTuple):
 class Packer:
     """The settings of ``pack``, which explains them, to pack with again and again."""
 
-    algorithm: str
-    capacity: int | None
-    image_token_id: int = -200
-    img_seq_len: int | None = None
-    seq_multiple: int = 1
-    total_multiple: int = 1
-    num_padded_rows: int | None = None
-    max_expanded: int | None = None
-    space: str = "auto"
-    on_overflow: str = "raise"
+    spec: RowSpec
+    capacity: int | None = None
+    algorithm: str = "modified_first_fit_decreasing"
     on_refused: str = "report"
     keep_order: bool = False
     balance: bool = False
     seed: int = 0
 
     def __post_init__(self):
+        if not isinstance(self.spec, RowSpec):
+            raise not_a_spec(self.spec)
         check_algorithm(self.algorithm)
-        check_space(self.space)
-        check_on_overflow(self.on_overflow)
-        rows = self.img_seq_len
-        if rows is not None and (type(rows) is not int or rows < 1):
-            raise PackingError(f"img_seq_len is {rows!r}, expected a positive int")
-        if self.on_refused not in ("report", "raise"):
-            raise PackingError(f"on_refused is {self.on_refused!r}, expected 'report' or 'raise'")
-        _, total_multiple = as_multiples(self.seq_multiple, self.total_multiple)
-        limits = [size for size in (self.num_padded_rows, self.max_expanded) if size is not None]
+        as_choice(self.on_refused, "on_refused", ("report", "raise"))
+        longest = INT32_MAX if self.spec.longest is None else self.spec.longest
         if self.capacity is None:
-            if not limits:
-                raise PackingError(
-                    "capacity is None, and there is no max_expanded to take its place: say how "
-                    "many expanded rows a row may have, or pass **mp.layout_options(model)"
-                )
-            object.__setattr__(self, "capacity", min(limits))
-        if limits and self.capacity > min(limits):
+            object.__setattr__(self, "capacity", longest)
+        if as_int(self.capacity, "capacity") > longest:
             raise PackingError(
-                f"capacity is {self.capacity}, but the model takes rows of at most {min(limits)}"
+                f"capacity is {self.capacity}, but the model takes rows of at most {longest}"
             )
-        if self.capacity < total_multiple:
+        if self.capacity < self.spec.total_multiple:
             raise PackingError(
-                f"capacity is {self.capacity}, expected at least {total_multiple}: rows are padded "
-                f"to multiples of that"
+                f"capacity is {self.capacity}, expected at least {self.spec.total_multiple}: rows "
+                f"are padded to multiples of that"
             )
 
     @cached_property
     def usable(self) -> int:
         """What the aligned lengths of a row may add up to, so that the row fits when padded."""
-        _, total_multiple = as_multiples(self.seq_multiple, self.total_multiple)
-        return self.capacity // total_multiple * total_multiple
+        return self.capacity // self.spec.total_multiple * self.spec.total_multiple
+
+    @cached_property
+    def row_spec(self) -> RowSpec:
+        """What a row is laid out for: the model, and this capacity."""
+        if self.spec.fixed_length is not None:
+            return self.spec
+        return dataclasses.replace(self.spec, max_length=self.usable)
 
     def place(self, lengths: Sequence[int]) -> list[list[int]]:
         """Bins of expanded lengths: indices into ``lengths``, which are aligned here."""
         return place(
-            [round_up(length, self.seq_multiple) for length in lengths],
+            [round_up(length, self.spec.seq_multiple) for length in lengths],
             self.usable,
             self.algorithm,
             keep_order=self.keep_order,
@@ -198,13 +187,13 @@ class Packer:
             seed=self.seed,
         )
 
-    def num_rows(self, sample: dict) -> int:
-        """How many expanded rows a sample becomes, without alignment.
+    def num_positions(self, sample: dict) -> int:
+        """How many positions a sample becomes, without alignment.
 
         Raises:
             PackingError: what is wrong with the sample, as ``pack`` would report it.
         """
-        return self._size(sample).num_rows
+        return self._size(sample).num_positions
 
     def measure(
         self, samples: Sequence[dict], refuse: Callable[[int, PackingError], None]
@@ -217,7 +206,7 @@ class Packer:
         for index in range(len(samples)):
             sample = samples[index]
             try:
-                length = self.num_rows(sample)
+                length = self.num_positions(sample)
                 form = _check_form(sample, form)
             except PackingError as error:
                 refuse(index, error)
@@ -244,12 +233,16 @@ class Packer:
 
         lengths, kept = self.measure(samples, refuse)
         bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
+        num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in lengths)
+        capacity = self.capacity
+        if capacity == INT32_MAX:  # no limit: one row, as long as it needs to be
+            capacity = round_up(num_aligned, self.spec.total_multiple)
         report = Report(
             num_samples=len(samples),
             num_rows=len(bins),
-            capacity=self.capacity,
+            capacity=capacity,
             num_real=sum(lengths),
-            num_aligned=sum(round_up(length, self.seq_multiple) for length in lengths),
+            num_aligned=num_aligned,
             refused=tuple(refused),
         )
         return Rows(self, samples, bins), report
@@ -274,19 +267,15 @@ class Packer:
             PackingError: they do not fit, or what is wrong with one.
         """
         sizes = [self._size(sample) for sample in samples]
-        row = concatenate(samples, self.image_token_id)
+        row = concatenate(samples, self.spec.image_token_id)
         device = row["input_ids"].device
         lengths = torch.tensor([0, *(sample["input_ids"].numel() for sample in samples)])
         layout = PackedLayout.build(
             row["input_ids"],
             lengths.cumsum(0).int().to(device),
             [size.tokens_per_image for size in sizes],
-            self.image_token_id,
+            self.row_spec,
             space="collapsed",
-            seq_multiple=self.seq_multiple,
-            total_multiple=self.total_multiple,
-            num_padded_rows=self.num_padded_rows,
-            max_expanded=self.usable if self.num_padded_rows is None else self.num_padded_rows,
         )
         bulky = [isinstance(sample.get("images"), Tensor) for sample in samples]
         return Row(
@@ -309,9 +298,9 @@ class Packer:
 
     def _size(self, sample: dict) -> _Size:
         ids = _check_ids(sample)
-        num_placeholders = _count(ids, self.image_token_id)
-        _check_labels(sample.get("labels"), self.image_token_id)
-        rows, tiles = _as_ints(sample, "tokens_per_image"), _tiles_of(sample)
+        num_placeholders = _count(ids, self.spec.image_token_id)
+        _check_labels(sample.get("labels"), self.spec.image_token_id)
+        counts, tiles = _as_ints(sample, "tokens_per_image"), _tiles_of(sample)
         images = sample.get("images")
         num_given = 0
         if images is not None:
@@ -320,40 +309,40 @@ class Packer:
                     f"images: found {_kind(images)}, expected a tensor [tiles, 3, h, w] or None"
                 )
             num_given = images.shape[0]
-        counts_tiles = rows is None or sample.get("num_image_tiles") is not None
+        counts_tiles = counts is None or sample.get("num_image_tiles") is not None
         if counts_tiles and sum(tiles) != num_given:
             raise PackingError(
                 f"num_image_tiles {tiles} are {sum(tiles)} tiles, but images hold {num_given}"
             )
-        if rows is None:
-            if tiles and self.img_seq_len is None:
+        if counts is None:
+            if tiles and self.spec.img_seq_len is None:
                 raise TypeError(
-                    "samples with images need img_seq_len, how many rows a tile becomes "
-                    "(model.img_seq_len), or tokens_per_image in each sample"
+                    "samples with images need spec.img_seq_len, how many positions a tile becomes, "
+                    "or tokens_per_image in each sample"
                 )
-            rows = [count * self.img_seq_len for count in tiles]
-        elif rows and not num_given:
-            raise PackingError(f"tokens_per_image names {len(rows)} images, but there are none")
-        if num_placeholders != len(rows):
+            counts = [count * self.spec.img_seq_len for count in tiles]
+        elif counts and not num_given:
+            raise PackingError(f"tokens_per_image names {len(counts)} images, but there are none")
+        if num_placeholders != len(counts):
             raise PlaceholderMismatch(
-                f"{num_placeholders} placeholders (id {self.image_token_id}) but {len(rows)} "
-                f"images; give every image one placeholder",
-                actual=len(rows),
+                f"{num_placeholders} placeholders (id {self.spec.image_token_id}) but "
+                f"{len(counts)} images; give every image one placeholder",
+                actual=len(counts),
                 expected=num_placeholders,
             )
-        if len(tiles) != len(rows):
+        if len(tiles) != len(counts):
             raise PackingError(
-                f"num_image_tiles has {len(tiles)} entries, but tokens_per_image {len(rows)}"
+                f"num_image_tiles has {len(tiles)} entries, but tokens_per_image {len(counts)}"
             )
-        num_rows = ids.numel() - num_placeholders + sum(rows)
-        aligned = round_up(num_rows, self.seq_multiple)
+        length = ids.numel() - num_placeholders + sum(counts)
+        aligned = round_up(length, self.spec.seq_multiple)
         if aligned > self.usable:
-            padded = "" if aligned == num_rows else f", {aligned} when aligned"
+            padded = "" if aligned == length else f", {aligned} when aligned"
             raise SampleTooLong(
-                f"{num_rows} expanded rows{padded}, but a row has room for {self.usable}; cut it "
+                f"{length} positions{padded}, but a row has room for {self.usable}; cut it "
                 f"(mp.media.truncate) or raise the capacity"
             )
-        return _Size(num_rows, rows, tiles)
+        return _Size(length, counts, tiles)
 
 
 class Rows(Sequence):
@@ -378,11 +367,24 @@ class Rows(Sequence):
         return self.packer.join([self.samples[i] for i in members], members)
 
 
+_RENAMED = dict.fromkeys(
+    ("image_token_id", "img_seq_len", "seq_multiple", "total_multiple", "num_padded_rows",
+     "max_expanded", "space", "on_overflow"),
+    "spec=mp.row_spec(model), or mp.RowSpec(...), says it",
+)  # fmt: skip
+
+
 def pack(
     samples: Sequence[dict] | Iterable[dict],
-    capacity: int | None,
+    spec: RowSpec,
+    capacity: int | None = None,
     algorithm: str = "modified_first_fit_decreasing",
-    **options,
+    *,
+    on_refused: str = "report",
+    keep_order: bool = False,
+    balance: bool = False,
+    seed: int = 0,
+    **old: NoReturn,
 ) -> tuple[Rows, Report]:
     """Pack samples into rows that fit the model, each with its layout.
 
@@ -391,7 +393,7 @@ def pack(
     - ``input_ids``: int64 ``[t]``, one placeholder per image.
     - ``images``: ``[tiles, 3, h, w]``, or None.
     - ``num_image_tiles``: ``[n]``, by default one tile per image; or ``tokens_per_image``: ``[n]``,
-      the expanded rows of each image where they are not ``img_seq_len`` per tile.
+      the positions of each image where they are not ``spec.img_seq_len`` per tile.
     - ``labels``: int64 ``[t]``, optional: what each token itself is trained as, not shifted, -100
       where it is not trained, as Hugging Face has it. By default every token that is no image.
     - whatever else; ``split`` gives it back, and reports name a sample by its ``__key__``.
@@ -400,17 +402,15 @@ def pack(
 
     Args:
         samples: a list, a map-style dataset, or anything that can be iterated over.
-        capacity: expanded rows that a row may have, every sample padded to ``seq_multiple`` and the
-            row to ``total_multiple``. None takes the longest row of the model.
+        spec: what the model asks of a row: ``mp.row_spec(model)``. Every sample is padded to its
+            ``seq_multiple`` and the row to its ``total_multiple``.
+        capacity: positions that a row may have. By default the longest row of the spec; where it
+            has none, one row takes all samples.
         algorithm: "concatenative", "first_fit", "first_fit_shuffle", "first_fit_decreasing",
             "modified_first_fit_decreasing", "best_fit" or "best_fit_decreasing".
-        **options: everything that ``mp.layout_options(model)`` gives (``space`` and ``on_overflow``
-            make no difference here: rows know their space, and fit), and
-            ``image_token_id``: the placeholder, -200;
-            ``img_seq_len``: expanded rows of a tile, ``model.img_seq_len``;
-            ``keep_order``, ``balance``, ``seed``: as ``algorithms.place`` has them;
-            ``on_refused``: "report" leaves out a sample that cannot be packed and reports it,
-            "raise" raises its error.
+        on_refused: "report" leaves out a sample that cannot be packed and reports it, "raise"
+            raises its error.
+        keep_order, balance, seed: as ``algorithms.place`` has them.
 
     Returns:
         The rows, and a report. Every sample is in exactly one of both.
@@ -419,13 +419,13 @@ def pack(
         PackingError: options that contradict each other; with ``on_refused="raise"`` also a sample
             that is empty (``EmptySample``), too long (``SampleTooLong``), whose placeholders and
             images differ in number (``PlaceholderMismatch``), or that is malformed.
-        TypeError: an unknown option; no ``img_seq_len`` where it is needed.
+        TypeError: an unknown option; no ``spec.img_seq_len`` where it is needed.
 
     Example:
         >>> ids = [torch.tensor(x) for x in ([1, -200, 2, 3], [4, 5, 6], [7, 8], [])]
         >>> samples = [{"input_ids": x} for x in ids]
         >>> samples[0]["images"] = torch.zeros(1, 3, 28, 28)
-        >>> rows, report = pack(samples, 8, img_seq_len=4, seq_multiple=2)
+        >>> rows, report = pack(samples, RowSpec(img_seq_len=4, seq_multiple=2), capacity=8)
         >>> print(report)
         3 of 4 samples in 2 rows of 8: 75.0% filled, 87.5% with alignment; wasted: 12.5% alignment, 12.5% row tails
         refused 1: 1 EmptySample
@@ -435,14 +435,17 @@ def pack(
         >>> rows[1].labels.tolist()
         [[5, 6, -100, 8, -100]]
     """  # noqa: E501
-    return get_packer(algorithm, capacity, **options).pack(samples)
+    refuse_old("mp.data.pack", old, _RENAMED)
+    options = {"on_refused": on_refused, "keep_order": keep_order, "balance": balance, "seed": seed}
+    packer = get_packer(algorithm, spec, capacity, **options)
+    return packer.pack(samples)
 
 
-def get_packer(name: str, capacity: int | None, **options) -> Packer:
+def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **options) -> Packer:
     """A packer with the options of ``pack``, for streams and for lengths alone.
 
     Example:
-        >>> packer = get_packer("best_fit_decreasing", 8, seq_multiple=2)
+        >>> packer = get_packer("best_fit_decreasing", RowSpec(seq_multiple=2), capacity=8)
         >>> packer.place([5, 1, 2, 3])
         [[0, 1], [3, 2]]
         >>> samples = ({"input_ids": torch.arange(n)} for n in (5, 1, 2, 3))
@@ -451,7 +454,9 @@ def get_packer(name: str, capacity: int | None, **options) -> Packer:
         [(0, 1), (2,)] 3
         [(0,)] 1
     """
-    return Packer(algorithm=name, capacity=capacity, **options)
+    old = {name: options[name] for name in options if name in _RENAMED}
+    refuse_old("mp.data.get_packer", old, _RENAMED)
+    return Packer(algorithm=algorithm, spec=spec, capacity=capacity, **options)
 
 
 def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str, Tensor]:
@@ -462,7 +467,7 @@ def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str
     return {
         "input_ids": torch.cat([sample["input_ids"] for sample in samples])[None],
         "labels": labels[None],
-        "loss_mask": (labels != IGNORED).float()[None],
+        "loss_mask": (labels != IGNORE_INDEX).float()[None],
         "images": torch.cat(images) if images else torch.empty(0, device=labels.device),
         "num_image_tiles": torch.tensor(tiles, dtype=torch.int32, device=labels.device),
     }
@@ -481,8 +486,8 @@ def _shifted_labels(sample: dict, image_token_id: int) -> Tensor:
     ids = sample["input_ids"]
     labels = sample.get("labels")
     labels = ids if labels is None else labels
-    labels = labels.masked_fill(ids == image_token_id, IGNORED)
-    return torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORED)
+    labels = labels.masked_fill(ids == image_token_id, IGNORE_INDEX)
+    return torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
 
 
 def _check_ids(sample: dict) -> Tensor:
@@ -509,11 +514,11 @@ def _check_labels(labels: Tensor | None, image_token_id: int) -> None:
     """A negative label that is neither ignored nor a placeholder is no token."""
     if labels is None or int(labels.min()) >= 0:
         return
-    wrong = (labels < 0) & (labels != IGNORED) & (labels != image_token_id)
+    wrong = (labels < 0) & (labels != IGNORE_INDEX) & (labels != image_token_id)
     if bool(wrong.any()):
         token = int(wrong.nonzero()[0])
         raise PackingError(
-            f"label {token} is {int(labels[token])}, expected a token id, or {IGNORED} where "
+            f"label {token} is {int(labels[token])}, expected a token id, or {IGNORE_INDEX} where "
             f"nothing is trained"
         )
 
@@ -539,8 +544,8 @@ def _tiles_of(sample: dict) -> list[int]:
     tiles = _as_ints(sample, "num_image_tiles")
     if tiles is not None:
         return tiles
-    images, rows = sample.get("images"), sample.get("tokens_per_image")
-    images = images if rows is None else rows
+    images, counts = sample.get("images"), sample.get("tokens_per_image")
+    images = images if counts is None else counts
     return [1] * (0 if images is None else len(images))
 
 

@@ -1,6 +1,7 @@
 """A pytest plugin: Megatron's own LLaVA tests on a CPU, with the hook in every ``LLaVAModel``.
 
-With a folder that ``sources.MEGATRON.unpacked`` gave, and its ``megatron`` or another one on the path::
+With a folder that ``sources.MEGATRON.unpacked`` gave, and its ``megatron`` or another one on the
+path::
 
     pytest -c /dev/null --rootdir $folder -p mcore_packing.testing.megatron_tests $folder/tests/...
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+from ..reference import local_positions
 from .attention import PackedAttention
 
 CPU = torch.device("cpu")
@@ -166,6 +167,4 @@ def _norm(cls, config, *args, **kwargs):
 
 
 def _partitioned_indices(cu_seqlens, size, world_size, rank):
-    from .reference import local_positions
-
     return local_positions(cu_seqlens, size, world_size, rank)

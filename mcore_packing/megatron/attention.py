@@ -13,9 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .errors import PackingError
-from .packed_seq import physical_boundaries
-from .reference import local_positions
+from ..errors import PackingError
+from ..reference import local_positions
+from .params import physical_boundaries
 
 try:
     from torch.nn.attention.varlen import varlen_attn

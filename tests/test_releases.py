@@ -1,7 +1,6 @@
-"""What differs between Megatron-Core releases: resolutions, sounds, experts, graphs, precision."""
+"""What differs between Megatron-Core releases: resolutions, sounds, experts, FSDP2."""
 
 import dataclasses
-import types
 
 import pytest
 import torch
@@ -9,18 +8,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch.distributed.fsdp import fully_shard
 
 import mcore_packing as mp
-from mcore_packing import parity, versions
-from mcore_packing.packed_seq import LaidOutParams, megatron_params
+from mcore_packing import parity
+from mcore_packing.megatron import plan, releases
+from mcore_packing.megatron.params import LaidOutParams, megatron_params
 from mcore_packing.testing import tiny
 
-from .models import OLD, RELEASE, SIZE, arguments, install, model_of, reached
+from .models import OLD, RELEASE, SIZE, arguments, both_expansions, install, model_of, reached
 
 pytestmark = pytest.mark.usefixtures("megatron")
 PACKS_VISION = HAS_SOUND = RELEASE.name == "0.18 and 0.19"  # main refuses sounds as yet
 
 
 def test_this_release_is_known():
-    assert versions.describe().startswith("understood, fused")
+    assert releases.describe().startswith("understood")
 
 
 # Images in their own resolution
@@ -94,18 +94,18 @@ RESOLUTIONS = [
 
 
 @pytest.mark.skipif(RELEASE.name == "0.12 to 0.17", reason="it resizes images")
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "boundaries-only"])
+@both_expansions
 @pytest.mark.parametrize("options, tiles", RESOLUTIONS)
-def test_dynamic_resolution(options, tiles, fused):
+def test_dynamic_resolution(options, tiles, ours):
     model, samples = radio(**options), resolution_samples(tiles)
     with torch.no_grad():
         alone = [model(**resolution_row([sample])) for sample in samples]
         expected, expected_mask = (torch.cat(x, dim=1) for x in zip(*alone, strict=True))
-        with install(model, fused=fused):
+        with install(model, ours=ours):
             loss, mask = model(**resolution_row(samples, [0, 12, 24, 36]))
     assert loss.shape == expected.shape
     assert ((loss - expected) * mask * expected_mask).abs().max() < 1e-5
-    assert (mask != expected_mask).sum() == (0 if fused else 1)
+    assert (mask != expected_mask).sum() == (0 if ours else 1)
 
 
 @pytest.mark.skipif(RELEASE.name == "0.12 to 0.17", reason="it resizes images")
@@ -127,11 +127,11 @@ def test_dynamic_resolution_of_a_fixed_length_without_looking(like_a_gpu):
 
 @pytest.mark.skipif(RELEASE.name == "0.12 to 0.17", reason="it resizes images")
 @pytest.mark.parametrize(
-    "fused",
+    "ours",
     [True, pytest.param(False, marks=pytest.mark.skipif(PACKS_VISION, reason="Megatron raises"))],
-    ids=["fused", "boundaries-only"],
+    ids=["ours", "boundaries-only"],
 )
-def test_a_dummy_image_with_a_size_in_a_row_without_images(fused):
+def test_a_dummy_image_with_a_size_in_a_row_without_images(ours):
     model = radio()
     model.vision_model._is_fsdp_managed_module = True
     ids = torch.randint(1, 500, (29,))
@@ -140,7 +140,7 @@ def test_a_dummy_image_with_a_size_in_a_row_without_images(fused):
     given["num_image_tiles"] = torch.tensor([], dtype=torch.int)
     labels = given["labels"][0].split([9, 20])
     alone = [model(**text(*part)) for part in zip(ids.split([9, 20]), labels, strict=True)]
-    with install(model, fused=fused):
+    with install(model, ours=ours):
         loss, mask = model(**given)
     assert loss.shape == (1, 29)
     expected = torch.cat([pair[0] for pair in alone], dim=1)
@@ -159,13 +159,10 @@ def test_the_last_stage_needs_the_layout_of_images_of_their_own_size():
     last = model_of("rope", max_sequence_length=128, pre_process=False, add_encoder=False)
     whole._language_is_pipeline_parallel = last._language_is_pipeline_parallel = True
     given = resolution_row(samples, [0, 12, 24, 36])
-    rows = (given["imgs_sizes"] // 14).prod(-1)
+    counts = (given["imgs_sizes"] // 14).prod(-1)
+    edges = given["packed_seq_params"].cu_seqlens_q
     layout = mp.PackedLayout.build(
-        given["input_ids"],
-        given["packed_seq_params"].cu_seqlens_q,
-        rows,
-        tiny.IMAGE_TOKEN_ID,
-        **{**mp.layout_options(whole), "space": "collapsed"},
+        given["input_ids"], edges, counts, mp.row_spec(whole), space="collapsed"
     )
     last.set_input_tensor(torch.randn(128, 1, 64))
     with install(whole), install(last), torch.no_grad():
@@ -181,7 +178,7 @@ def test_the_last_stage_needs_the_layout_of_images_of_their_own_size():
 
 
 @pytest.mark.skipif(not HAS_SOUND, reason="this megatron-core has no sounds")
-def test_a_placeholder_for_no_sound_stays_fused():
+def test_a_placeholder_for_no_sound_stays_ours():
     model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
     alone = parity.run_alone(model, samples)
     expected = -torch.cat([pair[0] for pair in alone])
@@ -198,10 +195,9 @@ def test_sounds_are_expanded_by_megatron():
     sounds = []
     model.sound_model = lambda clips, length: (torch.randn(1, 4, 64), torch.tensor([0]))
     model.sound_projection = lambda rows: sounds.append(rows) or rows
-    with install(model) as handle, torch.no_grad():
+    with install(model), torch.no_grad():
         model(**arguments(samples), sound_clips=torch.ones(1, 16), sound_length=torch.tensor([16]))
-        assert sounds and handle.space == "collapsed"
-        assert model._packing_hook.last_layout.seq_multiple == 1
+        assert sounds and model._packing_hook.plan.seen.layout.spec.seq_multiple == 1
 
 
 # Experts
@@ -252,7 +248,7 @@ def test_routers_of_experts_do_not_count_padding():
 def test_routers_that_take_no_mask_get_none(language):
     model = experts(**language)
     takes_mask = "moe_router_enable_expert_bias" in language and RELEASE.name == "main"
-    assert versions.wants_padding_mask(model.language_model) == takes_mask
+    assert plan.wants_padding_mask(model.language_model) == takes_mask
     given = arguments(tiny.samples(3, img_size=SIZE))
     try:
         model.train()(**{**given, "packed_seq_params": None})
@@ -270,7 +266,7 @@ def test_routers_that_take_no_mask_get_none(language):
 
 @pytest.mark.parametrize("name", ["total_tokens", "seq_idx", "tokens_per_sample"])
 def test_what_was_derived_from_collapsed_boundaries_goes(name):
-    if name not in versions.PACKED_SEQ_FIELDS:
+    if name not in releases.PACKED_SEQ_FIELDS:
         pytest.skip(f"this megatron-core has no {name}")
     model, given = model_of(), arguments(tiny.samples(3, img_size=SIZE))
     stale = torch.tensor([1, 2, 3])
@@ -285,60 +281,6 @@ def test_what_was_derived_from_collapsed_boundaries_goes(name):
     assert params.total_tokens == rows and params.seq_idx.shape == (1, rows)
 
 
-@pytest.mark.skipif(not RELEASE.pads_rows, reason="this megatron-core pads no row")
-def test_boundaries_reach_the_end_of_a_row_that_megatron_pads():
-    # From 0.18 on it pads what sequence parallelism could not divide.
-    model, samples = model_of(), tiny.samples(3, img_size=SIZE)
-    given = arguments(samples)
-    with install(model, fused=False):
-        free = int(reached(model, given)["packed_seq_params"].cu_seqlens_q[-1])
-        model.sequence_parallel_lm, model.tensor_model_parallel_size_lm = True, 16
-        options = model._packing_hook.layout_options(model)
-        model.sequence_parallel_lm = False
-    assert free % 16 and options["total_multiple"] == 16
-
-
-# Captured layers
-
-
-def test_captured_layers_see_the_same_shapes_and_numbers():
-    model = model_of("rope", max_sequence_length=1024)
-    model.config.enable_cuda_graph, model.config.cuda_graph_impl = True, "local"
-    seen = []
-    with install(model):
-        for seed, count in enumerate((1, 4, 7)):
-            params = reached(model, arguments(tiny.samples(count, img_size=SIZE, seed=seed)))
-            seen.append(params["packed_seq_params"])
-    first = seen[0]
-    for params in seen:
-        assert params.cu_seqlens_q.shape == (65,) and params.cu_seqlens_q[-1] == 1024
-        assert params.max_seqlen_q == first.max_seqlen_q == 2048
-    with install(model, capacity=4), pytest.raises(mp.PackingError, match="room for 4"):
-        reached(model, arguments(tiny.samples(7, img_size=SIZE)))
-
-
-def test_a_graph_of_the_whole_iteration_is_no_graph_of_layers():
-    config = types.SimpleNamespace(cuda_graph_impl="local", cuda_graph_scope=["full_iteration"])
-    assert not versions.asks_for_layer_graphs(config)
-    config.cuda_graph_scope = []
-    assert versions.asks_for_layer_graphs(config)
-    assert versions.asks_for_layer_graphs(types.SimpleNamespace(external_cuda_graph=True))
-
-
-# Precision
-
-
-def test_fp4_is_read_off_the_config():
-    config = types.SimpleNamespace(fp4="e2m1", fp4_recipe="nvfp4", fp8=None)
-    found = versions.gemm_alignment(config)
-    if OLD:
-        assert found == 128
-        return
-    from megatron.core.fp4_utils import get_fp4_align_size
-
-    assert found == get_fp4_align_size("nvfp4") >= 32
-
-
 # FSDP2
 
 
@@ -346,12 +288,10 @@ def test_fp4_is_read_off_the_config():
 def test_fully_sharded_models(first):
     model, samples = model_of("rope"), tiny.samples(3, img_size=SIZE)
     given = arguments(samples)
+    edges = given["packed_seq_params"].cu_seqlens_q
+    counts = given["num_image_tiles"] * model.img_seq_len
     layout = mp.PackedLayout.build(
-        given["input_ids"][0],
-        given["packed_seq_params"].cu_seqlens_q,
-        given["num_image_tiles"] * model.img_seq_len,
-        tiny.IMAGE_TOKEN_ID,
-        **{**mp.layout_options(model), "space": "collapsed"},
+        given["input_ids"], edges, counts, mp.row_spec(model), space="collapsed"
     )
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     expected, _ = install_and_run(model, given)
@@ -362,7 +302,7 @@ def test_fully_sharded_models(first):
     with torch.no_grad():
         loss, _ = model(**given)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
-    assert model._packing_hook.last_layout.space == "collapsed"
+    assert model._packing_hook.plan.seen.layout.space == "collapsed"
     if first == "hook":
         with pytest.raises(mp.PackingError, match="remove that first"):
             handle.remove()
@@ -390,9 +330,7 @@ def test_a_layout_of_a_row_without_images_rides_along():
     # Main keeps such a row as text, placeholders included.
     model = model_of("rope", max_sequence_length=64)
     samples = [{"input_ids": torch.randint(1, 500, (n,))} for n in (9, 20)]
-    (row,), _ = mp.data.pack(
-        samples, 64, "concatenative", img_seq_len=5, **mp.layout_options(model)
-    )
+    (row,), _ = mp.data.pack(samples, mp.row_spec(model), algorithm="concatenative")
     alone = torch.cat([pair[0] for pair in parity.run_alone(model, samples)])
     with mp.install(model), torch.no_grad():
         loss, mask = model(**row.inputs())

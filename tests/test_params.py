@@ -14,12 +14,16 @@ from torch.distributed.utils import _apply_to_tensors, _recursive_to
 
 import mcore_packing as mp
 
-from .packs import IMAGE, NAMED, make_row, structures
+from .packs import IMAGE, NAMED, build, lay_out, make_row, structures
 
 FIELDS = {item.name for item in dataclasses.fields(PackedSeqParams)}
 BOUNDARIES = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
 OWNED = {*BOUNDARIES, "qkv_format", "max_seqlen_q", "max_seqlen_kv", "pad_between_seqs"}
 OWNED |= {"total_tokens", "seq_idx", "cp_scatter_cache", "tokens_per_sample"}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def params_of(cu_seqlens, **kwargs):
@@ -30,9 +34,10 @@ def params_of(cu_seqlens, **kwargs):
     )
 
 
-def remap(row, params, **kwargs):
-    kwargs = {"space": "collapsed", **kwargs}
-    return mp.remap_packed_seq_params(params, row.input_ids, row.tokens_per_image, IMAGE, **kwargs)
+def remap(row, params, space="collapsed"):
+    return mp.remap_packed_seq_params(
+        params, row.input_ids, row.tokens_per_image, IMAGE, space=space
+    )
 
 
 @hypothesis.given(structures())
@@ -92,54 +97,83 @@ def test_queries_decide():
             remap(row, params_of(row.cu_seqlens, **keys))
 
 
-def test_real_and_padded_boundaries_stay_apart():
-    ids = torch.tensor([1, 2, 3, 0, 6, IMAGE, 0, 0])
-    real = torch.tensor([0, 3, 5], dtype=torch.int32)
-    padded = torch.tensor([0, 4, 8], dtype=torch.int32)
+def real_and_padded():
+    """Ids, counts and parameters of a row that is padded between its sequences."""
+    real, padded = int32(0, 3, 5), int32(0, 4, 8)
     params = params_of(real, cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded)
-    found = mp.remap_packed_seq_params(params, ids, [4], IMAGE, "collapsed")
+    return torch.tensor([1, 2, 3, 0, 6, IMAGE, 0, 0]), [4], params
+
+
+@pytest.mark.skipif("pad_between_seqs" not in FIELDS, reason="nothing tells TE")
+def test_real_and_padded_boundaries_stay_apart():
+    ids, counts, params = real_and_padded()
+    found = mp.remap_packed_seq_params(params, ids, counts, IMAGE, space="collapsed")
     assert found.cu_seqlens_q.tolist() == [0, 3, 8]
     assert found.cu_seqlens_q_padded.tolist() == [0, 4, 11]
     assert found.cu_seqlens_q is found.cu_seqlens_kv
     assert found.cu_seqlens_q_padded is found.cu_seqlens_kv_padded
-    if "pad_between_seqs" in FIELDS:
-        assert found.pad_between_seqs is True
+    assert found.pad_between_seqs is True
+
+
+@pytest.mark.skipif("pad_between_seqs" in FIELDS, reason="TE can be told")
+def test_real_boundaries_are_left_out_where_nothing_tells_te():
+    # Under context parallelism TE does not notice that they differ behind the last sequence only.
+    ids, counts, params = real_and_padded()
+    found = mp.remap_packed_seq_params(params, ids, counts, IMAGE, space="collapsed")
+    assert found.cu_seqlens_q.tolist() == [0, 4, 11]
+    assert len({id(getattr(found, name)) for name in BOUNDARIES}) == 1
+    assert found.layout.cu_seqlens_expanded.tolist() == [0, 3, 8]
 
 
 def test_from_a_layout():
     row = make_row([[0, 1], [0, 0, 0]])
-    layout = mp.PackedLayout.build(
-        row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed", seq_multiple=4,
-        total_multiple=16,
-    )  # fmt: skip
+    layout = build(row, seq_multiple=4, total_multiple=16)
     params = mp.packed_seq_params(layout)
     assert params.qkv_format == "thd" and params.cu_seqlens_q.tolist() == [0, 8, 12, 16]
     assert params.cu_seqlens_q_padded is params.cu_seqlens_q
-    params = mp.packed_seq_params(layout, pad_between_seqs=True)
-    assert params.cu_seqlens_q.tolist() == [0, 6, 9, 9]  # the tail holds nothing real
-    assert params.cu_seqlens_q_padded.tolist() == [0, 8, 12, 16]
     for other in (None, layout.to_tensor(), layout.cu_seqlens_padded):
         with pytest.raises(mp.PackingError, match="takes a PackedLayout, not a"):
             mp.packed_seq_params(other)
+    with pytest.raises(mp.PackingError, match="no pad_between_seqs= any more: pass like="):
+        mp.packed_seq_params(layout, pad_between_seqs=True)
 
 
-def test_tokens_behind_the_last_boundary_are_real():
-    # Padding kept apart, as it is not: the tail is a sequence, whoever trains it.
+@pytest.mark.skipif("pad_between_seqs" not in FIELDS, reason="nothing tells TE")
+def test_like_tells_real_from_padded():
+    row = make_row([[0, 1], [0, 0, 0]])
+    layout = build(row, seq_multiple=4, total_multiple=16)
+    for like in (
+        dataclasses.replace(params_of(row.cu_seqlens), pad_between_seqs=True),
+        params_of(row.cu_seqlens, cu_seqlens_q_padded=row.cu_seqlens.clone()),
+    ):
+        params = mp.packed_seq_params(layout, like)
+        assert params.cu_seqlens_q.tolist() == [0, 6, 9, 9]  # the tail holds nothing real
+        assert params.cu_seqlens_q_padded.tolist() == [0, 8, 12, 16]
+    # Tokens behind the last boundary are real: the tail is a sequence, whoever trains it.
     ids = torch.tensor([1, IMAGE, 2, 3, 4])
-    layout = mp.PackedLayout.build(
-        ids, torch.tensor([0, 3], dtype=torch.int32), [3], IMAGE, "collapsed", seq_multiple=4,
-        total_multiple=16,
-    )  # fmt: skip
-    params = mp.packed_seq_params(layout, pad_between_seqs=True)
+    layout = lay_out(ids, int32(0, 3), [3], seq_multiple=4, total_multiple=16)
+    params = mp.packed_seq_params(layout, like)
     assert params.cu_seqlens_q.tolist() == [0, 5, 7]
     assert params.cu_seqlens_q_padded.tolist() == [0, 8, 16]
 
 
+@pytest.mark.parametrize("length, count", [(64, 1), (64, 3), (4096, 7)])
+def test_captured_layers_see_the_same_shapes_and_numbers(length, count):
+    ids = torch.arange(3 * count)
+    edges = torch.arange(0, 3 * count + 1, 3, dtype=torch.int32)
+    layout = lay_out(ids, edges, [], fixed_length=length, max_sequences=8)
+    assert layout.cu_seqlens_padded.numel() == count + 2  # layouts keep what they have
+    params = mp.packed_seq_params(layout)
+    assert params.cu_seqlens_q.shape == (9,) and params.cu_seqlens_q[-1] == length
+    assert torch.equal(params.cu_seqlens_q[: count + 2], layout.cu_seqlens_padded)
+    assert params.max_seqlen_q == 1024 * (length // 1024 + 1) > length
+    with pytest.raises(mp.PackingError, match="has 8 sequences, the tail included, but layers"):
+        lay_out(torch.arange(7), torch.arange(8, dtype=torch.int32), [], max_sequences=7)
+
+
 def test_the_layout_survives_what_rebuilds_dataclasses():
     row = make_row(NAMED["T63-N5-B3"])
-    layout = mp.PackedLayout.build(
-        row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed"
-    )
+    layout = build(row)
     params = mp.packed_seq_params(layout, seq_idx=True)
     cast = functools.partial(_cast_fp_tensor, torch.bfloat16)  # as FSDP2 casts inputs
     for copy in (
@@ -151,7 +185,7 @@ def test_the_layout_survives_what_rebuilds_dataclasses():
     ):
         assert isinstance(copy, PackedSeqParams)
         assert torch.equal(copy.layout.cu_seqlens_padded, layout.cu_seqlens_padded)
-        assert copy.layout.max_seqlen == layout.max_seqlen
+        assert copy.layout.max_seqlen == layout.max_seqlen and copy.layout.spec == layout.spec
         if "seq_idx" in FIELDS:
             assert torch.equal(copy.seq_idx, params.seq_idx)
     assert remap(row, params) is params
@@ -159,11 +193,7 @@ def test_the_layout_survives_what_rebuilds_dataclasses():
 
 def test_the_layout_of_another_row_is_refused():
     row = make_row(NAMED["T63-N5-B3"])
-    params = mp.packed_seq_params(
-        mp.PackedLayout.build(
-            row.input_ids, row.cu_seqlens, row.tokens_per_image, IMAGE, "collapsed"
-        )
-    )
+    params = mp.packed_seq_params(build(row))
     other = row.input_ids.clone()
     other[0] += 1
 
@@ -173,7 +203,10 @@ def test_the_layout_of_another_row_is_refused():
     for changes, message in (
         ({"input_ids": row.input_ids[:-1]}, "of another one: tokens 63, but the row has 62"),
         ({"rows": row.tokens_per_image[:-1]}, "of another one: images 5, but the row has 4"),
-        ({"image_token_id": -201}, "image_token_id -200, but the row has -201"),
+        (
+            {"image_token_id": -201},
+            "image_token_id is -201, but the layout that came .* was made with -200",
+        ),
         ({"input_ids": other}, "was made of other input_ids"),
         ({"rows": row.tokens_per_image.flip(0)}, "was made of other tokens_per_image"),
     ):

@@ -1,0 +1,411 @@
+"""One packed forward of a ``LLaVAModel``, at its four moments."""
+
+import dataclasses
+import functools
+import logging
+import threading
+import warnings
+
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from torch import Tensor
+
+from ..errors import BoundarySpaceError, PackingError, PlaceholderMismatch, Status
+from ..expand import count_lost, expand_tokens, fill
+from ..layout import NO_IMAGE, PackedLayout, read_later
+from ..reference import local_positions
+from ..space import find_space
+from ..spec import RowSpec, round_up
+from .params import check_keys, laid_out, megatron_params, physical_boundaries, stage_layout
+from .plan import Plan
+from .releases import tokens_per_image
+from .spec import megatrons_spec, sequences_must_divide_by, stage_length
+
+logger = logging.getLogger(__name__)
+
+
+@torch.compiler.disable
+def packed_call(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "PackedCall | None":
+    """The packed call that ``forward`` is to be with these arguments; None where there are no
+    boundaries to move, and ``forward`` is to run as it is.
+
+    Raises:
+        PackingError: boundaries are missing where they must not; or what is wrong with the row.
+    """
+    if len(args) > len(plan.parameters):
+        raise PackingError(
+            f"forward got {len(args)} positional arguments, but its signature names "
+            f"{len(plan.parameters)}: pass the others by name, or set __wrapped__ (functools.wraps)"
+        )
+    given = dict(zip(plan.parameters, args, strict=False)) | kwargs
+    if not _is_packed(plan, model, given):
+        return None
+    spec = plan.spec_of_calls
+    if plan.replaces_expansion and not _infers_or_hears(given):
+        return PackedCall(plan, model, spec, given, args, kwargs)
+    spec = dataclasses.replace(megatrons_spec(model, _infers(given)), on_overflow=spec.on_overflow)
+    return BoundariesOnly(plan, model, spec, given, args, kwargs)
+
+
+class PackedCall:
+    """One packed ``forward`` in progress, where the expansion is ours.
+
+    Args:
+        plan: how calls of the model run.
+        model: which is called.
+        spec: what it asks of this row.
+        given: the arguments of ``forward``, by their names.
+        args, kwargs: the same, as the caller had them.
+
+    Attributes:
+        layout: of the row; exact once its status is read.
+        args, kwargs: what ``forward`` gets instead of what it was called with.
+    """
+
+    # 1: begin. The row is laid out, or the layout that rides along is checked.
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: LLaVAModel,
+        spec: RowSpec,
+        given: dict,
+        args: tuple,
+        kwargs: dict,
+    ):
+        self.plan, self.model, self.spec, self.given = plan, model, spec, given
+        self.args, self.kwargs = list(args), dict(kwargs)
+        self.num_image_embeddings = None  # that the vision model gave
+        self.entered = False  # whether the language model got its boundaries
+        self.cp_size = model.context_parallel_lm
+        self.cp_rank = model.cp_group.rank() if self.cp_size > 1 else 0
+        params, input_ids = given["packed_seq_params"], given.get("input_ids")
+        size = getattr(params, "local_cp_size", None)
+        if size not in (None, self.cp_size):
+            raise PackingError(
+                f"local_cp_size is {size}, but the model's context_parallel_size {self.cp_size}: "
+                f"LLaVAModel cannot change it from row to row"
+            )
+        space = getattr(params, "space", None) or plan.space
+        if input_ids is None:
+            self.layout = stage_layout(params, *stage_length(model), spec, space)
+        else:
+            self.layout = self.lay_out(params, input_ids, space)
+        self.params = megatron_params(self.layout, params, plan.wants_seq_idx)
+        self._read = self._start_reading()
+        seen = plan.seen
+        seen.in_evaluation |= not model.training
+        seen.layout, seen.input_ids = self.layout, input_ids
+        if plan.restarts_positions and model.pre_process:
+            self._pass("position_ids", self.layout.position_ids_collapsed[None])
+        self._pass("packed_seq_params", self.first_params())
+
+    def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
+        """The layout of a stage with tokens."""
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise PackingError(
+                f"input_ids are {list(input_ids.shape)}, expected one packed row, [1, T]: Megatron "
+                f"has no batch of rows in thd format"
+            )
+        release, spec, riding = self.plan.release, self.spec, getattr(params, "layout", None)
+        if riding is not None and riding.has_tokens and not self.model.add_encoder:
+            # It may count what this stage cannot.
+            counts, known = riding.cu_image_embeddings.diff().long(), riding.num_image_embeddings
+        else:
+            counts, known = tokens_per_image(self.model, release, self.given)
+        token = self.given.get("image_token_index")
+        if counts.numel() == 0 and release is not None and release.keeps_text_rows:
+            token = NO_IMAGE  # placeholders are text in such a row
+        if token not in (None, spec.image_token_id):
+            spec = dataclasses.replace(spec, image_token_id=token)
+        if space is None and riding is None:
+            raise _nobody_said(input_ids, params, counts, spec)
+        return laid_out(params, input_ids, counts, spec, space=space, num_image_embeddings=known)
+
+    def _pass(self, name: str, value) -> None:
+        """Another value for an argument of ``forward``, where the caller had it."""
+        names = self.plan.parameters
+        place = names.index(name) if name in names else len(self.args)
+        if place < len(self.args):
+            self.args[place] = value
+        else:
+            self.kwargs[name] = value
+
+    def first_params(self) -> PackedSeqParams:
+        """What ``forward`` sees until then: nothing, where it would read it."""
+        if self.plan.release.reads_boundaries:
+            return PackedSeqParams(qkv_format="thd")
+        return self.params
+
+    # 2: in place of _preprocess_data.
+
+    def preprocess(self, own, args: tuple, kwargs: dict):
+        """Embeddings, labels and loss mask of this rank's positions."""
+        layout, model, release = self.layout, self.model, self.plan.release
+        if not layout.has_tokens:
+            return own(*args, **kwargs)
+        given = dict(zip(self.plan.preprocess_parameters, args, strict=False)) | kwargs
+        sound = given.get("sound_embeddings")
+        if sound is not None and sound.numel():
+            raise PackingError(
+                f"sound_clips were [1, 1], which stands for no sound, but gave "
+                f"{list(sound.shape)} embeddings; pass sound_clips=None where there is none"
+            )
+        labels = loss_mask = embeddings = None
+        if model.post_process and given["labels"] is not None:
+            labels, loss_mask = given["labels"], given["loss_mask"]
+        tokens = expand_tokens(layout, labels, loss_mask, self.cp_size, self.cp_rank)
+        if model.pre_process:
+            text, images = given["language_embeddings"][0], given["image_embeddings"]
+            embeddings = self._fill(text, images, tokens.source)[:, None]
+            if model.sequence_parallel_lm:
+                embeddings = scatter_to_sequence_parallel_region(embeddings)
+        expanded = (
+            embeddings,
+            None if labels is None else tokens.labels[None],
+            None if loss_mask is None else tokens.loss_mask[None],
+        )
+        if not release.returns_ids:
+            return expanded
+        position_ids = None if given.get("position_ids") is None else tokens.position_ids[None]
+        return *expanded, tokens.token_ids[None], position_ids
+
+    def _fill(self, text: Tensor, images: Tensor | None, source: Tensor) -> Tensor:
+        if images is not None and images.numel() == 0:
+            images = None
+        dummy = None
+        if images is not None and not self.layout.num_images and self._allows_dummy():
+            dummy, images = images, None
+        self.num_image_embeddings = 0 if images is None else images.shape[:2].numel()
+        embeddings = fill(self.layout, text, images, source, self.cp_size, self.cp_rank)
+        return embeddings if dummy is None else _KeepInGraph.apply(embeddings, dummy)
+
+    def _allows_dummy(self) -> bool:
+        """Whether a row without images may carry one that only keeps the vision model in the graph.
+        Callers add it under FSDP, Megatron's main by itself."""
+        is_fsdp = getattr(self.model.vision_model, "_is_fsdp_managed_module", False)
+        return is_fsdp or self.plan.release.keeps_text_rows
+
+    def split_over_ranks(self, own, args: tuple, kwargs: dict):
+        """In place of ``_process_embedding_token_parallel``: they are this rank's already."""
+        return args
+
+    # 3: right before the language model, with the vision model queued on the GPU.
+
+    def enter_language_model(self, language_model, kwargs: dict) -> dict:
+        """Give the language model its boundaries, and its routers the padding."""
+        self._finish_reading()
+        self.entered = True
+        kwargs = {**kwargs, "packed_seq_params": self.params}
+        if self.plan.masks_padding:
+            kwargs["padding_mask"] = self.padding_mask(language_model)
+        return kwargs
+
+    def padding_mask(self, language_model) -> Tensor | None:
+        """bool ``[1, positions of this rank]``, True for padding."""
+        layout, mask = self.layout, self.layout.padding_mask
+        if self.cp_size > 1:
+            mask = mask[
+                local_positions(
+                    layout.cu_seqlens_padded, layout.num_expanded, self.cp_size, self.cp_rank
+                )
+            ]
+        if language_model.config.sequence_parallel:
+            group = language_model.tp_group
+            mask = mask.chunk(group.size())[group.rank()]
+        return mask[None]
+
+    def _start_reading(self):
+        """Queue what only the GPU knows: one copy, one wait. Gives None where there is nothing."""
+        layout, loss_mask = self.layout, self.given.get("loss_mask")
+        if layout.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            torch._assert_async(layout.status[0] == 0)
+            return None
+        words = [] if layout.is_exact else [layout.status]
+        if loss_mask is not None and layout.may_be_cut:
+            words.append(count_lost(layout, loss_mask).reshape(1))
+        return read_later(torch.cat(words)) if words else None
+
+    def _finish_reading(self) -> None:
+        """Read what was queued: raise what is wrong with the row, or make its exact boundaries."""
+        if self._read is not None:
+            words, self._read = self._read(), None
+            if not self.layout.is_exact:
+                status, words = Status(*words[: len(Status._fields)]), words[len(Status._fields) :]
+                self.layout = self.plan.seen.layout = self.layout.exact(status)
+                given = self.given["packed_seq_params"]
+                self.params = megatron_params(self.layout, given, self.plan.wants_seq_idx)
+            if words and words[0]:
+                self._report_lost(words[0])
+        found, expected = self.num_image_embeddings, self.layout.num_image_embeddings
+        if None not in (found, expected) and found != expected:
+            raise PlaceholderMismatch(
+                actual=found,
+                expected=expected,
+                message=f"images hold {found} embeddings, but the placeholders become {expected}",
+            )
+
+    def _report_lost(self, lost: int) -> None:
+        message = f"{lost} trained tokens do not fit the row of {self.layout.num_expanded}"
+        if self.plan.raises_on_overflow:
+            raise PackingError(
+                f"{message}; pack rows that fit with their padding, mask the loss of what may go, "
+                f"or have it cut off and counted with on_overflow='truncate'"
+            )
+        logger.warning("%s and were cut off (on_overflow='truncate')", message)
+
+    # 4: end. A language model that was compiled before the hook came never entered.
+
+    def end(self) -> None:
+        """Read what nobody has read yet."""
+        if self.entered:
+            return
+        self._finish_reading()
+        if self.first_params() is not self.params:
+            raise PackingError(
+                "the language model ran without its boundaries: it was compiled before the hook "
+                "was installed; call mp.install first"
+            )
+
+
+class Current(threading.local):
+    """The packed call in progress, in each thread its own."""
+
+    call: PackedCall | None = None
+
+    @torch.compiler.disable
+    def enter_language_model(self, language_model, args: tuple, kwargs: dict):
+        """The forward pre-hook of a language model."""
+        if self.call is None:
+            return None
+        return args, self.call.enter_language_model(language_model, kwargs)
+
+
+class BoundariesOnly(PackedCall):
+    """One packed ``forward`` whose expansion is not ours: only its boundaries are moved."""
+
+    def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
+        layout = super().lay_out(params, input_ids, space)
+        layout = layout if layout.is_exact else layout.exact_later()()
+        self._check_length(layout)
+        return layout
+
+    def _check_length(self, layout: PackedLayout) -> None:
+        """Megatron's own expansion pads no sequence, and a row only as its spec says; neither
+        attention nor TE's partition would complain."""
+        lengths = layout.cu_seqlens_padded.diff()
+        padded = layout.spec.seq_multiple > 1
+        if padded and bool((lengths[:-1] != layout.cu_seqlens_expanded.diff()).any()):
+            raise PackingError(
+                f"the layout pads sequences to multiples of {layout.spec.seq_multiple}, which "
+                f"Megatron's own expansion, the one of this call, does not"
+            )
+        multiple = sequences_must_divide_by(self.model)
+        wrong = lengths % multiple != 0
+        if multiple > 1 and bool(wrong.any()):
+            seq = int(wrong.nonzero()[0])
+            raise PackingError(
+                f"sequence {seq}: {int(lengths[seq])} positions, expected a multiple of "
+                f"2 * cp_size = {multiple}; Megatron's own expansion, the one of this call, pads "
+                f"no sequence"
+            )
+        length = self.spec.fixed_length
+        if length is None:
+            length = layout.num_collapsed - layout.num_images + layout.num_image_embeddings
+            length = min(round_up(length, self.spec.total_multiple), self.spec.max_length)
+        if layout.num_expanded != length:
+            raise PackingError(
+                f"the layout has {layout.num_expanded} positions, but Megatron's own expansion, "
+                f"the one of this call, makes {length}"
+            )
+
+    def first_params(self) -> PackedSeqParams:
+        return self.params
+
+    def preprocess(self, own, args: tuple, kwargs: dict):
+        return own(*args, **kwargs)
+
+    def split_over_ranks(self, own, args: tuple, kwargs: dict):
+        return own(*args, **kwargs)
+
+    def padding_mask(self, language_model) -> None:
+        return None
+
+
+# What a call is about
+
+
+def _is_packed(plan: Plan, model: LLaVAModel, given: dict) -> bool:
+    params = given.get("packed_seq_params")
+    is_thd = params is not None and params.qkv_format == "thd"
+    has_tensors = isinstance(given.get("input_ids"), Tensor | None)
+    if is_thd and model.add_decoder and has_tensors:
+        return True
+    passes = is_thd or not model.add_decoder or not has_tensors or _infers(given)
+    if passes or not plan.raises_if_missing or getattr(plan.unpacked, "depth", 0):
+        return False
+    found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
+    if not model.training and not plan.seen.in_evaluation:
+        _warn_once(
+            "a call in evaluation mode got no packed_seq_params in thd format: every row runs as "
+            "one sequence. If evaluation packs rows, hand every stage their boundaries"
+        )
+        return False
+    raise PackingError(
+        f"this stage got no packed_seq_params in thd format ({found}), so packed samples would "
+        f"leak into each other; hand every pipeline stage the boundaries of its micro-batch, or "
+        f"say that they are not packed: with mp.unpacked(model)"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"mcore_packing: {message}", stacklevel=6)
+
+
+def _infers(given: dict) -> bool:
+    return any(given.get(name) is not None for name in ("inference_context", "inference_params"))
+
+
+def _infers_or_hears(given: dict) -> bool:
+    """Whether a call keeps Megatron's own expansion: for inference and for sounds. Data paths send
+    ``[1, 1]`` zeros where there are none."""
+    clips = given.get("sound_clips")
+    hears = isinstance(clips, Tensor) and clips.numel() > 0 and clips.shape != (1, 1)
+    return hears or _infers(given)
+
+
+def _nobody_said(input_ids, params, counts, spec: RowSpec) -> PackingError:
+    """The error for boundaries of which nobody said what they count."""
+    try:
+        check_keys(params)
+        edges = physical_boundaries(params)
+        found = find_space(input_ids, edges, counts, spec.image_token_id, max_length=spec.longest)
+        by_values = f"by their values they are {found}"
+        if found is None:
+            by_values = "by their values they could be either, or the row has another fault"
+    except BoundarySpaceError as error:
+        by_values = str(error)
+    except PackingError as error:
+        return error
+    return BoundarySpaceError(
+        f"this row came without its layout, and nobody said what its boundaries count: {by_values} "
+        f"(mp.find_space). Say it for the whole data path, mp.install(model, space=...), or send "
+        f"the layout along, mp.packed_seq_params(layout)"
+    )
+
+
+class _KeepInGraph(torch.autograd.Function):
+    """``embeddings``; ``images`` take part with weight zero, so that FSDP sees their gradients."""
+
+    @staticmethod
+    def forward(ctx, embeddings, images):
+        ctx.images = images.shape, images.dtype, images.device
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shape, dtype, device = ctx.images
+        return grad, torch.zeros(shape, dtype=dtype, device=device)

@@ -1,0 +1,157 @@
+"""What is known of a model when the hook is installed, and what was seen of its calls since."""
+
+import dataclasses
+import importlib
+import inspect
+import threading
+import warnings
+from dataclasses import dataclass
+
+from megatron.core import __version__ as mcore_version
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from torch import Tensor
+
+from ..errors import PackingError
+from ..inputs import as_choice
+from ..layout import PackedLayout
+from ..space import SPACES
+from ..spec import ON_OVERFLOW
+from .releases import release_of, why_not_ours
+from .spec import captures_layers, spec_of
+
+
+@dataclass
+class Seen:
+    """Of the packed calls so far.
+
+    Attributes:
+        in_evaluation: whether one ran in evaluation mode.
+        layout: of the last one.
+        input_ids: of the last one, where its layout was made elsewhere.
+    """
+
+    in_evaluation: bool = False
+    layout: PackedLayout | None = None
+    input_ids: Tensor | None = None
+
+
+class Plan:
+    """How packed calls of one model run.
+
+    Args:
+        model: whose ``forward`` names ``packed_seq_params``.
+        space, on_missing, on_overflow, max_sequences: as ``install`` takes them.
+
+    Attributes:
+        spec: what the model asks of a row.
+        spec_of_calls: the same, with what ``install`` said of rows that do not fit.
+        release: the Megatron-Core release whose expansion the model has, None if no known one.
+        replaces_expansion: whether the expansion is Megatron's own, of a known release.
+        parameters: the names of ``forward``'s positional parameters, in order.
+        preprocess_parameters: likewise of ``_preprocess_data``.
+        restarts_positions: whether position ids are looked up, so that they have to restart.
+        wants_seq_idx: True where Mamba layers read ``seq_idx``, else None.
+        masks_padding: whether routers of experts take a mask of padding, which they count else.
+        unpacked: in each thread, how many ``mp.unpacked`` are open, as ``depth``.
+    """
+
+    def __init__(
+        self,
+        model: LLaVAModel,
+        space: str | None,
+        on_missing: str,
+        on_overflow: str,
+        max_sequences: int | None,
+    ):
+        self.space = space if space is None else as_choice(space, "space", SPACES)
+        self.raises_if_missing = as_choice(on_missing, "on_missing", ("raise", "pass")) == "raise"
+        self.raises_on_overflow = as_choice(on_overflow, "on_overflow", ON_OVERFLOW) == "raise"
+        self.parameters = _positional(model.forward)
+        if "packed_seq_params" not in inspect.signature(model.forward).parameters:
+            raise PackingError(
+                f"the forward of this {type(model).__name__} has no parameter packed_seq_params "
+                f"({', '.join(inspect.signature(model.forward).parameters)}), so its boundaries "
+                f"cannot be found; name it in the signature, or set __wrapped__ (functools.wraps)"
+            )
+        self.preprocess_parameters = _positional(model._preprocess_data)
+        language_model = getattr(model, "language_model", None)
+        if language_model is not None and not takes_boundaries(language_model):
+            raise PackingError(
+                "this megatron-core passes no packed_seq_params to "
+                f"{type(language_model).__name__}, so packed samples leak into each other; hybrid "
+                "models need megatron-core >= 0.16"
+            )
+        if max_sequences is None and captures_layers(model.config):
+            raise PackingError(
+                "layers are captured as CUDA graphs, which take boundaries of one length only: say "
+                "with max_sequences= how many sequences a row has at most, the tail included"
+            )
+        self.spec = spec_of(model, max_sequences)
+        self.spec_of_calls = dataclasses.replace(self.spec, on_overflow=on_overflow)
+        self.release = release_of(type(model))
+        reason = why_not_ours(model)
+        self.replaces_expansion = reason is None
+        if reason is not None:
+            warnings.warn(
+                f"mcore_packing: {reason}; boundaries are moved, the expansion is left alone",
+                stacklevel=5,
+            )
+        self.restarts_positions = (
+            getattr(language_model, "position_embedding_type", None) == "learned_absolute"
+        )
+        self.wants_seq_idx = True if isinstance(language_model, _HYBRIDS) else None
+        self.masks_padding = wants_padding_mask(language_model)
+        self.unpacked = threading.local()
+        self.seen = Seen()
+
+
+def _positional(function) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    )
+
+
+def takes_boundaries(language_model) -> bool:
+    """Whether a language model reads ``packed_seq_params``: hybrids do from 0.16 on."""
+    parameters = inspect.signature(language_model.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return "packed_seq_params" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def wants_padding_mask(language_model) -> bool:
+    """Whether it has experts whose routers count tokens, and take a mask of padding.
+
+    They take one from 0.16 on. From there to 0.19 ``_apply_expert_bias`` cannot broadcast it, and
+    quantile balancing refuses one.
+    """
+    config = getattr(language_model, "config", None)
+    if getattr(config, "num_moe_experts", None) is None:
+        return False
+    if "padding_mask" not in inspect.signature(language_model.forward).parameters:
+        return False
+    balancing = getattr(config, "moe_router_load_balancing_type", None)
+    balancing = balancing if isinstance(balancing, list | tuple) else [balancing]
+    if "quantile_balancing" in balancing:
+        return False
+    version = tuple(map(int, mcore_version.split(".")[:2]))
+    return not (version < (0, 20) and config.moe_router_enable_expert_bias)
+
+
+def _hybrid_classes() -> tuple[type, ...]:
+    """Language models with Mamba layers; renamed on main."""
+    found = []
+    for module, name in (
+        ("mamba.mamba_model", "MambaModel"),
+        ("hybrid.hybrid_model", "HybridModel"),
+    ):
+        try:
+            found.append(getattr(importlib.import_module(f"megatron.core.models.{module}"), name))
+        except ImportError:
+            continue
+    return tuple(found)
+
+
+_HYBRIDS = _hybrid_classes()

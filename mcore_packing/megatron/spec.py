@@ -1,0 +1,156 @@
+"""What a ``LLaVAModel`` asks of a row.
+
+Written against ``LLaVAModel.__init__`` and ``_preprocess_data`` of Megatron-Core 0.12.3 to main.
+"""
+
+import torch
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+from ..context_parallel import alignment
+from ..errors import PackingError
+from ..spec import RowSpec
+from .find import find_llavas, hook_of
+from .releases import release_of, why_not_ours
+
+try:
+    from megatron.core.fp4_utils import get_fp4_align_size
+except ImportError:  # before 0.16
+    get_fp4_align_size = None
+try:
+    from megatron.core.fp8_utils import get_fp8_align_size
+except ImportError:  # before 0.13
+    get_fp8_align_size = None
+
+
+def row_spec(model, max_sequences: int | None = None) -> RowSpec:
+    """What a model asks of a row, the same before and after ``install``.
+
+    For a data path that makes layouts where it makes rows, on the CPU.
+
+    Args:
+        model: a ``LLaVAModel``, any wrapper around one, or a list of pipeline chunks.
+        max_sequences: how many sequences attention gets of every row, where its layers are captured
+            as CUDA graphs; as ``install`` takes it. By default what ``install`` was told.
+
+    Returns:
+        The multiples and lengths that the parallelism, the precision and the maximum of the model
+        ask for. Where its expansion is not replaced (see ``install``), what Megatron's own makes.
+
+    Raises:
+        PackingError: no ``LLaVAModel`` in there, or a maximum that pipelines cannot use.
+    """
+    llavas = find_llavas(model)
+    llava = next((llava for llava in llavas if llava.add_decoder), llavas[0])
+    hook = hook_of(llava)
+    if hook is not None and max_sequences in (None, hook.plan.spec.max_sequences):
+        return hook.plan.spec
+    return spec_of(llava, max_sequences)
+
+
+def spec_of(model: LLaVAModel, max_sequences: int | None = None) -> RowSpec:
+    """``row_spec`` of a model that is not installed."""
+    if not model.add_decoder:  # a stage that has no rows
+        return RowSpec(image_token_id=model.image_token_index, img_seq_len=model.img_seq_len)
+    if why_not_ours(model) is not None:
+        return megatrons_spec(model)
+    seq_multiple, total_multiple = _alignment(model, fp8_align_of(model.config))
+    # Layers that are captured take no other length.
+    is_fixed = _megatron_fixes_length(model) or max_sequences is not None
+    is_fixed |= captures_layers(model.config)
+    return _spec(model, seq_multiple, total_multiple, is_fixed, max_sequences)
+
+
+def megatrons_spec(model: LLaVAModel, infers: bool = False) -> RowSpec:
+    """What Megatron's own expansion makes: it pads no sequence, a row for pipelines, and from 0.18
+    on one that parallelism could not divide."""
+    total_multiple, release = 1, release_of(type(model))
+    if release is not None and release.pads_rows:
+        _, total_multiple = _alignment(model)
+    return _spec(model, 1, total_multiple, _megatron_fixes_length(model) and not infers, None)
+
+
+def _spec(model, seq_multiple, total_multiple, is_fixed, max_sequences) -> RowSpec:
+    longest = model._language_max_sequence_length
+    if is_fixed and longest % total_multiple:
+        raise PackingError(
+            f"language_max_sequence_length is {longest}, expected a multiple of "
+            f"{total_multiple}: the pipeline expects rows of exactly this length"
+        )
+    longest = longest // total_multiple * total_multiple
+    return RowSpec(
+        image_token_id=model.image_token_index,
+        img_seq_len=getattr(model, "img_seq_len", None),
+        seq_multiple=seq_multiple,
+        total_multiple=total_multiple,
+        max_length=longest,
+        fixed_length=longest if is_fixed else None,
+        max_sequences=max_sequences,
+        cp_size=model.context_parallel_lm if seq_multiple > 1 else 1,
+    )
+
+
+def sequences_must_divide_by(model: LLaVAModel) -> int:
+    """What context parallelism asks of the length of every sequence."""
+    return _alignment(model)[0]
+
+
+def stage_length(model: LLaVAModel) -> tuple[int, torch.device]:
+    """How many positions a stage without tokens has, those of all its ranks together, and where."""
+    hidden = getattr(getattr(model.language_model, "decoder", None), "input_tensor", None)
+    if hidden is None:
+        raise PackingError(
+            "input_ids are None, but this stage has no hidden states to compare its boundaries with"
+        )
+    length = hidden.shape[0] * model.context_parallel_lm
+    if model.sequence_parallel_lm:
+        length *= model.tensor_model_parallel_size_lm
+    return length, hidden.device
+
+
+def _alignment(model, fp8_align: int = 1) -> tuple[int, int]:
+    """What the parallelism of the language model asks of sequences, and of the row."""
+    return alignment(
+        model.context_parallel_lm,
+        model.tensor_model_parallel_size_lm,
+        model.sequence_parallel_lm,
+        fp8_align,
+    )
+
+
+def _megatron_fixes_length(model) -> bool:
+    """Whether Megatron pads every row to the language model's maximum: for pipelines, and for
+    communication that overlaps."""
+    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
+    return model._language_is_pipeline_parallel or overlaps
+
+
+def captures_layers(config) -> bool:
+    """Whether layers are captured as CUDA graphs one by one, which reject a changed int."""
+    implementation = getattr(config, "cuda_graph_impl", None) or "none"
+    if implementation == "none":
+        return any(
+            getattr(config, name, False) for name in ("enable_cuda_graph", "external_cuda_graph")
+        )
+    scope = getattr(config, "cuda_graph_scope", None) or ()
+    scope = scope if isinstance(scope, list | tuple) else [scope]
+    whole = any("full_iteration" in str(part) for part in (implementation, *scope))
+    return not whole
+
+
+def fp8_align_of(config) -> int:
+    """How many positions FP8 or FP4 matrix products want a multiple of, on each rank.
+
+    Source:
+        ``fp8_utils.get_fp8_align_size``, which does not know blockwise scaling (128), and
+        ``fp4_utils.get_fp4_align_size``, of Megatron-Core.
+    """
+    if getattr(config, "fp4", None):
+        return 128 if get_fp4_align_size is None else get_fp4_align_size(config.fp4_recipe)
+    if not getattr(config, "fp8", None):
+        return 1
+    recipe = str(getattr(config, "fp8_recipe", ""))
+    if recipe.endswith("blockwise"):
+        return 128
+    if get_fp8_align_size is None:
+        return 32 if recipe.endswith("mxfp8") else 16
+    return get_fp8_align_size(config.fp8_recipe)
