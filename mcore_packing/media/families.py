@@ -18,6 +18,7 @@ LAYOUT_WORDS = (
     "video",
     "video_patch",  # t * h * w of the video's row of video_grid_thw
     "video_frame",  # as frames_per_video says
+    "video_or_frame",  # as its own dimensions say: [frames, C, H, W] or [C, H, W]
 )
 SETTINGS = {"count": "settings", "video_count": "video_settings"}  # of which rule
 
@@ -299,7 +300,7 @@ _add("nemotron_nano_vl_v2", 131072, 131073, 131074, turn_opener_text="<SPECIAL_1
      source="Megatron-Bridge main: NemotronNano12Bv2VLModelProvider and its collate function")
 _add("nemotron_omni", 18, 21, 22, **_CHATML | {"turn_opener": (10, 3263, 1010)},
      video_prompt_token_id=131081, count="nemotron_omni", video_count="nemotron", layout=_layout(
-         patch="pixel_values", image="image_grid_hw", video_frame="pixel_values_videos"),
+         patch="pixel_values", image="image_grid_hw", video_or_frame="pixel_values_videos"),
      hf="NemotronH_Omni_Reasoning_V3Processor; tokenizer of Nemotron 3 Nano (opener); "
      "Megatron-Bridge main: NemotronOmniBridge (ids)")
 # On no trainer's list: kept for their layouts.
