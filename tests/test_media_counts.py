@@ -53,6 +53,8 @@ RUNS = {
     "gemma4-280": {"max_soft_tokens": 280},
     "internvl3": {"size": 28},
     "internvl3-2-to-6": {"size": 42, "min_patches": 2, "max_patches": 6, "image_seq_length": 64},
+    "llama4": {},
+    "llama4-canvas-of-9": {"max_patches": 9, "resize_to_max_canvas": True},
     "llava15": {
         "crop_size": 336,
         "patch_size": 14,
@@ -65,6 +67,9 @@ RUNS = {
         "num_additional_image_tokens": 0,
         "vision_feature_select_strategy": "full",
     },
+    "mistral3": {"longest_edge": 500, "patch_size": 12, "spatial_merge_size": 3},
+    "pixtral": {"longest_edge": 1024, "patch_size": 16, "spatial_merge_size": 1},
+    "pixtral-400": {"longest_edge": 400},
     "qwen2_5_vl": {"max_pixels": 200_000},
     "qwen2_vl": {},
     "qwen2_vl-p16": {"patch_size": 16, "min_pixels": 1000, "max_pixels": 50_000},
@@ -231,6 +236,74 @@ def test_against_the_helpers_of_transformers(family):
         else:
             expected = images.get_number_of_image_patches(height, width) / per_token
         assert num_image_tokens(family, height, width, **settings) == expected, (height, width)
+
+
+def tiles_of_llama4(height, width, size, max_patches, resize_to_max_canvas):
+    from transformers.image_utils import SizeDict
+    from transformers.models.llama4 import image_processing_llama4 as llama4
+
+    canvases = llama4.find_supported_resolutions(max_patches, SizeDict(height=size, width=size))
+    best = llama4.get_best_fit((height, width), torch.tensor(canvases), resize_to_max_canvas)
+    tiles = math.prod(best.tolist()) // size**2
+    return (tiles + (tiles > 1)) * ((size // 14) ** 2 // 4)
+
+
+def patches_of_pixtral(height, width, longest_edge, patch_size, spatial_merge_size):
+    from transformers.models.pixtral import image_processing_pil_pixtral as pixtral
+
+    blank = np.broadcast_to(np.uint8(0), (3, height, width))  # takes no memory
+    unit = patch_size * spatial_merge_size
+    size = pixtral.get_resize_output_image_size(blank, longest_edge, unit, "channels_first")
+    return math.prod(size) // unit**2
+
+
+PIXTRAL = ("longest_edge", "patch_size", "spatial_merge_size")
+FUNCTIONS = {
+    "llama4": (
+        tiles_of_llama4,
+        ("size", "max_patches", "resize_to_max_canvas"),
+        [(336, 16, False), (336, 16, True), (336, 12, False), (224, 25, True), (112, 1, False)],
+    ),
+    "mistral3": (patches_of_pixtral, PIXTRAL, [(1540, 14, 2), (999, 13, 3)]),
+    "pixtral": (patches_of_pixtral, PIXTRAL, [(1024, 16, 1), (400, 16, 1)]),
+}
+
+
+@pytest.mark.parametrize("family", FUNCTIONS)
+def test_against_the_functions_of_transformers(family):
+    """Large and extreme images too, without making them."""
+    pytest.importorskip("transformers")
+    from .hf_processors import make_processor
+
+    made(make_processor, family, {})
+    function, names, runs = FUNCTIONS[family]
+    draw, compared = random.Random(family), 0
+    for values in runs:
+        settings = dict(zip(names, values, strict=True))
+        for _ in range(800):
+            sizes = [draw.randint(1, 4000), draw.randint(1, draw.choice([60, 4000, 30_000]))]
+            if draw.random() < 0.3:  # where floats round either way
+                unit = draw.choice([7, 14, 28, 32, 56, 84, 112, 168, 224, 336, 504, 728])
+                sizes = [unit * draw.randint(1, 9), unit * draw.randint(1, 9) + draw.randint(-1, 1)]
+            draw.shuffle(sizes)
+            expected = function(*sizes, **settings)
+            if not expected:
+                with pytest.raises(PackingError, match="is resized to nothing"):
+                    num_image_tokens(family, *sizes, **settings)
+                continue
+            assert num_image_tokens(family, *sizes, **settings) == expected, (sizes, settings)
+            compared += 1
+    assert compared >= 600 * len(runs)
+
+
+def test_sizes_that_have_to_be_square():
+    for family in ("llama4",):
+        expected = num_image_tokens(family, 500, 900)
+        side = get_family(family).settings["size"]
+        square = {"height": side, "width": side}
+        assert num_image_tokens(family, 500, 900, size=square) == expected
+        with pytest.raises(PackingError, match="size is 112 x 448, expected a square"):
+            num_image_tokens(family, 500, 900, size={"height": 112, "width": 448})
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -429,7 +502,7 @@ def test_sizes_and_settings_beyond_reason_raise_the_typed_error(family):
 
 def test_a_family_without_a_rule_says_so():
     with pytest.raises(PackingError, match="count_with_processor"):
-        num_image_tokens("pixtral", 640, 480)
+        num_image_tokens("llava_next", 640, 480)
     with pytest.raises(PackingError, match="qwen2_vl"):
         num_image_tokens("qwen9_vl", 640, 480)
 

@@ -21,6 +21,7 @@ from mcore_packing.media import (
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "media.md"
 QWEN3 = {"patch_size": 16, "min_pixels": 256**2, "max_pixels": 4096**2}
+MISTRAL3 = {"longest_edge": 1540, "patch_size": 14, "spatial_merge_size": 2}
 # What the processor is made with, where its class has other defaults than the family's checkpoint.
 MADE_WITH = {
     "qwen2_5_vl": {"max_pixels": 28 * 28 * 16384},
@@ -34,6 +35,7 @@ MADE_WITH = {
     },
     "llava_onevision": {"num_image_tokens": 729, "vision_feature_select_strategy": "full"},
     "gemma3_pan_and_scan": {"do_pan_and_scan": True},
+    "mistral3": MISTRAL3,
 }
 CHECKED = (
     "gemma3", "gemma4", "glm4_5v", "glm4v", "internvl3", "internvl3_5", "kimi_k2_5", "kimi_vl",
@@ -176,6 +178,18 @@ def test_ids_are_those_of_the_configs(family):
     if family.startswith("glm"):
         assert known.video_start_id == config.video_start_token_id
         assert known.video_end_id == config.video_end_token_id
+
+
+def test_image_settings_of_mistral3_are_those_of_its_config():
+    pytest.importorskip("transformers")
+    from transformers import Mistral3Config
+
+    config = Mistral3Config()
+    for family in ("mistral3",):
+        known = get_family(family).settings
+        assert known["spatial_merge_size"] == config.spatial_merge_size
+        assert known["longest_edge"] == config.vision_config.image_size
+        assert known["patch_size"] == config.vision_config.patch_size
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "glm4v"])

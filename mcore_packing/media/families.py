@@ -255,8 +255,8 @@ _add("kimi_vl", like="kimi_k2_5", video_token_id=None, video_count=None,
      hf="Kimi_K25ImageProcessor; vLLM's image processor of moonshotai/Kimi-VL-A3B-Instruct")
 _add("llama4", 200092, 200080, 200081, None, 200000, turn_opener=(200005, 1556, 200006, 368),
      turn_opener_text="<|header_start|>user<|header_end|>\n\n",
-     break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, layout=_TILES,
-     hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer")
+     break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, count="llama4",
+     layout=_TILES, hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer")
 _add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, turn_opener_text="<|turn>user\n",
      layout=_layout(
          image="pixel_values image_position_ids num_soft_tokens_per_image",
@@ -283,9 +283,11 @@ _add("llava_onevision", 151646, None, None, 151647, **_CHATML, video_count="llav
      layout=_SIZED | _layout(nonempty_sample="batch_num_images", video="pixel_values_videos"),
      hf="LlavaOnevisionConfig, LlavaOnevisionProcessor; its tokenizer (opener)")
 _add("pixtral", 10, None, 13, None, 1, turn_opener=(3,), turn_opener_text="[INST]",
-     break_token_ids=(12,), layout=_SIZED,
+     break_token_ids=(12,), layout=_SIZED, count="pixtral",
      hf="PixtralProcessor; tokens of mistralai/Pixtral-12B-2409 (Tekken)")
-_add("mistral3", like="pixtral", hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+_add("mistral3", like="pixtral",
+     settings={"longest_edge": 1540, "patch_size": 14, "spatial_merge_size": 2},
+     hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
 _add("megatron_llava", -200, count="megatron_llava", layout=_TILES | _layout(
          sample="tokens", tile="images", image="num_image_tiles num_tiles imgs_sizes"),
      source="Megatron-Core 0.12.3 to main: LLaVAModel, get_num_image_embeddings; Megatron-LM main: "

@@ -58,13 +58,25 @@ def _read(setting: Parameter, value: Any) -> Any:
     return value
 
 
-def _area(side: Any, name: str, unit: int = 1) -> int:
-    """Of a setting that is a side, or has height and width by name, in squares of ``unit``."""
+def _sides(side: Any, name: str) -> tuple[int, int]:
+    """Of a setting that is a side, or has height and width by name: height and width."""
     both = side if isinstance(side, Mapping) else {"height": side, "width": side}
     known = {"height", "width"} <= set(both)
     require(known, f"{name} is {both}, expected an int or height and width")
-    height, width = (as_int(both[key], f"{name}: {key}", 1) for key in ("height", "width"))
+    return tuple(as_int(both[key], f"{name}: {key}", 1) for key in ("height", "width"))
+
+
+def _area(side: Any, name: str, unit: int = 1) -> int:
+    """The area of such a setting, in squares of ``unit``."""
+    height, width = _sides(side, name)
     return (height // unit) * (width // unit)
+
+
+def _square(side: Any, name: str) -> int:
+    """The side of such a setting, where it has to be a square."""
+    height, width = _sides(side, name)
+    require(height == width, f"{name} is {height} x {width}, expected a square")
+    return height
 
 
 def qwen_vl(
@@ -205,6 +217,27 @@ def gemma3(
     return image_seq_length * (1 + crops)
 
 
+def llama4(
+    height, width, *, size: Any = 336, max_patches: int = 16, resize_to_max_canvas: bool = False,
+    patch_size: int = 14, pixel_shuffle_ratio: float = 0.5,
+):  # fmt: skip
+    """Tiles of the smallest canvas that scales the image best, and all of it where they are many.
+
+    A canvas scales it best that enlarges it least, or most if asked to; failing that, that shrinks
+    it least.
+    """
+    side = _square(size, "size")
+    # The processor's are float32: no other ties while a side has less than 100,000 pixels.
+    scales = {
+        (columns, rows): min(columns * side / width, rows * side / height)
+        for columns, rows in _grids(1, max_patches)
+    }
+    larger = [scale for scale in scales.values() if scale >= 1]
+    best = min(larger) if larger and not resize_to_max_canvas else max(scales.values())
+    tiles = min(math.prod(canvas) for canvas, scale in scales.items() if scale == best)
+    return (tiles + (tiles > 1)) * ((side // patch_size) ** 2 // round(1 / pixel_shuffle_ratio**2))
+
+
 def llava15(
     height, width, *, crop_size: Any = 336, patch_size: int = 14,
     vision_feature_select_strategy: str = "default", num_additional_image_tokens: int = 1,
@@ -212,6 +245,17 @@ def llava15(
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
     return _area(crop_size, "crop_size", patch_size) + num_additional_image_tokens - dropped
+
+
+def pixtral(
+    height, width, *, longest_edge: int = 1024, patch_size: int = 16, spatial_merge_size: int = 1
+):  # fmt: skip
+    """Shrunk to the longest edge, then enlarged to whole merged patches."""
+    ratio, unit = max(height / longest_edge, width / longest_edge), patch_size * spatial_merge_size
+    sides = [math.floor(side / ratio) if ratio > 1 else side for side in (height, width)]
+    edge = f"longest_edge {longest_edge}"
+    require(min(sides), f"{height} x {width} is resized to nothing at {edge}")
+    return math.prod((side - 1) // unit + 1 for side in sides)
 
 
 def llava_onevision_video(frames, height, width, *, num_image_tokens: int = 729):
@@ -299,7 +343,8 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
 
 
 _IMAGES = (
-    gemma3, gemma4, glm_vl, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl,
+    gemma3, gemma4, glm_vl, internvl3, kimi_vl, llama4, llava15, megatron_llava, nemotron_omni,
+    pixtral, qwen_vl,
 )  # fmt: skip
 RULES = {
     "count": {rule.__name__: rule for rule in _IMAGES},
