@@ -42,6 +42,8 @@ ROUND_SIZES = [(SIDES.randint(30, 300), SIDES.randint(30, 300)) for _ in range(2
 
 # InternVL counts tiles and not pixels, so small tiles make small images as good as large ones.
 RUNS = {
+    "ernie4_5_vl": {},
+    "ernie4_5_vl-small": {"max_pixels": 50_000},
     "gemma3": {},
     "gemma3-pan-and-scan": {
         "do_pan_and_scan": True,
@@ -51,6 +53,7 @@ RUNS = {
     },
     "gemma4-70": {"max_soft_tokens": 70},
     "gemma4-280": {"max_soft_tokens": 280},
+    "gemma4_unified-70": {"max_soft_tokens": 70},
     "internvl3": {"size": 28},
     "internvl3-2-to-6": {"size": 42, "min_patches": 2, "max_patches": 6, "image_seq_length": 64},
     "llama4": {},
@@ -67,6 +70,8 @@ RUNS = {
         "num_additional_image_tokens": 0,
         "vision_feature_select_strategy": "full",
     },
+    "minimax_m3_vl": {},
+    "ministral3": {"longest_edge": 600, "patch_size": 14, "spatial_merge_size": 2},
     "mistral3": {"longest_edge": 500, "patch_size": 12, "spatial_merge_size": 3},
     "pixtral": {"longest_edge": 1024, "patch_size": 16, "spatial_merge_size": 1},
     "pixtral-400": {"longest_edge": 400},
@@ -76,6 +81,8 @@ RUNS = {
     "qwen3_vl": {
         "patch_size": 16, "merge_size": 2, "min_pixels": 256**2, "max_pixels": 4096**2,
     },
+    "step3p7": {},
+    "step3p7-600": {"max_image_size": 600, "patch_size": 224},
 }  # fmt: skip
 
 
@@ -257,6 +264,15 @@ def patches_of_pixtral(height, width, longest_edge, patch_size, spatial_merge_si
     return math.prod(size) // unit**2
 
 
+def patches_of_step(height, width, size, patch_size):
+    from .hf_processors import make_processor
+
+    images = made(make_processor, "step3p7", {}).image_processor
+    settings = {"size": {"height": size}, "patch_size": patch_size}
+    windows = images.get_number_of_image_patches(height, width, settings)
+    return (size // 56) ** 2 + windows * (patch_size // 56) ** 2
+
+
 PIXTRAL = ("longest_edge", "patch_size", "spatial_merge_size")
 FUNCTIONS = {
     "llama4": (
@@ -264,8 +280,10 @@ FUNCTIONS = {
         ("size", "max_patches", "resize_to_max_canvas"),
         [(336, 16, False), (336, 16, True), (336, 12, False), (224, 25, True), (112, 1, False)],
     ),
+    "ministral3": (patches_of_pixtral, PIXTRAL, [(1540, 14, 2)]),
     "mistral3": (patches_of_pixtral, PIXTRAL, [(1540, 14, 2), (999, 13, 3)]),
     "pixtral": (patches_of_pixtral, PIXTRAL, [(1024, 16, 1), (400, 16, 1)]),
+    "step3p7": (patches_of_step, ("size", "patch_size"), [(728, 504), (112, 224), (336, 168)]),
 }
 
 
@@ -297,7 +315,7 @@ def test_against_the_functions_of_transformers(family):
 
 
 def test_sizes_that_have_to_be_square():
-    for family in ("llama4",):
+    for family in ("llama4", "step3p7"):
         expected = num_image_tokens(family, 500, 900)
         side = get_family(family).settings["size"]
         square = {"height": side, "width": side}
@@ -626,6 +644,10 @@ CONFIGS = {
         "gemma4.Gemma4Config",
         {"vision_start_id": "boi_token_id", "vision_end_id": "eoi_token_id", **IMAGE_AND_VIDEO},
     ),
+    "gemma4_unified": (
+        "gemma4_unified.Gemma4UnifiedConfig",
+        {"vision_start_id": "boi_token_id", "vision_end_id": "eoi_token_id", **IMAGE_AND_VIDEO},
+    ),
     "idefics3": ("idefics3.Idefics3Config", {"image_token_id": "image_token_id"}),
     "internvl3": ("internvl.InternVLConfig", {"image_token_id": "image_token_id"}),
     "lfm2_vl": ("lfm2_vl.Lfm2VlConfig", {"image_token_id": "image_token_id"}),
@@ -635,6 +657,8 @@ CONFIGS = {
         "llava_onevision.LlavaOnevisionConfig",
         {"video_token_id": "video_token_index", **INDEX},
     ),
+    "minimax_m3_vl": ("minimax_m3_vl.MiniMaxM3VLConfig", IMAGE_AND_VIDEO),
+    "ministral3": ("mistral3.Mistral3Config", INDEX),
     "mistral3": ("mistral3.Mistral3Config", INDEX),
     "mllama": ("mllama.MllamaConfig", INDEX),
     "qwen2_vl": ("qwen2_vl.Qwen2VLConfig", QWEN),

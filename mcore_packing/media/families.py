@@ -253,6 +253,16 @@ _add("kimi_k2_5", 163605, 163602, 163604, 163840, 163584, break_token_ids=(16360
 _add("kimi_vl", like="kimi_k2_5", video_token_id=None, video_count=None,
      settings={"max_patches": 4096},
      hf="Kimi_K25ImageProcessor; vLLM's image processor of moonshotai/Kimi-VL-A3B-Instruct")
+_add("ernie4_5_vl", 100295, 101304, 101305, 103367, 100273, turn_opener=(2969, 93963),
+     turn_opener_text="User:", video_start_id=101306, video_end_id=101307,
+     layout=_GRIDS | _layout(sample="moe_mm_token_type_ids"), count="qwen_vl",
+     settings={"max_pixels": 28**2 * 6177}, video_count="qwen2_vl",
+     video_settings={"min_pixels": 28**2 * 299, "max_pixels": 28**2 * 1196},
+     hf="Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeProcessor and its model test (opener, begin)")
+# Here it has one for each chunk of eight frames.
+_add("minimax_m3_vl", 200025, 200029, 200030, 200026, 200034, turn_opener_text="]~b]user\n",
+     layout=_GRIDS, count="qwen_vl", settings={"max_pixels": 451584}, video_count="minimax",
+     hf="MiniMaxM3VLConfig, MiniMaxM3VLProcessor; a copy of its tokenizer (markers)")
 _add("llama4", 200092, 200080, 200081, None, 200000, turn_opener=(200005, 1556, 200006, 368),
      turn_opener_text="<|header_start|>user<|header_end|>\n\n",
      break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, count="llama4",
@@ -265,6 +275,8 @@ _add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, turn_opener_text="<|tur
      count="gemma4", choices={"max_soft_tokens": (70, 140, 280, 560, 1120)},
      video_count="gemma4", video_settings={"max_soft_tokens": 70},
      hf="Gemma4Config, Gemma4Processor; tokenizer of google/gemma-4-E4B-it (opener)")
+_add("gemma4_unified", like="gemma4",
+     hf="Gemma4UnifiedConfig, Gemma4UnifiedProcessor (google/gemma-4-12B-it), without audio")
 _add("gemma3", 262144, 255999, 256000, **_GEMMA, turn_opener_text="<start_of_turn>user\n",
      prompt_token_id=255999, layout=_IMAGES, count="gemma3",
      hf="Gemma3Config, Gemma3Processor; TRL's gemma3 chat template")
@@ -288,6 +300,9 @@ _add("pixtral", 10, None, 13, None, 1, turn_opener=(3,), turn_opener_text="[INST
 _add("mistral3", like="pixtral",
      settings={"longest_edge": 1540, "patch_size": 14, "spatial_merge_size": 2},
      hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+_add("ministral3", like="mistral3",
+     hf="Mistral3Config over Ministral3Config, PixtralProcessor; Megatron-Bridge main: "
+     "Ministral3ModelProvider (image id)")
 _add("megatron_llava", -200, count="megatron_llava", layout=_TILES | _layout(
          sample="tokens", tile="images", image="num_image_tiles num_tiles imgs_sizes"),
      source="Megatron-Core 0.12.3 to main: LLaVAModel, get_num_image_embeddings; Megatron-LM main: "
@@ -305,6 +320,10 @@ _add("nemotron_omni", 18, 21, 22, **_CHATML | {"turn_opener": (10, 3263, 1010)},
          patch="pixel_values", image="image_grid_hw", video_or_frame="pixel_values_videos"),
      hf="NemotronH_Omni_Reasoning_V3Processor; tokenizer of Nemotron 3 Nano (opener); "
      "Megatron-Bridge main: NemotronOmniBridge (ids)")
+_add("step3p7", 128001, None, 128002, None, 0, turn_opener_text="<|im_start|>user\n",
+     break_token_ids=(128000, 128003, 128004, 128005), count="step3p7", layout=_layout(
+         image="pixel_values num_local_patches patch_newline_masks", tile="pixel_values_local"),
+     hf="Step3p7Processor; stepfun-ai/Step-3.7-Flash as ports of it quote it (ids)")
 # On no trainer's list: kept for their layouts.
 _add("idefics3", 128257, None, None, None, 128000, turn_opener_text="User:",
      layout=_layout(sample=_PIXELS))

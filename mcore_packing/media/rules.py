@@ -110,6 +110,22 @@ def glm_vl(
     return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames, True)
 
 
+def minimax_video(
+    frames, height, width, *, patch_size: int = 14, merge_size: int = 2,
+    temporal_patch_size: int = 2, min_pixels: int = 4 * 28 * 28, max_pixels: int = 768 * 28 * 28,
+    do_resize: bool = False,
+):  # fmt: skip
+    """Frames of a size that they have been given already, unless they are to be resized."""
+    unit = patch_size * merge_size
+    fits = do_resize or height % unit == width % unit == 0
+    found = f"frames of {height} x {width} with do_resize=False"
+    require(fits, f"{found}, expected multiples of {unit}")
+    merged = (height // unit) * (width // unit)
+    if do_resize:
+        merged = _smart_resize(height, width, unit, min_pixels, max_pixels)
+    return math.ceil(frames / temporal_patch_size) * merged
+
+
 def _smart_resize(height, width, unit, low, high, frames=1, temporal=1, enlarge=False) -> int:
     """Merged patches of one frame, rounded half to even."""
     require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
@@ -258,6 +274,27 @@ def pixtral(
     return math.prod((side - 1) // unit + 1 for side in sides)
 
 
+def step3p7(
+    height, width, *, size: Any = 728, patch_size: int = 504, max_image_size: int = 3024,
+    vision_patch_size: int = 14, downsampler_stride: int = 4,
+):  # fmt: skip
+    """All of the image, and windows over it where it is large or long."""
+    side, stride = _square(size, "size"), vision_patch_size * downsampler_stride
+    sides = height, width
+    if min(sides) < 32 and max(height / width, width / height) > 4:  # padded to a square
+        sides = max(sides), max(sides)
+    if max(sides) > max_image_size:
+        scale = max_image_size / max(sides)
+        sides = int(sides[0] * scale), int(sides[1] * scale)
+    short, long, windows = min(sides), max(sides), 0
+    if long > side or long / short > 1.5:
+        window = short if long <= side else patch_size
+        window = min(short, window) if long / short > 4 else window
+        left = [s >= window and s % window > 0.2 * window for s in sides]  # is worth one more
+        windows = math.prod(max(1, s // window + more) for s, more in zip(sides, left, strict=True))
+    return (side // stride) ** 2 + windows * (patch_size // stride) ** 2
+
+
 def llava_onevision_video(frames, height, width, *, num_image_tokens: int = 729):
     """Every frame pooled 2 x 2, and one newline."""
     return frames * math.ceil(int(math.sqrt(num_image_tokens)) / 2) ** 2 + 1
@@ -344,7 +381,7 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
 
 _IMAGES = (
     gemma3, gemma4, glm_vl, internvl3, kimi_vl, llama4, llava15, megatron_llava, nemotron_omni,
-    pixtral, qwen_vl,
+    pixtral, qwen_vl, step3p7,
 )  # fmt: skip
 RULES = {
     "count": {rule.__name__: rule for rule in _IMAGES},
@@ -353,6 +390,7 @@ RULES = {
         "internvl3": _frame_by_frame(internvl3),
         "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
         "llava_onevision": llava_onevision_video,
+        "minimax": minimax_video,
         "nemotron": nemotron_video,
         "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
         "volume": volume_video,
