@@ -207,7 +207,7 @@ def _layout(**keys: str) -> dict[str, str]:
 def _add(name, *ids, hf="its configuration and processor", **others) -> None:
     """Register a row of the table: ``_IDS`` by position, and where transformers says all this."""
     known = {key: token for key, token in zip(_IDS, ids, strict=False) if token is not None}
-    register_family(name, **{"source": f"transformers 5.23.0: {hf}", **known, **others})
+    register_family(name, **{"source": f"transformers 5.24.0: {hf}", **known, **others})
 
 
 _IDS = ("image_token_id", "vision_start_id", "vision_end_id", "video_token_id", "bos_token_id")

@@ -15,10 +15,10 @@ from typing import Any
 
 from .kinds import as_flag, as_int, require
 
-MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.23.0
-GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
+MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.24.0
+GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.24.0
 # Of two equally close grids the larger, if the image has this share of its pixels:
-# dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
+# dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.24.0.
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
 # What a rule takes first: an image's, a video's.
