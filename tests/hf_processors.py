@@ -39,9 +39,11 @@ def _stand_in() -> dict[str, ModuleType]:
     functional.normalize = functional.to_dtype = lambda image, *_, **__: image
     functional.grayscale_to_rgb = lambda image: image
     modules["torchvision.transforms"].InterpolationMode = _InterpolationMode
-    modules["torchvision.transforms.functional"].pil_to_tensor = lambda image: torch.zeros(
+    of_pil = modules["torchvision.transforms.functional"]
+    of_pil.pil_to_tensor = lambda image: torch.zeros(
         3, image.height, image.width, dtype=torch.uint8
     )
+    of_pil.to_pil_image = None  # draws timestamps on frames, where it is asked to
     for name, module in modules.items():
         module.__spec__, module.__version__ = ModuleSpec(name, None), "0.28"
         parent, _, child = name.rpartition(".")
@@ -104,11 +106,12 @@ def write(processor, placeholder: str, height: int, width: int) -> tuple[int, in
     return ids.count(processor.tokenizer.convert_tokens_to_ids(placeholder)), len(ids)
 
 
-def write_video(processor, frames: int, height: int, width: int) -> list[str]:
+def write_video(processor, frames: int, height: int, width: int, **videos_kwargs) -> list[str]:
     """What the processor writes for one blank video, as tokens."""
     video = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
     text = [processor.video_token]
-    output = processor(videos=[video], text=text, videos_kwargs={"do_sample_frames": False})
+    videos_kwargs["do_sample_frames"] = False
+    output = processor(videos=[video], text=text, videos_kwargs=videos_kwargs)
     ids = output["input_ids"][0]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     return processor.tokenizer.convert_ids_to_tokens(ids)
@@ -168,13 +171,17 @@ def _gemma3(patch, image_seq_length=256, side=32, **pan_and_scan):
     return cls(images(size=_square(side)), tokens, image_seq_length=image_seq_length)
 
 
-def _gemma4(patch, **settings):
-    images = image_class("gemma4.image_processing_pil_gemma4.Gemma4ImageProcessorPil")
-    audio = {"boa_token": "<boa>", "eoa_token": "<eoa>"}
-    tokens = _tokenizer("<boi>", "<img>", "<eoi>", "<boa>", "<eoa>", **_GEMMA_TOKENS, **audio)
-    cls = image_class("gemma4.processing_gemma4.Gemma4Processor")
-    videos = image_class("gemma4.video_processing_gemma4.Gemma4VideoProcessor")()
-    return cls(None, images(**settings), tokens, videos)
+def _gemma4(name: str, prefix: str, backend: str = ""):
+    def make(patch, **settings):
+        module = f"{name}.image_processing{'_' * bool(backend)}{backend.lower()}_{name}"
+        images = image_class(f"{module}.{prefix}ImageProcessor{backend}")
+        audio = {"boa_token": "<boa>", "eoa_token": "<eoa>"}
+        tokens = _tokenizer("<boi>", "<img>", "<eoi>", "<boa>", "<eoa>", **_GEMMA_TOKENS, **audio)
+        videos = image_class(f"{name}.video_processing_{name}.{prefix}VideoProcessor")()
+        cls = image_class(f"{name}.processing_{name}.{prefix}Processor")
+        return cls(None, images(**settings), tokens, videos)
+
+    return make
 
 
 def _llava15(patch, crop_size=336, **settings):
@@ -289,6 +296,46 @@ def _llama4(patch, **settings):
     return image_class("llama4.processing_llama4.Llama4Processor")(images, tokens)
 
 
+def _lfm2(patch, **settings):
+    images = image_class("lfm2_vl.image_processing_lfm2_vl.Lfm2VlImageProcessor")(**settings)
+    special = ("<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+    rows = [f"<|img_row_{row}_col_{col}|>" for row in range(1, 11) for col in range(1, 11)]
+    cls = image_class("lfm2_vl.processing_lfm2_vl.Lfm2VlProcessor")
+    return cls(images, _tokenizer(*special, *rows))
+
+
+def _ernie(patch, min_pixels=56 * 56, max_pixels=28 * 28 * 6177, **settings):
+    name, cls = "ernie4_5_vl_moe", "Ernie4_5_VLMoe"
+    images = image_class(f"{name}.image_processing_pil_{name}.{cls}ImageProcessorPil")
+    images = images(size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, **settings)
+    # It draws timestamps on the frames in a font that comes with the checkpoint.
+    videos = image_class(f"{name}.video_processing_{name}.{cls}VideoProcessor")
+    videos = videos(draw_on_frames=False)
+    named = {
+        "image_token": "<|IMAGE_PLACEHOLDER|>", "video_token": "<|VIDEO_PLACEHOLDER|>",
+        "image_start_token": "<|IMAGE_START|>", "image_end_token": "<|IMAGE_END|>",
+        "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
+    }  # fmt: skip
+    tokens = _tokenizer(*named.values(), **named)
+    return image_class(f"{name}.processing_{name}.{cls}Processor")(images, tokens, videos)
+
+
+def _minimax(patch, **settings):
+    name, cls = "minimax_m3_vl", "MiniMaxM3VL"
+    images = image_class(f"{name}.image_processing_{name}.{cls}ImageProcessor")(**settings)
+    videos = image_class(f"{name}.video_processing_{name}.{cls}VideoProcessor")()
+    special = ("image", "video", "start of image", "end of image")
+    tokens = _tokenizer(*(f"]<]{word}[>[" for word in special))
+    return image_class(f"{name}.processing_{name}.{cls}Processor")(images, tokens, videos)
+
+
+def _step(patch, **settings):
+    images = image_class("step3p7.image_processing_step3p7.Step3p7ImageProcessor")(**settings)
+    special = "<im_patch> <im_start> <im_end> <patch_start> <patch_end> <patch_newline>"
+    cls = image_class("step3p7.processing_step3p7.Step3p7Processor")
+    return cls(images, _tokenizer(*special.split()))
+
+
 def _omni(processor_path: str, patch_size: int):
     def make(patch):
         images = image_class("qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil")
@@ -315,8 +362,10 @@ _QWEN3 = (
 _OMNI2 = "qwen2_5_omni.processing_qwen2_5_omni.Qwen2_5OmniProcessor"
 _OMNI3 = "qwen3_omni_moe.processing_qwen3_omni_moe.Qwen3OmniMoeProcessor"
 _MAKERS = {
+    "ernie4_5_vl": _ernie,
     "gemma3": _gemma3,
-    "gemma4": _gemma4,
+    "gemma4": _gemma4("gemma4", "Gemma4", "Pil"),
+    "gemma4_unified": _gemma4("gemma4_unified", "Gemma4Unified"),
     "glm4v": _glm("glm4v", "Glm4v"),
     "glm4_5v": _glm("glm46v", "Glm46V"),
     "idefics3": _idefics3,
@@ -324,10 +373,13 @@ _MAKERS = {
     "internvl3_5": _internvl3,
     "kimi_k2_5": _kimi,
     "kimi_vl": _kimi,
+    "lfm2_vl": _lfm2,
     "llama4": _llama4,
     "llava15": _llava15,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
+    "minimax_m3_vl": _minimax,
+    "ministral3": _pixtral,
     "mistral3": _pixtral,
     "mllama": _mllama,
     "nemotron_omni": _nemotron,
@@ -339,11 +391,14 @@ _MAKERS = {
     "qwen3_vl": _qwen(*_QWEN3),
     "qwen3_5": _qwen(*_QWEN3),
     "smolvlm": _smolvlm,
+    "step3p7": _step,
 }
 # The placeholder, where it is not "<image>".
 _PLACEHOLDERS = {
+    "ernie4_5_vl": "<|IMAGE_PLACEHOLDER|>",
     "gemma3": "<img>",
     "gemma4": "<img>",
+    "gemma4_unified": "<img>",
     "glm4v": "<|image|>",
     "glm4_5v": "<|image|>",
     "internvl3": "<IMG_CONTEXT>",
@@ -351,11 +406,14 @@ _PLACEHOLDERS = {
     "kimi_k2_5": "<|media_pad|>",
     "kimi_vl": "<|media_pad|>",
     "llama4": "<|patch|>",
+    "minimax_m3_vl": "]<]image[>[",
+    "ministral3": "[IMG]",
     "mistral3": "[IMG]",
     "mllama": "<|image|>",
     "pixtral": "[IMG]",
     "qwen2_5_omni": "<|IMAGE|>",
     "qwen3_omni": "<|IMAGE|>",
+    "step3p7": "<im_patch>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), "<|image_pad|>"),
 }
 
@@ -366,21 +424,30 @@ def processor_name(family: str) -> str:
 
 
 _NAMES = {
+    "ernie4_5_vl": "Ernie4_5_VLMoeProcessor",
     "gemma3": "Gemma3Processor",
     "gemma4": "Gemma4Processor",
+    "gemma4_unified": "Gemma4UnifiedProcessor",
     "glm4_5v": "Glm46VProcessor",
     "glm4v": "Glm4vProcessor",
+    "idefics3": "Idefics3Processor",
     "kimi_k2_5": "Kimi_K25Processor",
     "kimi_vl": "Kimi_K25Processor",
+    "lfm2_vl": "Lfm2VlProcessor",
     "llama4": "Llama4Processor",
     "llava15": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
+    "minimax_m3_vl": "MiniMaxM3VLProcessor",
+    "mllama": "MllamaProcessor",
     "nemotron_omni": "NemotronH_Omni_Reasoning_V3Processor",
     "qwen2_5_omni": "Qwen2_5OmniProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen3_omni": "Qwen3OmniMoeProcessor",
+    "smolvlm": "SmolVLMProcessor",
+    "step3p7": "Step3p7Processor",
     **dict.fromkeys(("qwen3_vl", "qwen3_5"), "Qwen3VLProcessor"),
     **dict.fromkeys(("internvl3", "internvl3_5"), "InternVLProcessor"),
-    **dict.fromkeys(("pixtral", "mistral3"), "PixtralProcessor"),
+    **dict.fromkeys(("pixtral", "mistral3", "ministral3"), "PixtralProcessor"),
 }

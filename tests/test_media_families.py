@@ -4,10 +4,13 @@ import random
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
 
+from mcore_packing import PackingError
 from mcore_packing.media import (
     FAMILIES,
     count_with_processor,
@@ -15,12 +18,16 @@ from mcore_packing.media import (
     num_image_tokens,
     num_video_tokens,
     place_image_blocks,
+    reconcile,
+    split_samples,
+    take_samples,
     truncate,
 )
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "media.md"
 QWEN3 = {"patch_size": 16, "min_pixels": 256**2, "max_pixels": 4096**2}
+MISTRAL3 = {"longest_edge": 1540, "patch_size": 14, "spatial_merge_size": 2}
 # What the processor is made with, where its class has other defaults than the family's checkpoint.
 MADE_WITH = {
     "qwen2_5_vl": {"max_pixels": 28 * 28 * 16384},
@@ -32,14 +39,25 @@ MADE_WITH = {
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default",
     },
+    "llava_next": {
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
     "llava_onevision": {"num_image_tokens": 729, "vision_feature_select_strategy": "full"},
     "gemma3_pan_and_scan": {"do_pan_and_scan": True},
+    "ministral3": MISTRAL3,
+    "mistral3": MISTRAL3,
 }
 CHECKED = (
-    "gemma3", "gemma4", "glm4_5v", "glm4v", "internvl3", "internvl3_5", "kimi_k2_5", "kimi_vl",
-    "llama4", "llava15", "llava_onevision", "mistral3", "nemotron_omni", "pixtral", "qwen2_5_omni",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_omni", "qwen3_vl",
+    "ernie4_5_vl", "gemma3", "gemma4", "gemma4_unified", "glm4_5v", "glm4v", "internvl3",
+    "internvl3_5", "kimi_k2_5", "kimi_vl", "llama4", "llava15", "llava_onevision", "minimax_m3_vl",
+    "ministral3", "mistral3", "nemotron_omni", "pixtral", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_5", "qwen3_omni", "qwen3_vl", "step3p7",
 )  # fmt: skip
+LAYOUT_ALONE = ("idefics3", "lfm2_vl", "llava_next", "mllama", "smolvlm")
+# MiniMax M3 takes frames that have been resized already.
+VIDEO_SETTINGS = {"minimax_m3_vl": {"do_resize": True}}
 # The same rule and layout as another, or Megatron's own function for an oracle.
 ELSEWHERE = {
     "gemma3_pan_and_scan": ("Gemma3Processor, test_media_counts", 225),
@@ -96,9 +114,101 @@ def test_videos_against_the_real_processor(family):
     placeholder = processor.video_token
     if get_family(family).video_token_id is None or family.startswith("internvl"):
         placeholder = placeholder_of(family)
+    given = VIDEO_SETTINGS.get(family, {})
     for size in frames_and_sizes(NUM_VIDEOS):
-        expected = write_video(processor, *size).count(placeholder)
-        assert num_video_tokens(family, *size) == expected, size
+        expected = write_video(processor, *size, **given).count(placeholder)
+        assert num_video_tokens(family, *size, **given) == expected, size
+
+
+def test_frames_of_minimax_have_been_resized_already():
+    """By its own default its processor does not resize them, and fails where they do not fit."""
+    processor = make("minimax_m3_vl")
+    from .hf_processors import write_video
+
+    for frames, height, width in frames_and_sizes(NUM_VIDEOS):
+        with pytest.raises(PackingError, match="do_resize=False, expected multiples of 28"):
+            num_video_tokens("minimax_m3_vl", frames, 28 * height + 3, width)
+        with pytest.raises(RuntimeError):
+            write_video(processor, frames, 28 + height % 27, 56)
+        size = frames, 28 * (1 + height // 28), 28 * (1 + width // 28)
+        expected = write_video(processor, *size).count(processor.video_token)
+        assert num_video_tokens("minimax_m3_vl", *size) == expected, size
+
+
+def batch_of(processor, samples, color=0):
+    """What the processor makes of samples of images of these sizes, each in a colour of its own."""
+    from PIL import Image
+
+    token, images, text = processor.image_token, [], []
+    for sample in samples:
+        images.append([])
+        for height, width in sample:
+            color += 1
+            fill = tuple(37 * color * channel % 256 for channel in (1, 2, 3))
+            images[-1].append(Image.new("RGB", (width, height), fill))
+        text.append("a" + "b".join([token] * len(sample)))
+    options = {"text": text, "padding": True, "return_tensors": "pt"}
+    return processor(images=images, **options) if any(samples) else processor(**options)
+
+
+def same_rows(part, alone):
+    """The rows of samples in a batch are those of the samples alone, up to padding."""
+    assert part.keys() == alone.keys()
+    for key, values in alone.items():
+        assert len(part[key]) == len(values), key
+        if hasattr(values, "shape") and part[key].shape == values.shape:
+            assert torch.equal(part[key], values), key
+
+
+@pytest.mark.parametrize("family", [*CHECKED, *LAYOUT_ALONE])
+def test_layouts_are_what_the_processor_writes(family):
+    """A real batch of samples with two images, none and one, cut and gathered again."""
+    processor, layout = make(family), get_family(family).layout
+    samples = [[(90, 300), (900, 700)], [], [(400, 300)]]
+    batch, numbers = batch_of(processor, samples), [2, 0, 1]
+    tiled = next((key for key in batch if layout.get(key) == "tile"), None)
+    images = [batch_of(processor, [[size]]) for sample in samples for size in sample]
+    tiles = [len(one.get(tiled, ())) for one in images] if tiled else None
+    parts = split_samples(batch, family, numbers, 1, tiles_per_image=tiles)
+    padded = {key: [None] for key in batch if layout[key] == "sample"}  # with no image it has some
+    for i, sample in enumerate(samples):
+        same_rows(parts[i], {**padded, **batch_of(processor, [sample], sum(numbers[:i]))})
+    others = take_samples(batch, family, numbers, [2, 0], tiles_per_image=tiles)
+    for key in others:
+        rows = [part[key] for part in (parts[2], parts[0]) if key in part]
+        assert torch.equal(others[key], torch.cat(rows)), key
+
+
+def videos_of(processor, videos, **given):
+    """A batch of samples with one video each; Nemotron's processor takes one sample at a time."""
+    given = {"videos_kwargs": {"do_sample_frames": False, **given}, "return_tensors": "pt"}
+    if "Nemotron" in type(processor).__name__:
+        alone = [processor(videos=[one], text=[processor.video_token], **given) for one in videos]
+        return {key: torch.cat([torch.as_tensor(one[key]) for one in alone]) for key in alone[0]}
+    text = [processor.video_token] * len(videos)
+    return dict(processor(videos=videos, text=text, padding=True, **given))
+
+
+@pytest.mark.parametrize("family", [name for name in CHECKED if FAMILIES[name].video_count])
+def test_layouts_of_videos_are_what_the_processor_writes(family):
+    """Of the installed release: an entry of Nemotron's is a frame before 5.24.0, then a video."""
+    processor, given = make(family), VIDEO_SETTINGS.get(family, {})
+    shape = (9, 3, 112, 140)  # three chunks of Kimi's, two of MiniMax's
+    videos = [torch.full(shape, 50 * i + 20, dtype=torch.uint8) for i in range(3)]
+    alone = [videos_of(processor, [video], **given) for video in videos]
+    numbers = [len(one.get("video_grid_thw", [None])) for one in alone]
+    counts, options = [0] * 3, {"num_videos": numbers, "frames_per_video": [9] * 3}
+    if family.startswith("internvl"):  # a video is an image of as many tiles as it has frames
+        counts, options = numbers, {"tiles_per_image": [9] * 3}
+    batch = videos_of(processor, videos, **given)
+    assert "pixel_values_videos" in batch or family.startswith("internvl")
+    for part, expected in zip(
+        split_samples(batch, family, counts, 1, **options), alone, strict=True
+    ):
+        same_rows(part, expected)
+    gathered = take_samples(batch, family, counts, [2, 1], **options)
+    for key in batch:
+        assert torch.equal(gathered[key], torch.cat([alone[2][key], alone[1][key]])), key
 
 
 def test_the_cap_of_qwen3_videos():
@@ -152,6 +262,7 @@ CONFIGS = {
     "glm4v": ("glm4v.Glm4vConfig", "token_id", "image"),
     "glm4_5v": ("glm4v_moe.Glm4vMoeConfig", "token_id", "image"),
     "llama4": ("llama4.Llama4Config", "token_index", "boi"),
+    "ernie4_5_vl": ("ernie4_5_vl_moe.Ernie4_5_VLMoeConfig", "token_id", "image"),
 }
 
 
@@ -173,9 +284,21 @@ def test_ids_are_those_of_the_configs(family):
     elif markers:
         assert known.vision_start_id == getattr(config, f"{markers}_start_token_id")
         assert known.vision_end_id == getattr(config, f"{markers}_end_token_id")
-    if family.startswith("glm"):
+    if family.startswith(("glm", "ernie")):
         assert known.video_start_id == config.video_start_token_id
         assert known.video_end_id == config.video_end_token_id
+
+
+def test_image_settings_of_mistral3_are_those_of_its_config():
+    pytest.importorskip("transformers")
+    from transformers import Mistral3Config
+
+    config = Mistral3Config()
+    for family in ("mistral3", "ministral3"):
+        known = get_family(family).settings
+        assert known["spatial_merge_size"] == config.spatial_merge_size
+        assert known["longest_edge"] == config.vision_config.image_size
+        assert known["patch_size"] == config.vision_config.patch_size
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "glm4v"])
@@ -229,6 +352,103 @@ def test_a_real_video_row_is_placed_and_cut(family):
         assert cut(length, "left").output_ids == [21, 22], length
 
 
+# How an image and a video stand in a prompt, and what the special tokens are in the family.
+ROWS = {
+    "ernie4_5_vl": (
+        "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        "<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>",
+        {
+            "<|IMAGE_PLACEHOLDER|>": "image_token_id", "<|VIDEO_PLACEHOLDER|>": "video_token_id",
+            "<|IMAGE_START|>": "vision_start_id", "<|IMAGE_END|>": "vision_end_id",
+            "<|VIDEO_START|>": "video_start_id", "<|VIDEO_END|>": "video_end_id",
+        },
+    ),
+    "gemma4_unified": (
+        "<img>", "",
+        {"<img>": "image_token_id", "<boi>": "vision_start_id", "<eoi>": "vision_end_id"},
+    ),
+    "llama4": (
+        "<|image|>", "",
+        {
+            "<|patch|>": "image_token_id", "<|image_start|>": "vision_start_id",
+            "<|image_end|>": "vision_end_id", "<|image|>": "prompt_token_id",
+            "<|tile_x_separator|>": 200084, "<|tile_y_separator|>": 200085,
+        },
+    ),
+    "minimax_m3_vl": (
+        "]<]image[>[", "]<]video[>[",
+        {
+            "]<]image[>[": "image_token_id", "]<]start of image[>[": "vision_start_id",
+            "]<]video[>[": "video_token_id", "]<]end of image[>[": "vision_end_id",
+        },
+    ),
+    "ministral3": (
+        "[IMG]", "",
+        {"[IMG]": "image_token_id", "[IMG_BREAK]": 12, "[IMG_END]": "vision_end_id"},
+    ),
+    "step3p7": (
+        "<im_patch>", "",
+        {
+            "<im_patch>": "image_token_id", "<im_start>": 128000, "<im_end>": "vision_end_id",
+            "<patch_start>": 128003, "<patch_newline>": 128004, "<patch_end>": 128005,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_real_rows_are_placed_and_cut(family):
+    """Images and a video in text: of one that is not whole, nothing is left in the row."""
+    processor, one, (image, video, names) = make(family), get_family(family), ROWS[family]
+    from PIL import Image
+
+    def as_row(tokens):
+        known = {name: getattr(one, id) if type(id) is str else id for name, id in names.items()}
+        return [known.get(token, 900_000 + ord(token[0])) for token in tokens]
+
+    def written(text, **media):
+        media = {name: values for name, values in media.items() if values}
+        media["videos_kwargs"] = {"do_sample_frames": False}
+        ids = processor(text=[text], **media)["input_ids"][0]
+        return as_row(processor.tokenizer.convert_ids_to_tokens(ids))
+
+    sizes = ((300, 90), (90, 80), (70, 400))
+    images = [Image.new("RGB", size) for size in sizes]
+    clips = [torch.zeros(6, 3, 56, 84, dtype=torch.uint8)] if video else []
+    blocks = [written(image, images=[[blank]]) for blank in images]
+    blocks += [written(video, videos=clips)] if video else []
+    row, owners = [], []  # which of them each token is of, None for text
+    for i, before in enumerate(("aa", "b", "", "cc" + "d" * (not video))):  # two stand side by side
+        block = blocks[i] if i < len(blocks) else []
+        row += as_row(before) + block
+        owners += [None] * len(before) + [i] * len(block)
+    if video:
+        row, owners = row + as_row("d"), [*owners, None]
+    text = f"aa{image}b{image}{image}cc{video}d"
+    assert row == written(text, images=[images], videos=clips)
+    prompt = as_row(processor.tokenizer.tokenize(text))
+    assert place_image_blocks(prompt, blocks, family=family).output_ids == row
+
+    pads = {one.image_token_id, one.video_token_id}
+    runs = [
+        [len([*run]) for pad, run in groupby(block, pads.__contains__) if pad] for block in blocks
+    ]
+    counts = [sum(of_image) for of_image in runs[:3]]
+    given = {"family": family, "tokens_per_video": runs[3:]}
+    ends = [p for p in range(len(row)) if {row[p - 1], row[p]} - pads]
+    for side in ("right", "left"):
+        for length in {0, 1, *ends[:: 1 + len(ends) // 50], len(row)}:
+            window = range(length) if side == "right" else range(len(row) - length, len(row))
+            lost = {owners[p] for p in range(len(row)) if row[p] in pads and p not in window}
+            expected = [row[p] for p in window if owners[p] not in lost]
+            cut = truncate(row, counts, length, side=side, **given)
+            assert cut.output_ids == expected, (side, length)
+            assert cut.kept_images == [i for i in range(3) if i not in lost]
+            assert cut.kept_videos == [0] * (bool(video) and 3 not in lost)
+            left = reconcile([row[p] for p in window], counts, side=side, **given)
+            assert left.output_ids == expected, (side, length)
+
+
 def table():
     """The families, as docs/media.md shows them."""
     lines = [
@@ -243,25 +463,31 @@ def table():
         opener = " ".join(map(str, one.turn_opener)) or "text only"
         keys = [k for k, word in one.layout.items() if word != "sample" and k in SHOWN]
         layout = ", ".join(f"`{key}`: {one.layout[key]}" for key in keys) or "sample"
-        against = "its layout alone"
         if name in CHECKED:
             from .hf_processors import processor_name
 
             against = f"`{processor_name(name)}`, {NUM_IMAGES} images"
             against += f", {NUM_VIDEOS} videos" if video else ""
+        elif name in LAYOUT_ALONE:
+            from .hf_processors import processor_name
+
+            against = f"`{processor_name(name)}`, its layout alone"
         elif name in ELSEWHERE:
             against = "{}, {} sizes".format(*ELSEWHERE[name])
         lines.append(f"| `{name}` | {how} | {video} | {opener} | {layout} | {against} |")
     return "\n".join(lines)
 
 
-SHOWN = ("pixel_values", "pixel_values_videos", "images", "image_grid_thw", "image_grid_hw")
+SHOWN = (
+    "pixel_values", "pixel_values_local", "pixel_values_videos", "images", "image_grid_thw",
+    "image_grid_hw",
+)  # fmt: skip
 
 
 def test_the_table_in_the_docs_is_this_one():
     pytest.importorskip("transformers")
     assert table() in DOCS.read_text()
-    assert {*CHECKED, *ELSEWHERE} <= set(FAMILIES)
+    assert {*CHECKED, *ELSEWHERE, *LAYOUT_ALONE} <= set(FAMILIES)
 
 
 def test_the_walkthrough_prints_what_the_docs_say():

@@ -229,6 +229,41 @@ def test_only_videos():
     assert [part["pixel_values_videos"] for part in parts] == [[0, 1], [2, 3, 4]]
 
 
+@pytest.mark.parametrize("kind", [list, torch.stack, lambda v: np.stack([x.numpy() for x in v])])
+def test_videos_or_frames_as_the_dimensions_say(kind):
+    """Nemotron's are frames [3, H, W] before transformers 5.24.0, then videos [T, 6, H, W]."""
+    family, batch = get_family("nemotron_omni"), {"input_ids": [0, 1]}
+    frames = kind([torch.full((3, 4, 4), i) for i in range(5)])
+    given = {"num_videos": [1, 1], "frames_per_video": [2, 3]}
+    first, second = split_samples(
+        {**batch, "pixel_values_videos": frames}, family, None, 1, **given
+    )
+    assert [int(frame[0, 0, 0]) for frame in first["pixel_values_videos"]] == [0, 1]
+    assert [int(frame[0, 0, 0]) for frame in second["pixel_values_videos"]] == [2, 3, 4]
+    videos = kind([torch.full((2, 6, 4, 4), i) for i in range(3)])
+    for given in ({}, {"frames_per_video": [4, 4, 4]}):  # which are not needed then
+        found = take_samples(
+            {**batch, "pixel_values_videos": videos},
+            family,
+            None,
+            [1, 0],
+            num_videos=[1, 2],
+            **given,
+        )
+        assert [int(video[0, 0, 0, 0]) for video in found["pixel_values_videos"]] == [1, 2, 0]
+    for values in (
+        [1, 2],
+        [videos[0], frames[0]],
+        torch.zeros(2, 8),
+        torch.zeros(2, 1, 1, 3, 4, 4),
+    ):
+        with pytest.raises(PackingError, match=r"pixel_values_videos has entries of .* dimensions"):
+            split_samples({"pixel_values_videos": values}, family, None, 1, num_videos=[2])
+    for empty in ([], torch.zeros(0)):
+        none = {**batch, "pixel_values_videos": empty}
+        assert split_samples(none, family, [0, 0], 2) == [batch]
+
+
 def test_a_batch_without_images_needs_no_grids():
     batch = {"input_ids": [[1], [2]], "pixel_values": None, "image_grid_thw": None}
     assert split_samples(batch, "qwen2_vl", [0, 0], [(0, 1)]) == [{"input_ids": [[1]]}]
@@ -319,7 +354,7 @@ def test_a_mask_is_no_order():
 def test_layouts_of_all_families_can_be_split():
     """Every registered key works in one batch with all others of its family."""
     rows = {"sample": 2, "nonempty_sample": 1, "image": 1, "patch": 6, "tile": 2}
-    rows |= {"video": 1, "video_patch": 4, "video_frame": 3}
+    rows |= {"video": 1, "video_patch": 4, "video_frame": 3, "video_or_frame": 3}
     grids = {
         "image_grid_thw": [[1, 2, 3]],
         "image_grid_hw": [[2, 3]],
@@ -330,6 +365,8 @@ def test_layouts_of_all_families_can_be_split():
         if not family.layout:
             continue
         batch = {key: list(range(rows[word])) for key, word in family.layout.items()}
+        frames = [key for key, word in family.layout.items() if word == "video_or_frame"]
+        batch |= dict.fromkeys(frames, torch.zeros(3, 3, 4, 4))
         batch |= {key: grid for key, grid in grids.items() if key in batch}
         first, second = split_samples(batch, family.name, [1, 0], 1, **given)
         of_images = {k for k, w in family.layout.items() if w != "sample" and "video" not in w}

@@ -25,7 +25,7 @@ def num_image_tokens(family: str | Family, height: int, width: int, **settings: 
             would refuse the image or the setting.
 
     Source:
-        ``replace_image_token`` and the image processors of transformers 5.23.0; for Megatron's
+        ``replace_image_token`` and the image processors of transformers 5.24.0; for Megatron's
         models its ``get_num_image_embeddings``, and ``dynamic_preprocess`` of Megatron-LM's
         examples/multimodal/image_processing.py.
 
@@ -51,7 +51,7 @@ def num_video_tokens(
         PackingError: as for ``num_image_tokens``.
 
     Source:
-        ``replace_video_token`` and the video processors of transformers 5.23.0.
+        ``replace_video_token`` and the video processors of transformers 5.24.0.
 
     Example:
         >>> num_video_tokens("qwen3_vl", 8, 224, 224), num_video_tokens("internvl3", 8, 224, 224)
@@ -105,7 +105,7 @@ def count_with_processor(
         PackingError: a size is not positive, the processor refuses it, or it cannot be asked.
 
     Source:
-        ``replace_image_token`` of the processors in transformers 5.23.0.
+        ``replace_image_token`` of the processors in transformers 5.24.0.
 
     Example:
         >>> count_with_processor(processor, [(480, 640)])  # doctest: +SKIP

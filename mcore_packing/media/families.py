@@ -18,6 +18,7 @@ LAYOUT_WORDS = (
     "video",
     "video_patch",  # t * h * w of the video's row of video_grid_thw
     "video_frame",  # as frames_per_video says
+    "video_or_frame",  # as its own dimensions say: [frames, C, H, W] or [C, H, W]
 )
 SETTINGS = {"count": "settings", "video_count": "video_settings"}  # of which rule
 
@@ -206,7 +207,7 @@ def _layout(**keys: str) -> dict[str, str]:
 def _add(name, *ids, hf="its configuration and processor", **others) -> None:
     """Register a row of the table: ``_IDS`` by position, and where transformers says all this."""
     known = {key: token for key, token in zip(_IDS, ids, strict=False) if token is not None}
-    register_family(name, **{"source": f"transformers 5.23.0: {hf}", **known, **others})
+    register_family(name, **{"source": f"transformers 5.24.0: {hf}", **known, **others})
 
 
 _IDS = ("image_token_id", "vision_start_id", "vision_end_id", "video_token_id", "bos_token_id")
@@ -252,10 +253,20 @@ _add("kimi_k2_5", 163605, 163602, 163604, 163840, 163584, break_token_ids=(16360
 _add("kimi_vl", like="kimi_k2_5", video_token_id=None, video_count=None,
      settings={"max_patches": 4096},
      hf="Kimi_K25ImageProcessor; vLLM's image processor of moonshotai/Kimi-VL-A3B-Instruct")
+_add("ernie4_5_vl", 100295, 101304, 101305, 103367, 100273, turn_opener=(2969, 93963),
+     turn_opener_text="User:", video_start_id=101306, video_end_id=101307,
+     layout=_GRIDS | _layout(sample="moe_mm_token_type_ids"), count="qwen_vl",
+     settings={"max_pixels": 28**2 * 6177}, video_count="qwen2_vl",
+     video_settings={"min_pixels": 28**2 * 299, "max_pixels": 28**2 * 1196},
+     hf="Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeProcessor and its model test (opener, begin)")
+# Here it has one for each chunk of eight frames.
+_add("minimax_m3_vl", 200025, 200029, 200030, 200026, 200034, turn_opener_text="]~b]user\n",
+     layout=_GRIDS, count="qwen_vl", settings={"max_pixels": 451584}, video_count="minimax",
+     hf="MiniMaxM3VLConfig, MiniMaxM3VLProcessor; a copy of its tokenizer (markers)")
 _add("llama4", 200092, 200080, 200081, None, 200000, turn_opener=(200005, 1556, 200006, 368),
      turn_opener_text="<|header_start|>user<|header_end|>\n\n",
-     break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, layout=_TILES,
-     hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer")
+     break_token_ids=(200084, 200085, 200090), prompt_token_id=200090, count="llama4",
+     layout=_TILES, hf="Llama4Config, Llama4Processor; special tokens of Meta's Llama 4 tokenizer")
 _add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, turn_opener_text="<|turn>user\n",
      layout=_layout(
          image="pixel_values image_position_ids num_soft_tokens_per_image",
@@ -264,6 +275,8 @@ _add("gemma4", 258880, 255999, 258882, 258884, **_GEMMA, turn_opener_text="<|tur
      count="gemma4", choices={"max_soft_tokens": (70, 140, 280, 560, 1120)},
      video_count="gemma4", video_settings={"max_soft_tokens": 70},
      hf="Gemma4Config, Gemma4Processor; tokenizer of google/gemma-4-E4B-it (opener)")
+_add("gemma4_unified", like="gemma4",
+     hf="Gemma4UnifiedConfig, Gemma4UnifiedProcessor (google/gemma-4-12B-it), without audio")
 _add("gemma3", 262144, 255999, 256000, **_GEMMA, turn_opener_text="<start_of_turn>user\n",
      prompt_token_id=255999, layout=_IMAGES, count="gemma3",
      hf="Gemma3Config, Gemma3Processor; TRL's gemma3 chat template")
@@ -282,9 +295,14 @@ _add("llava_onevision", 151646, None, None, 151647, **_CHATML, video_count="llav
      layout=_SIZED | _layout(nonempty_sample="batch_num_images", video="pixel_values_videos"),
      hf="LlavaOnevisionConfig, LlavaOnevisionProcessor; its tokenizer (opener)")
 _add("pixtral", 10, None, 13, None, 1, turn_opener=(3,), turn_opener_text="[INST]",
-     break_token_ids=(12,), layout=_SIZED,
+     break_token_ids=(12,), layout=_SIZED, count="pixtral",
      hf="PixtralProcessor; tokens of mistralai/Pixtral-12B-2409 (Tekken)")
-_add("mistral3", like="pixtral", hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+_add("mistral3", like="pixtral",
+     settings={"longest_edge": 1540, "patch_size": 14, "spatial_merge_size": 2},
+     hf="Mistral3Config; mistralai/Mistral-Small-3.1-24B-Instruct-2503")
+_add("ministral3", like="mistral3",
+     hf="Mistral3Config over Ministral3Config, PixtralProcessor; Megatron-Bridge main: "
+     "Ministral3ModelProvider (image id)")
 _add("megatron_llava", -200, count="megatron_llava", layout=_TILES | _layout(
          sample="tokens", tile="images", image="num_image_tiles num_tiles imgs_sizes"),
      source="Megatron-Core 0.12.3 to main: LLaVAModel, get_num_image_embeddings; Megatron-LM main: "
@@ -299,9 +317,13 @@ _add("nemotron_nano_vl_v2", 131072, 131073, 131074, turn_opener_text="<SPECIAL_1
      source="Megatron-Bridge main: NemotronNano12Bv2VLModelProvider and its collate function")
 _add("nemotron_omni", 18, 21, 22, **_CHATML | {"turn_opener": (10, 3263, 1010)},
      video_prompt_token_id=131081, count="nemotron_omni", video_count="nemotron", layout=_layout(
-         patch="pixel_values", image="image_grid_hw", video_frame="pixel_values_videos"),
+         patch="pixel_values", image="image_grid_hw", video_or_frame="pixel_values_videos"),
      hf="NemotronH_Omni_Reasoning_V3Processor; tokenizer of Nemotron 3 Nano (opener); "
      "Megatron-Bridge main: NemotronOmniBridge (ids)")
+_add("step3p7", 128001, None, 128002, None, 0, turn_opener_text="<|im_start|>user\n",
+     break_token_ids=(128000, 128003, 128004, 128005), count="step3p7", layout=_layout(
+         image="pixel_values num_local_patches patch_newline_masks", tile="pixel_values_local"),
+     hf="Step3p7Processor; stepfun-ai/Step-3.7-Flash as ports of it quote it (ids)")
 # On no trainer's list: kept for their layouts.
 _add("idefics3", 128257, None, None, None, 128000, turn_opener_text="User:",
      layout=_layout(sample=_PIXELS))

@@ -15,10 +15,10 @@ from typing import Any
 
 from .kinds import as_flag, as_int, require
 
-MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.23.0
-GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.23.0
+MAX_ASPECT_RATIO = 200  # smart_resize of transformers 5.24.0
+GEMMA3_MIN_CROPS = 2  # Gemma3ImageProcessorPil of transformers 5.24.0
 # Of two equally close grids the larger, if the image has this share of its pixels:
-# dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.23.0.
+# dynamic_preprocess of Megatron-LM main, get_optimal_tiled_canvas of transformers 5.24.0.
 MIN_AREA_OF_LARGER_GRID = 0.5
 MAX_COVERED_AREA = 0.6  # find_closest_area_weighted_aspect_ratio of Megatron-LM main
 # What a rule takes first: an image's, a video's.
@@ -58,13 +58,25 @@ def _read(setting: Parameter, value: Any) -> Any:
     return value
 
 
-def _area(side: Any, name: str, unit: int = 1) -> int:
-    """Of a setting that is a side, or has height and width by name, in squares of ``unit``."""
+def _sides(side: Any, name: str) -> tuple[int, int]:
+    """Of a setting that is a side, or has height and width by name: height and width."""
     both = side if isinstance(side, Mapping) else {"height": side, "width": side}
     known = {"height", "width"} <= set(both)
     require(known, f"{name} is {both}, expected an int or height and width")
-    height, width = (as_int(both[key], f"{name}: {key}", 1) for key in ("height", "width"))
+    return tuple(as_int(both[key], f"{name}: {key}", 1) for key in ("height", "width"))
+
+
+def _area(side: Any, name: str, unit: int = 1) -> int:
+    """The area of such a setting, in squares of ``unit``."""
+    height, width = _sides(side, name)
     return (height // unit) * (width // unit)
+
+
+def _square(side: Any, name: str) -> int:
+    """The side of such a setting, where it has to be a square."""
+    height, width = _sides(side, name)
+    require(height == width, f"{name} is {height} x {width}, expected a square")
+    return height
 
 
 def qwen_vl(
@@ -96,6 +108,22 @@ def glm_vl(
     """An image as a video of as many frames as are merged into one."""
     unit, frames = patch_size * merge_size, temporal_patch_size
     return _smart_resize(height, width, unit, min_pixels, max_pixels, frames, frames, True)
+
+
+def minimax_video(
+    frames, height, width, *, patch_size: int = 14, merge_size: int = 2,
+    temporal_patch_size: int = 2, min_pixels: int = 4 * 28 * 28, max_pixels: int = 768 * 28 * 28,
+    do_resize: bool = False,
+):  # fmt: skip
+    """Frames of a size that they have been given already, unless they are to be resized."""
+    unit = patch_size * merge_size
+    fits = do_resize or height % unit == width % unit == 0
+    found = f"frames of {height} x {width} with do_resize=False"
+    require(fits, f"{found}, expected multiples of {unit}")
+    merged = (height // unit) * (width // unit)
+    if do_resize:
+        merged = _smart_resize(height, width, unit, min_pixels, max_pixels)
+    return math.ceil(frames / temporal_patch_size) * merged
 
 
 def _smart_resize(height, width, unit, low, high, frames=1, temporal=1, enlarge=False) -> int:
@@ -205,6 +233,27 @@ def gemma3(
     return image_seq_length * (1 + crops)
 
 
+def llama4(
+    height, width, *, size: Any = 336, max_patches: int = 16, resize_to_max_canvas: bool = False,
+    patch_size: int = 14, pixel_shuffle_ratio: float = 0.5,
+):  # fmt: skip
+    """Tiles of the smallest canvas that scales the image best, and all of it where they are many.
+
+    A canvas scales it best that enlarges it least, or most if asked to; failing that, that shrinks
+    it least.
+    """
+    side = _square(size, "size")
+    # The processor's are float32: no other ties while a side has less than 100,000 pixels.
+    scales = {
+        (columns, rows): min(columns * side / width, rows * side / height)
+        for columns, rows in _grids(1, max_patches)
+    }
+    larger = [scale for scale in scales.values() if scale >= 1]
+    best = min(larger) if larger and not resize_to_max_canvas else max(scales.values())
+    tiles = min(math.prod(canvas) for canvas, scale in scales.items() if scale == best)
+    return (tiles + (tiles > 1)) * ((side // patch_size) ** 2 // round(1 / pixel_shuffle_ratio**2))
+
+
 def llava15(
     height, width, *, crop_size: Any = 336, patch_size: int = 14,
     vision_feature_select_strategy: str = "default", num_additional_image_tokens: int = 1,
@@ -212,6 +261,38 @@ def llava15(
     """The grid of the centre crop, whatever the image: class token added, or dropped again."""
     dropped = vision_feature_select_strategy == "default"
     return _area(crop_size, "crop_size", patch_size) + num_additional_image_tokens - dropped
+
+
+def pixtral(
+    height, width, *, longest_edge: int = 1024, patch_size: int = 16, spatial_merge_size: int = 1
+):  # fmt: skip
+    """Shrunk to the longest edge, then enlarged to whole merged patches."""
+    ratio, unit = max(height / longest_edge, width / longest_edge), patch_size * spatial_merge_size
+    sides = [math.floor(side / ratio) if ratio > 1 else side for side in (height, width)]
+    edge = f"longest_edge {longest_edge}"
+    require(min(sides), f"{height} x {width} is resized to nothing at {edge}")
+    return math.prod((side - 1) // unit + 1 for side in sides)
+
+
+def step3p7(
+    height, width, *, size: Any = 728, patch_size: int = 504, max_image_size: int = 3024,
+    vision_patch_size: int = 14, downsampler_stride: int = 4,
+):  # fmt: skip
+    """All of the image, and windows over it where it is large or long."""
+    side, stride = _square(size, "size"), vision_patch_size * downsampler_stride
+    sides = height, width
+    if min(sides) < 32 and max(height / width, width / height) > 4:  # padded to a square
+        sides = max(sides), max(sides)
+    if max(sides) > max_image_size:
+        scale = max_image_size / max(sides)
+        sides = int(sides[0] * scale), int(sides[1] * scale)
+    short, long, windows = min(sides), max(sides), 0
+    if long > side or long / short > 1.5:
+        window = short if long <= side else patch_size
+        window = min(short, window) if long / short > 4 else window
+        left = [s >= window and s % window > 0.2 * window for s in sides]  # is worth one more
+        windows = math.prod(max(1, s // window + more) for s, more in zip(sides, left, strict=True))
+    return (side // stride) ** 2 + windows * (patch_size // stride) ** 2
 
 
 def llava_onevision_video(frames, height, width, *, num_image_tokens: int = 729):
@@ -299,7 +380,8 @@ def _frame_by_frame(image_rule: Callable, merged: int = 1) -> Callable:
 
 
 _IMAGES = (
-    gemma3, gemma4, glm_vl, internvl3, kimi_vl, llava15, megatron_llava, nemotron_omni, qwen_vl,
+    gemma3, gemma4, glm_vl, internvl3, kimi_vl, llama4, llava15, megatron_llava, nemotron_omni,
+    pixtral, qwen_vl, step3p7,
 )  # fmt: skip
 RULES = {
     "count": {rule.__name__: rule for rule in _IMAGES},
@@ -308,6 +390,7 @@ RULES = {
         "internvl3": _frame_by_frame(internvl3),
         "kimi_vl": _frame_by_frame(kimi_vl, merged=4),
         "llava_onevision": llava_onevision_video,
+        "minimax": minimax_video,
         "nemotron": nemotron_video,
         "qwen2_vl": _frame_by_frame(qwen_vl, merged=2),
         "volume": volume_video,

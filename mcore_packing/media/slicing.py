@@ -114,6 +114,8 @@ class _Rows:
         numbers = {of: as_ids(n, f"num_{of}s", 0) for of, n in numbers.items() if n is not None}
         require(numbers, "num_images is None, expected the number of images of each sample")
         for key, word in self.words.items():
+            if word == "video_or_frame":
+                word = self.words[key] = _video_or_frame(self.batch[key], key)
             found = "is not in the layout" if word is None else f"is laid out by {word!r}"
             expected = f"expected what it counts, one of {', '.join(LAYOUT_WORDS)}"
             require(word in LAYOUT_WORDS, f"{key} {found}, {expected}")
@@ -162,6 +164,18 @@ class _Rows:
         require(len(rows) == sum(per_sample), f"{name} has {len(rows)} entries, but {expected}")
         starts, bounds = [0, *accumulate(rows)], [0, *accumulate(per_sample)]
         return [starts[last] - starts[first] for first, last in pairwise(bounds)]
+
+
+def _video_or_frame(values: Any, key: str) -> str:
+    """Whether the entries are videos ``[frames, C, H, W]``, or frames ``[C, H, W]``."""
+    if not length(values, key):
+        return "video"
+    entries = [values[0]] if hasattr(values, "shape") else values
+    dims = {len(getattr(entry, "shape", ())) for entry in entries}
+    found = f"{key} has entries of {' and '.join(map(str, sorted(dims)))} dimensions"
+    expected = "expected 4 (a video each) or 3 (a frame each); or say what they are in a layout"
+    require(dims in ({3}, {4}), f"{found}, {expected}")
+    return "video" if dims == {4} else "video_frame"
 
 
 def _products(grid: Any, name: str) -> list[int]:
