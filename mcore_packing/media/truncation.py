@@ -286,8 +286,9 @@ def reconcile(
 # which images are left (`align`) and so which images are whole (`cut_to`), `_Removal` finds what
 # goes with the others, and `_Row.result` takes it out.
 #
-# What a token is, is one character, its role. A row of roles is a picture in which patterns can be
-# matched: "..(i)..<.(v).(v)>." has an image, and a video of two frames with timestamps.
+# The role of a token is one character that says what it is. A row of roles is a picture in which
+# patterns can be matched: "..(i)..<.(v).(v)>." has an image, and a video of two frames with text
+# before each.
 _TEXT, _BREAK = ".b"
 _BEGIN, _END, _BEGIN_AND_END = "()|"  # the markers of an image, or of a frame
 _VIDEO_BEGIN, _VIDEO_END = "<>"  # those of a whole video
@@ -295,13 +296,17 @@ _PLACEHOLDERS = {"image": "i", "video": "v"}
 _LOST_IMAGE, _LOST_VIDEO = "IV"  # placeholders; an image of several runs is lost as a video is
 _NEVER, _SETTLED = "-x"  # what no token is, and what has been dealt with
 
-# A run of placeholders, with the breaks inside it and the markers around it; of a whole image or,
-# in the second half, of a lost one. A begin marker may be long: text up to a break, as of Kimi.
+# What belongs to one run of placeholders: of a whole image, or of a lost one.
 _BLOCK = re.compile(
-    r"""(?: [(|] (?: [.b]*b )? | (?<!b)b+ )? [iv]+ (?: b+[iv]+ )* (?: b*[)|] )?
-    | (?P<lost> (?: [(|] (?: [.b]*(?=b) )? | (?<!b) ) b*[IV]+ (?: b+[IV]+ )* b*
-        (?: [)] | [|](?!b*[iv]) )? )  # not the marker that opens the whole image behind it
-    """,
+    r"""(?: [(|] (?: [.b]*b )?    # its begin marker, which may be long: text up to a break (Kimi)
+        | (?<!b)b+ )?             # or all the breaks in front of it
+        [iv]+ (?: b+[iv]+ )*      # its placeholders, and the breaks between them
+        (?: b*[)|] )?             # its end marker
+    | (?P<lost>
+        (?: [(|] (?: [.b]*(?=b) )? | (?<!b) )
+        b*[IV]+ (?: b+[IV]+ )*b*  # the breaks behind them go too
+        (?: [)] | [|](?!b*[iv]) )?  # not the marker that opens the whole image behind it
+    )""",
     re.VERBOSE,
 )
 
@@ -374,8 +379,7 @@ class _Stream:
         return runs, [before for before, between in around if between.strip(_BREAK)]
 
     def _fitting(self, candidates: range, runs: list[int], breaks: list[int]) -> Iterator[int]:
-        """The candidates with which boundaries are where runs end, and those between two runs of
-        one image are in the row."""
+        """Those with which each boundary is between two runs, as are any two runs of an image."""
         edges, apart = {0, *accumulate(chain(*self.items))}, {0, *accumulate(runs)}
         inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
         if breaks and candidates[1:]:
