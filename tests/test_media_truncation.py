@@ -3,6 +3,9 @@
 import json
 import pickle
 import random
+import sys
+from dataclasses import fields
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -686,6 +689,8 @@ def test_tensors_keep_their_kind():
     assert single.apply(torch.tensor([[5]])).shape == (1, 0)
     as_tuple = truncate((1, 9, 9), (2,), 2, IMAGE, cu_seqlens=(0, 3))
     assert as_tuple.output_ids == (1,) and as_tuple.cu_seqlens == (0, 1)
+    for large in ([2**70, 9], np.array([2**64 - 1, 9], dtype=np.uint64)):  # than an int64
+        assert list(truncate(large, [1], 1, IMAGE).output_ids) == [large[0]]
     array = truncate(np.array([1, 9, 9]), [2], 2, IMAGE)
     assert isinstance(array.output_ids, np.ndarray) and array.output_ids.tolist() == [1]
 
@@ -748,3 +753,81 @@ def test_long_rows(images):
         assert reconcile(row[7:-7], counts, IMAGE, **MARKERS).kept_images[0] == cut.kept_images[0]
     except AmbiguousTruncation:
         assert images in ("few", "equal", "runs")
+
+
+def rows_of_all_kinds(ids):
+    """Those that are read as a whole, and those that are read token by token."""
+    row = torch.tensor(ids, dtype=torch.int64)
+    strided = torch.stack([row, -row], dim=1)[:, 0]
+    whole = [row, row.int(), row[None], strided, row.numpy(), np.array([ids], dtype=np.uint32)]
+    each = [np.array(ids, dtype=kind) for kind in (object, np.uint64)]
+    return [*whole, ids, tuple(ids)], [*each, [np.int64(token) for token in ids]]
+
+
+def all_that_it_says(cut):
+    said = {field.name: getattr(cut, field.name) for field in fields(cut)}
+    for name in ("output_ids", "position_ids"):
+        said[name] = np.asarray(said[name]).reshape(-1).tolist()
+    return said
+
+
+@LAW
+@given(samples(), st.data())
+def test_a_row_read_as_a_whole_is_cut_as_one_read_token_by_token(sample, data):
+    limit = data.draw(st.integers(0, len(sample.ids)))
+    options = {
+        "tokens_per_image": sample.per_image(IMAGE), "tokens_per_video": sample.per_image(VIDEO),
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "break_token_ids": [BREAK], **MARKERS,
+        "pad_token_id": PAD, "side": data.draw(st.sampled_from(["left", "right"])),
+    }  # fmt: skip
+    left = sample.ids[:limit] if options["side"] == "right" else sample.ids[limit:]
+    for call, ids in (
+        (lambda row: truncate(row, max_length=limit, **options), sample.ids),
+        (lambda row: reconcile(row, **options), [PAD, *left, PAD]),
+    ):
+        whole, each = rows_of_all_kinds([200_000 if token == TEXT else token for token in ids])
+        expected, *others = map(all_that_it_says, map(call, each))
+        assert all(other == expected for other in others)
+        for row in whole:
+            cut = call(row)
+            assert all_that_it_says(cut) == expected
+            for ids_left in (cut.output_ids, cut.position_ids):
+                assert type(ids_left) is type(row)
+                assert getattr(ids_left, "ndim", 1) == getattr(row, "ndim", 1)
+            assert getattr(cut.output_ids, "dtype", None) == getattr(row, "dtype", None)
+
+
+def steps(call, *arguments):
+    """How many bytecodes a call runs: what C does with a whole row is one of them."""
+    count, before = 0, sys.gettrace()
+
+    def trace(frame, event, _):
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call(*arguments)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("as_kind", [list, torch.tensor, np.array], ids=["list", "tensor", "array"])
+def test_no_python_runs_for_each_token(as_kind):
+    """50 ms for 32,768 tokens once; eight times as many now take as many steps."""
+    counts = []
+    for size in (64, 512):
+        row = as_kind([*[TEXT] * size, START, *[IMAGE] * size, END] * 24)
+        options = {"tokens_per_image": [size] * 24, "image_token_id": IMAGE, **MARKERS}
+        calls = [
+            partial(truncate, row, max_length=length, side=side, **options)
+            for length in (len(row), len(row) // 2 + 3)
+            for side in ("left", "right")
+        ]
+        calls += [partial(reconcile, row[:-3], side=side, **options) for side in ("right", None)]
+        assert [bool(call().dropped_images) for call in calls] == [False] * 2 + [True] * 4
+        counts.append([steps(call) for call in calls])
+    assert all(more <= 1.1 * few for few, more in zip(*counts, strict=True)), counts

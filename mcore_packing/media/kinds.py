@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import PackingError
 
 IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
+_INTS = {"int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}  # an int64 holds them
 
 
 def require(condition: Any, message: str) -> None:
@@ -61,12 +62,17 @@ def nested(value: Any) -> bool:
 
 def as_row(values: Any, name: str) -> list:
     """``as_list``, but a tensor or array has to be ``[T]`` or ``[1, T]``."""
-    shape = getattr(values, "shape", None)
-    if shape is None:
+    if getattr(values, "shape", None) is None:
         return as_list(values, name)
+    return _flat(values, name).tolist()
+
+
+def _flat(values: Any, name: str) -> Any:
+    """A tensor or array of one row as ``[T]``."""
+    shape = values.shape
     fits = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
     require(fits, f"{name} is {list(shape)}, expected one row, [T] or [1, T]")
-    return values.reshape(-1).tolist()
+    return values.reshape(-1)
 
 
 def as_ids(values: Any, name: str, minimum: int | None = None) -> list[int]:
@@ -74,16 +80,41 @@ def as_ids(values: Any, name: str, minimum: int | None = None) -> list[int]:
     sequence = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
     found = f"{name} is a {type(values).__name__}"
     require(sequence or hasattr(values, "shape"), f"{found}, expected one row of ints")
-    row = as_row(values, name)
-    try:
-        ids = [_index(value) for value in row]
-    except TypeError:
-        found = " or ".join(sorted({type(value).__name__ for value in row} - {"int"}))
-        raise PackingError(f"{name} holds a {found}, expected one row of ints") from None
-    for i, value in enumerate(ids if minimum is not None else ()):
-        if value < minimum:
-            raise PackingError(f"{name}[{i}] is {value}, expected at least {minimum}")
+    ids = row = as_row(values, name)
+    types = {*map(type, row)}
+    if types - {int}:  # one by one only where something else than a Python int is among them
+        try:
+            ids = [_index(value) for value in row]
+        except TypeError:
+            found = " or ".join(sorted({one.__name__ for one in types} - {"int"}))
+            raise PackingError(f"{name} holds a {found}, expected one row of ints") from None
+    if minimum is not None and ids and min(ids) < minimum:
+        i, value = next((i, value) for i, value in enumerate(ids) if value < minimum)
+        raise PackingError(f"{name}[{i}] is {value}, expected at least {minimum}")
     return ids
+
+
+def as_id_array(values: Any, name: str) -> np.ndarray:
+    """``as_ids`` as an int64 array; of Python ints where one is too large for that.
+
+    A tensor or array of ints is only looked at as a whole, never one token after the other. It may
+    share the memory of ``values``.
+    """
+    # A subclass may mean something else, as a masked array does.
+    if type(values) in (Tensor, np.ndarray, np.memmap) and _of_ints(values):
+        row = _flat(values, name)
+        row = row.numpy(force=True) if isinstance(row, Tensor) else np.asarray(row)
+        return row.astype(np.int64, copy=False)
+    ids = as_ids(values, name)
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError:
+        return np.array(ids, dtype=object)
+
+
+def _of_ints(values: Any) -> bool:
+    """Whether it has a dtype of which an int64 holds every entry."""
+    return str(getattr(values, "dtype", "")).removeprefix("torch.") in _INTS
 
 
 def as_boundaries(cu_seqlens: Any, num_tokens: int) -> list[int]:
@@ -112,15 +143,19 @@ def holds_ints(values: Any) -> bool:
 
 def check_fits(values: Sequence, dtype: Any) -> None:
     """Refuse what a small integer dtype of torch or NumPy would wrap around."""
-    if values and "int" in str(dtype):
+    if len(values) and "int" in str(dtype):
         limits = torch.iinfo(dtype) if isinstance(dtype, torch.dtype) else np.iinfo(dtype)
-        for value in (min(values), max(values)):
+        array = isinstance(values, np.ndarray)
+        ends = (values.min(), values.max()) if array else (min(values), max(values))
+        for value in ends:
             fits = limits.min <= value <= limits.max
             require(fits, f"{value} does not fit {dtype}; pass a wider one")
 
 
-def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
+def like(template: Any, values: list | np.ndarray, dtype: torch.dtype | None = None) -> Any:
     """``values`` as what ``template`` is: list, tuple, tensor, array; of its dtype or ``dtype``."""
+    if isinstance(values, np.ndarray) and not _of_ints(template):
+        values = values.tolist()
     if not hasattr(template, "__array__"):
         return tuple(values) if isinstance(template, tuple) else values
     dtype = dtype or template.dtype
@@ -132,9 +167,10 @@ def like(template: Any, values: list, dtype: torch.dtype | None = None) -> Any:
     return row[None] if template.ndim == 2 else row
 
 
-def like_ids(template: Any, values: list[int]) -> Any:
+def like_ids(template: Any, values: list[int] | np.ndarray) -> Any:
     """``like`` for ids, which are ints even where the template is empty and was made of floats."""
-    return like(template, values, None if holds_ints(template) else torch.int64)
+    known = not hasattr(template, "__array__") or holds_ints(template)
+    return like(template, values, None if known else torch.int64)
 
 
 def length(values: Any, name: str) -> int:

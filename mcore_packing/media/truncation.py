@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -282,6 +282,51 @@ def reconcile(
     return row.result(input_ids, cu_seqlens, streams, pairwise(row.starts))
 
 
+# How a cut is explained: `_Row` reads what each token is, `_Stream` finds which placeholders of
+# which images are left (`align`) and so which images are whole (`cut_to`), `_Removal` finds what
+# goes with the others, and `_Row.result` takes it out.
+#
+# The role of a token is one character that says what it is. A row of roles is a picture in which
+# patterns can be matched: "..(i)..<.(v).(v)>." has an image, and a video of two frames with text
+# before each.
+_TEXT, _BREAK = ".b"
+_BEGIN, _END, _BEGIN_AND_END = "()|"  # the markers of an image, or of a frame
+_VIDEO_BEGIN, _VIDEO_END = "<>"  # those of a whole video
+_PLACEHOLDERS = {"image": "i", "video": "v"}
+_LOST_IMAGE, _LOST_VIDEO = "IV"  # placeholders; an image of several runs is lost as a video is
+_NEVER, _SETTLED = "-x"  # what no token is, and what has been dealt with
+
+# What belongs to one run of placeholders: of a whole image, or of a lost one.
+_BLOCK = re.compile(
+    r"""(?: [(|] (?: [.b]*b )?    # its begin marker, which may be long: text up to a break (Kimi)
+        | (?<!b)b+ )?             # or all the breaks in front of it
+        [iv]+ (?: b+[iv]+ )*      # its placeholders, and the breaks between them
+        (?: b*[)|] )?             # its end marker
+    | (?P<lost>
+        (?: [(|] (?: [.b]*(?=b) )? | (?<!b) )
+        b*[IV]+ (?: b+[IV]+ )*b*  # the breaks behind them go too
+        (?: [)] | [|](?!b*[iv]) )?  # not the marker that opens the whole image behind it
+    )""",
+    re.VERBOSE,
+)
+
+
+def _in_pieces(roles: np.ndarray, spans: list) -> Iterator[tuple[str, list[int]]]:
+    """Each span as a picture in which a run of text, or of placeholders, is one piece.
+
+    Beside it is where each piece begins, and the last one ends: what walks through pieces need not
+    walk through tokens.
+    """
+    begins = np.ones(len(roles) + 1, dtype=bool)
+    begins[1:-1] = (roles[1:] != roles[:-1]) | ~np.isin(roles[1:], [*b".ivIV"])
+    begins[[*chain(*spans)]] = True
+    edges = np.flatnonzero(begins)
+    picture, edges = roles[edges[:-1]].tobytes().decode(), edges.tolist()
+    for start, stop in spans:
+        first, last = bisect_left(edges, start), bisect_left(edges, stop)
+        yield picture[first:last], edges[first : last + 1]
+
+
 class _Stream:
     """The placeholders of one modality in one sequence, and the images (videos) they are for.
 
@@ -289,69 +334,81 @@ class _Stream:
     row, and ``starts`` are the numbers of their first placeholders. What the row has of these is
     at ``positions``, beginning with number ``first``; ``cut`` says at which ends some are missing.
     If ``unsure``, several windows fit that keep nothing, and ``first`` and ``cut`` are a guess.
+    What is left of each image lies between two ``edges`` in ``positions``. The images that stay are
+    ``kept``, the others ``lost``.
     """
 
-    def __init__(self, row: "_Row", seq: int, kind: str, first_item: int, items: list[list[int]]):
-        self.kind, self.first_item, self.items = kind, first_item, items
+    def __init__(self, kind: str, name: str, positions: np.ndarray, first_item: int, items: list):
+        self.kind, self.name, self.positions = kind, name, positions
+        self.first_item, self.items = first_item, items
         self.starts = [0, *accumulate(map(sum, items))]
-        self.start, stop = row.spans[seq]
-        self.text = row.letters[self.start : stop]
-        spans = (m.span() for m in re.finditer(f"{kind[0]}+", self.text))
-        self.runs = [range(self.start + first, self.start + last) for first, last in spans]
-        self.positions = [*chain(*self.runs)]
-        token, found = row.tokens.get(kind), len(self.positions)
-        self.name = f"sequence {seq}: {found} {kind} placeholders ({token})"
 
     def survivors(self, first: int, count: int) -> range:
         """The images that lie wholly in the window of ``count`` placeholders from ``first``."""
         return range(bisect_left(self.starts, first), bisect_right(self.starts, first + count) - 1)
 
-    def align(self, side: str | None, whole: bool) -> None:
+    def align(self, picture: str, piece_edges: list[int], side: str | None, whole: bool) -> None:
         """Find the number of the first placeholder left, from what the row says of boundaries."""
-        left, total = len(self.positions), self.starts[-1]
-        missing, runs = total - left, [len(run) for run in self.runs]
-        gaps = [0, *accumulate(runs)]
-        around = zip(gaps, re.split(f"{self.kind[0]}+", self.text), strict=True)
-        breaks = [k for k, text in around if text.strip("b")]
-        edges, apart = {0, *accumulate(chain(*self.items))}, set(gaps)
-        inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
-
-        def fits(first: int) -> bool:
-            inside = inner[bisect_right(inner, first) : bisect_left(inner, first + left)]
-            at_edges = all(first + k in edges for k in breaks)
-            return at_edges and all(edge - first in apart for edge in inside)
-
+        runs, breaks = self._boundaries(picture, piece_edges)
+        left, missing = len(self.positions), self.starts[-1] - len(self.positions)
         candidates = range(0 if whole and missing else missing + 1)
         if side is not None:
             candidates = candidates[-1:] if side == "left" else candidates[:1]
-        elif breaks:
-            at_edge = (edge - breaks[0] for edge in sorted(edges))
-            candidates = [first for first in at_edge if first in candidates]
         keepers, others = [], []
-        for first in filter(fits, candidates):
+        for first in self._fitting(candidates, runs, breaks):
             (keepers if self.survivors(first, left) else others).append(first)
             if len(keepers) == _MAX_CANDIDATES:
                 break
         if not keepers and not others:
-            counts = f"tokens_per_{self.kind} {shorten([sum(item) for item in self.items])}"
-            found = f"{self.name}, but {counts} adds up to {total}, and runs of {shorten(runs)}"
-            cut = f" after a cut on the {side}" if side else ""
-            advice = "give every image of the uncut row" if whole else "check the side"
-            message = f"{found} are no part of them{cut}; {advice}, and break_token_ids"
-            raise PlaceholderMismatch(message, actual=total, expected=left)
+            raise self._mismatch(runs, side, whole)
         # Two windows differ in what they keep, or in their orphans, unless neither keeps anything.
         if keepers and len(keepers) + len(others) > 1:
             raise self._ambiguous((keepers + others[:1])[:_MAX_CANDIDATES])
         self.first, self.unsure = (keepers or others)[0], len(others) > 1
         self.cut = self.unsure or self.first > 0, self.unsure or self.first < missing
+        self.edges = [min(max(0, start - self.first), left) for start in self.starts]
+
+    def _boundaries(self, picture: str, piece_edges: list[int]) -> tuple[list[int], list[int]]:
+        """How long each run is, and how many placeholders stand before each boundary.
+
+        Breaks alone are none: they stand inside an image.
+        """
+        mine, pieces = _PLACEHOLDERS[self.kind], zip(picture, pairwise(piece_edges), strict=True)
+        runs = [stop - start for role, (start, stop) in pieces if role == mine]
+        around = zip(accumulate(runs, initial=0), picture.split(mine), strict=True)
+        return runs, [before for before, between in around if between.strip(_BREAK)]
+
+    def _fitting(self, candidates: range, runs: list[int], breaks: list[int]) -> Iterator[int]:
+        """Those with which each boundary is between two runs, as are any two runs of an image."""
+        edges, apart = {0, *accumulate(chain(*self.items))}, {0, *accumulate(runs)}
+        inner = sorted(edges - set(self.starts))  # runs of one image never adjoin
+        if breaks and candidates[1:]:
+            at_edge = (edge - breaks[0] for edge in sorted(edges))
+            candidates = [first for first in at_edge if first in candidates]
+        for first in candidates:
+            last = first + len(self.positions)
+            inside = inner[bisect_right(inner, first) : bisect_left(inner, last)]
+            at_edges = all(first + k in edges for k in breaks)
+            if at_edges and all(edge - first in apart for edge in inside):
+                yield first
+
+    def _mismatch(self, runs: list[int], side: str | None, whole: bool) -> PlaceholderMismatch:
+        """The error for a row that no window of the images explains."""
+        left, total = len(self.positions), self.starts[-1]
+        counts = f"tokens_per_{self.kind} {shorten([sum(item) for item in self.items])}"
+        found = f"{self.name}, but {counts} adds up to {total}, and runs of {shorten(runs)}"
+        cut = f" after a cut on the {side}" if side else ""
+        advice = "give every image of the uncut row" if whole else "check the side"
+        message = f"{found} are no part of them{cut}; {advice}, and break_token_ids"
+        return PlaceholderMismatch(message, actual=total, expected=left)
 
     def _ambiguous(self, candidates: list[int]) -> AmbiguousTruncation:
         """The error for a row that several sets of images explain, with the first few of them."""
-        sets, found = [], []
+        sets, found, positions = [], [], self.positions.tolist()
         for first in candidates:
-            stay = self.survivors(first, len(self.positions))
+            stay = self.survivors(first, len(positions))
             whole = range(self.starts[stay.start], self.starts[stay.stop])
-            orphans = [p for k, p in enumerate(self.positions, first) if k not in whole]
+            orphans = [p for k, p in enumerate(positions, first) if k not in whole]
             sets.append([self.first_item + item for item in stay])
             found.append({f"kept_{self.kind}s": sets[-1], "orphan_positions": orphans})
         could = f"{self.name} could be of {self.kind}s {' or '.join(map(shorten, sets))}"
@@ -359,15 +416,19 @@ class _Stream:
         error.candidates = found
         return error
 
+    def cut_to(self, start: int, stop: int) -> None:
+        """Find the images that lie wholly in a window of the row, and those that do not."""
+        low, high = (bisect_left(self.positions, edge) for edge in (start, stop))
+        self.kept = self.survivors(self.first + low, high - low)
+        self.lost = [item for item in range(len(self.items)) if item not in self.kept]
 
-# What each token is, one letter each: "(" and ")" markers, "|" a marker that is both, "<" and ">"
-# those of a whole video, "b" a break, "i" and "v" placeholders, "I" those of a lost image, "V" of a
-# lost video or image of several runs, "." text. An image is its placeholders with the breaks and
-# markers around them; a begin marker may be long: text up to a break.
-_CHUNKS = re.compile(
-    r"(?:[(|](?:[.b]*b)?|(?<!b)b+)?[iv]+(?:b+[iv]+)*(?:b*[)|])?"
-    r"|(?P<lost>(?:[(|](?:[.b]*(?=b))?|(?<!b))b*[IV]+(?:b+[IV]+)*b*(?:\)|\|(?!b*[iv]))?)"
-)
+    def mark_lost(self, roles: np.ndarray) -> None:
+        """Give the placeholders of lost images and videos roles of their own."""
+        new = [ord(_PLACEHOLDERS[self.kind])] * len(self.items)
+        for item in self.lost:
+            video = self.kind == "video" or len(self.items[item]) > 1
+            new[item] = ord(_LOST_VIDEO if video else _LOST_IMAGE)
+        roles[self.positions] = np.repeat(np.array(new, dtype=np.uint8), np.diff(self.edges))
 
 
 class _Row:
@@ -379,77 +440,108 @@ class _Row:
             overrides["image_token_id"] = image_token_id
         self.family = one = resolve(family, overrides, ("drop_dangling", "shifted"))
         self.named = family is not None  # then text between the runs of a video is its own
-        self.ids = marks = as_ids(input_ids, "input_ids")
+        self.ids = marks = kinds.as_id_array(input_ids, "input_ids")
         size, by = len(marks), "id"
         known = {one.image_token_id: "image", one.video_token_id: "video"}
         if types is not None:
             told = overrides.get("image_token_id"), overrides.get("video_token_id")
             given = "mm_token_type_ids say where images are; leave out, or pass image_token_id=None"
             require(told == (None, None), given)
-            marks, known, by = as_ids(types, "mm_token_type_ids"), {1: "image", 2: "video"}, "type"
+            marks = kinds.as_id_array(types, "mm_token_type_ids")
+            known, by = {1: "image", 2: "video"}, "type"
             found = f"mm_token_type_ids has {len(marks)} entries, but the row {size} tokens"
             require(len(marks) == size, found)
         both = f"image_token_id and video_token_id are both {one.image_token_id}"
         require(len(known) == 2 or None in known, f"{both}; count all of them as images")
         self.tokens = {kind: f"{by} {mark}" for mark, kind in known.items() if mark is not None}
-        pairs = [*zip(self.ids, marks, strict=True)]
-        placeholders, said = {*known} - {None}, ""
-        if types is not None:
-            placeholders = {id for id, mark in pairs if mark in known}
-            said = ", says mm_token_type_ids; set it to 0 at markers and breaks"
         bounds = kinds.as_boundaries(cu_seqlens, size)
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
         self.starts = kinds.with_tail(bounds, size)
         self.spans = [self._unpadded(start, stop) for start, stop in pairwise(self.starts)]
-
-        begin, end = one.vision_start_id, one.vision_end_id
-        first = begin if one.video_start_id is None else one.video_start_id
-        last = end if one.video_end_id is None else one.video_end_id
-        others = {"vision_start_id": begin, "vision_end_id": end, "video_start_id": first}
-        others |= {"video_end_id": last, "pad_token_id": one.pad_token_id}
-        breaks = [("break_token_ids", token) for token in one.break_token_ids]
-        for name, token in [*others.items(), *breaks]:
-            require(token not in placeholders, f"{name}: {token} is a placeholder{said}")
-        letters = {first: "<", last: ">", begin: "(", end: "|" if begin == end else ")"}
-        letters |= dict.fromkeys(one.break_token_ids, "b") | {None: "-"}  # which is nowhere
-        of_kind = {mark: kind[0] for mark, kind in known.items()}
-        self.letters = "".join(of_kind.get(mark) or letters.get(id, ".") for id, mark in pairs)
-        # A whole video, from one outer marker, or the edge of the row, to the other; the outer
-        # markers may be those around its frames.
-        self.clips = re.compile(
-            rf"(?P<open>[{letters[first]}]|^)[.b]*(?P<clip>V[V.b]*)?(?P<close>[{letters[last]}]|$)"
-        )
-        if one.drop_dangling and "video" not in self.tokens and None not in (begin, end):
+        self._read_roles(marks, known)
+        self._refuse_two_roles(known, types is not None)
+        if self.family.drop_dangling and "video" not in self.tokens:
             self._refuse_unknown_media()
 
     def _unpadded(self, start: int, stop: int) -> tuple[int, int]:
         """A sequence without the padding at its ends."""
-        real = [p for p in range(start, stop) if self.ids[p] != self.family.pad_token_id]
-        return (real[0], real[-1] + 1) if real else (stop, stop)
+        pad = self.family.pad_token_id
+        if pad is None:
+            return start, stop
+        real = start + np.flatnonzero(self.ids[start:stop] != pad)
+        return (int(real[0]), int(real[-1]) + 1) if len(real) else (stop, stop)
+
+    def _read_roles(self, marks: np.ndarray, known: dict) -> None:
+        """Say of each token what it is, and what a whole video of such tokens looks like."""
+        one = self.family
+        begin, end = one.vision_start_id, one.vision_end_id
+        first = begin if one.video_start_id is None else one.video_start_id
+        last = end if one.video_end_id is None else one.video_end_id
+        self.markers = {"vision_start_id": begin, "vision_end_id": end}
+        self.markers |= {"video_start_id": first, "video_end_id": last}
+        role_of = {first: _VIDEO_BEGIN, last: _VIDEO_END, begin: _BEGIN}
+        role_of |= {end: _BEGIN_AND_END if begin == end else _END}
+        role_of |= dict.fromkeys(one.break_token_ids, _BREAK) | {None: _NEVER}
+        told = [(self.ids, token, role) for token, role in role_of.items()]
+        told += [(marks, mark, _PLACEHOLDERS[kind]) for mark, kind in known.items()]
+        self.roles = np.full(len(self.ids), ord(_TEXT), dtype=np.uint8)
+        for values, value, role in told:
+            if value is not None:  # a comparison with None would be one of objects
+                self.roles[values == value] = ord(role)
+        # From one outer marker, or the edge of the row, to the other; those around its frames may
+        # be outer markers too.
+        opens, closes = role_of[first], role_of[last]
+        self.clips = re.compile(
+            rf"(?P<open>[{opens}]|^)[.b]*(?P<clip>V[V.b]*)?(?P<close>[{closes}]|$)"
+        )
+
+    def _refuse_two_roles(self, known: dict, by_type: bool) -> None:
+        """A marker, break or padding that is a placeholder would go although its image stays."""
+        placeholders, said = known, ""
+        if by_type:
+            placeholders = self.ids[np.isin(self.roles, [*b"iv"])]
+            said = ", says mm_token_type_ids; set it to 0 at markers and breaks"
+        others = self.markers | {"pad_token_id": self.family.pad_token_id}
+        breaks = [("break_token_ids", token) for token in self.family.break_token_ids]
+        for name, token in [*others.items(), *breaks]:
+            free = token is None or token not in placeholders
+            require(free, f"{name}: {token} is a placeholder{said}")
 
     def _refuse_unknown_media(self) -> None:
         """Markers around one token, repeated, mark an image or video of which nothing was said."""
-        for m in re.finditer(r"(?<=[(|])\.{2,}(?=[)|])", self.letters):
-            token, *others = {*self.ids[m.start() : m.end()]}
-            found = f"position {m.start() - 1}: markers stand around {len(m[0])} tokens of id "
-            require(others, f"{found}{token}; for a video pass video_token_id, or its family")
+        if None in (self.family.vision_start_id, self.family.vision_end_id):
+            return
+        [(picture, edges)] = _in_pieces(self.roles, [(0, len(self.roles))])
+        for m in re.finditer(r"(?<=[(|])[.](?=[)|])", picture):
+            start, stop = edges[m.start()], edges[m.end()]
+            token, *others = {*self.ids[start:stop].tolist()}
+            found = f"position {start - 1}: markers stand around {stop - start} tokens of id "
+            fits = others or stop - start == 1
+            require(fits, f"{found}{token}; for a video pass video_token_id, or its family")
 
     def streams(self, tokens_per_image, tokens_per_video, sides=None) -> list[list[_Stream]]:
         """The images, and the videos, of every sequence; all of them where no side was cut."""
         streams, whole = [], sides is None
+        spans = np.array(self.spans, dtype=np.int64).reshape(-1, 2)
         for kind, spec in zip(_KINDS, (tokens_per_image, tokens_per_video), strict=True):
-            counts = [self.letters.count(kind[0], *span) for span in self.spans]
+            places = np.flatnonzero(self.roles == ord(_PLACEHOLDERS[kind]))
+            parts = np.searchsorted(places, spans).tolist()
+            counts = [last - first for first, last in parts]
             if tail := sum(counts[self.num_seqs :]):
                 past = f"past the last boundary at {self.starts[-2]}, in no sequence"
                 message = f"{tail} {kind} placeholders lie {past}"
                 raise PlaceholderMismatch(message, actual=0, expected=tail)
             items = self._items(spec, kind, counts[: self.num_seqs], whole)
             items += [[]] * (len(counts) - len(items))  # of the tail
-            each = zip(accumulate(map(len, items), initial=0), items, strict=False)
-            streams.append([_Stream(self, seq, kind, *one) for seq, one in enumerate(each)])
+            streams.append([])
+            firsts, token = accumulate(map(len, items), initial=0), self.tokens.get(kind)
+            for seq, (part, first, mine) in enumerate(zip(parts, firsts, items, strict=False)):
+                name = f"sequence {seq}: {counts[seq]} {kind} placeholders ({token})"
+                streams[-1].append(_Stream(kind, name, places[slice(*part)], first, mine))
         for of_kind in streams:
-            for seq, stream in enumerate(of_kind):
-                stream.align(None if whole else sides[seq], whole)
+            pieces = _in_pieces(self.roles, self.spans)
+            for seq, (stream, one) in enumerate(zip(of_kind, pieces, strict=True)):
+                stream.align(*one, None if whole else sides[seq], whole)
         return streams
 
     def _items(self, spec, kind: str, counts: list[int], whole: bool) -> list[list[list[int]]]:
@@ -475,89 +567,137 @@ class _Row:
     def result(self, input_ids, cu_seqlens, streams, windows) -> Truncation:
         """Drop what is not whole inside the windows, with all that belongs to it, and renumber."""
         media = {f"{fate}_{kind}s": [] for fate in ("kept", "dropped") for kind in _KINDS}
-        keep, orphans, holes, lengths = [], [], [], []
-        for (start, stop), *both in zip(windows, *streams, strict=True):
-            lost = []
+        edges, roles = np.array([*windows], dtype=np.int64).reshape(-1, 2), self.roles.copy()
+        inside = np.zeros(len(roles), dtype=bool)
+        for (start, stop), *both in zip(edges.tolist(), *streams, strict=True):
+            inside[start:stop] = True
             for stream in both:
-                low, high = (bisect_left(stream.positions, edge) for edge in (start, stop))
-                stay = stream.survivors(stream.first + low, high - low)
-                gone = [item for item in range(len(stream.items)) if item not in stay]
-                media[f"kept_{stream.kind}s"] += [stream.first_item + item for item in stay]
-                media[f"dropped_{stream.kind}s"] += [stream.first_item + item for item in gone]
-                lost += [(stream, item) for item in gone]
-            gone = self._gone(*both, lost) if lost else {}
-            left = [p for p in range(start, stop) if p not in gone]
-            holes += [len(keep) + n for n, p in enumerate(left) if p + 1 < stop and p + 1 in gone]
-            orphans += [p for p in range(start, stop) if gone.get(p, ".") in "bIV"]
-            keep += left
-            lengths.append(len(left))
+                stream.cut_to(start, stop)
+                if stream.lost:
+                    stream.mark_lost(roles)
+                for fate, items in (("kept", stream.kept), ("dropped", stream.lost)):
+                    media[f"{fate}_{stream.kind}s"] += [stream.first_item + item for item in items]
+        gone = inside & self._gone(streams, roles)
+        orphans = gone & np.isin(roles, [*b"bIV"])
+        gone = gone if self.family.drop_dangling else orphans
+        keep = np.flatnonzero(inside & ~gone)
+        before, behind = np.searchsorted(keep, edges.T)
+        lengths = (behind - before).tolist()
         seqs = [seq for seq in range(self.num_seqs) if lengths[seq]]
         bounds = [0, *accumulate(lengths[seq] for seq in seqs)]
+        positions = np.arange(len(keep)) - np.repeat(before, behind - before)
+        hole_next = np.append(gone, False)
+        hole_next[edges[:, 0]] = False  # what begins a window follows nothing in it
         return Truncation(
-            output_ids=kinds.like_ids(input_ids, [self.ids[position] for position in keep]),
-            keep_positions=keep,
-            orphan_positions=orphans,
-            position_ids=like(input_ids, [p for n in lengths for p in range(n)], torch.int64),
+            output_ids=kinds.like_ids(input_ids, self.ids[keep]),
+            keep_positions=keep.tolist(),
+            orphan_positions=np.flatnonzero(orphans).tolist(),
+            position_ids=like(input_ids, positions, torch.int64),
             cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, bounds),
             kept_sequences=seqs,
             max_seqlen=max(lengths[: self.num_seqs], default=0),
             _starts=self.starts,
             _all_sequences=not self.packed or len(seqs) == self.num_seqs,
-            _holes=holes,
+            _holes=np.flatnonzero(hole_next[keep + 1]).tolist(),
             _shifted=self.family.shifted,
             **media,
         )
 
-    def _gone(self, images: _Stream, videos: _Stream, lost: list) -> dict[int, str]:
-        """What leaves a sequence with its lost images and videos: positions, and their letters."""
-        start, letters, spans = images.start, list(images.text), []
-        for stream, item in lost:
-            first, last = (edge - stream.first for edge in stream.starts[item : item + 2])
-            mine = [p - start for p in stream.positions[max(0, first) : max(0, last)]]
-            several = len(stream.items[item]) > 1
-            for p in mine:
-                letters[p] = "V" if several or stream is videos else "I"
-            if self.named and several and mine and not (stream.unsure and len(stream.items) > 1):
-                low = 0 if first < 0 and not stream.unsure else mine[0]
-                cut = last > len(stream.positions) and not stream.unsure
-                spans.append((low, len(letters) if cut else mine[-1]))
-        row, size = "".join(letters), len(letters)
-        chunks = [*_CHUNKS.finditer(row)]
-        spans += [m.span() for m in chunks if m["lost"]]
-        stays = {p for m in chunks if not m["lost"] for p in range(*m.span())}
-        rest = _CHUNKS.sub(lambda m: ("V" if "V" in m[0] else "x") * len(m[0]), row)
-        # What a cut has left, at an edge, of images and videos without any of their placeholders.
-        cut_left, cut_right = (any(ends) for ends in zip(images.cut, videos.cut, strict=True))
-        low = size - len(rest.lstrip(")|>b")) if cut_left else 0
-        high = max(low, len(rest.rstrip("(|<b"))) if cut_right else size
-        spans += [(0, low), (high, size)]
-        # Whole videos: what stands between two outer markers, or between one and an edge where
-        # something was certainly cut. On a guess the markers go, but never the text.
-        both = images, videos
-        sure_left, sure_right = (any(s.cut[end] and not s.unsure for s in both) for end in (0, 1))
-        own = self.family.video_start_id is not None
-        several = any(len(stream.items[item]) > 1 for stream, item in lost)
-        after = videos.survivors(videos.first, len(videos.positions)).stop
-        begun = videos.cut[1] and (own or len(videos.items[after]) > 1)
-        begun = begun or bool(self.named and self.family.break_token_ids)
-        for m in self.clips.finditer(rest[low:high]):
-            opens, closes = bool(m["open"]), bool(m["close"])
-            if m["clip"]:
-                whole = closes or own or (opens and several)
-            else:
-                whole = not opens and m["close"] == ">" if closes else opens and begun
-            whole = whole and (opens or closes) and (opens or cut_left) and (closes or cut_right)
-            if whole and (opens or sure_left) and (closes or sure_right):
-                spans.append((low + m.start(), low + m.end()))
-            elif whole:
-                spans += [
-                    (low + first, low + last) for first, last in map(m.span, ("open", "close"))
-                ]
-            elif m["clip"] and own and not opens and sure_left:  # its last marker alone was cut off
-                spans.append((low + m.start(), low + m.start("clip") + m["clip"].rindex("V") + 1))
-        all_of_it = self.family.drop_dangling
-        found = {p for span in spans for p in range(*span)} - stays  # an image between two frames
-        return {start + p: row[p] for p in found if all_of_it or row[p] in "bIV"}
+    def _gone(self, streams: list[list[_Stream]], roles: np.ndarray) -> np.ndarray:
+        """Which tokens belong to lost images and videos, whose placeholders have roles by now."""
+        gone = np.zeros(len(roles), dtype=bool)
+        if any(stream.lost for stream in chain(*streams)):
+            for pieces, *both in zip(_in_pieces(roles, self.spans), *streams, strict=True):
+                if any(stream.lost for stream in both):
+                    lost, whole = _Removal(self, *both, *pieces).spans()
+                    for goes, spans in ((True, lost), (False, whole)):
+                        for start, stop in spans:
+                            gone[start:stop] = goes
+        return gone
+
+
+class _Removal:
+    """What leaves a sequence with its lost images and videos.
+
+    ``cut`` says at which ends of the sequence something is missing, ``sure`` where that is no
+    guess. Spans are ``[first, last)`` of its pieces, or ``[start, stop)`` of the row.
+    """
+
+    def __init__(self, row: _Row, images: _Stream, videos: _Stream, picture: str, edges: list[int]):
+        self.row, self.videos, self.both = row, videos, (images, videos)
+        self.picture, self.edges = picture, edges
+        self.cut = [any(ends) for ends in zip(images.cut, videos.cut, strict=True)]
+        self.sure = [any(one.cut[end] and not one.unsure for one in self.both) for end in (0, 1)]
+        self.several = any(len(one.items[item]) > 1 for one in self.both for item in one.lost)
+        self.outer = row.family.video_start_id is not None  # markers that only a video has
+
+    def spans(self) -> tuple[list, list]:
+        """What goes, and what does not though it is inside: a whole image between two frames."""
+        lost, whole, rest = self._blocks()
+        low, high = self._without_ends(rest)
+        lost += [(0, low), (high, len(rest)), *self._whole_videos(rest, low, high)]
+        gone, stays = ([[self.edges[p] for p in span] for span in some] for some in (lost, whole))
+        return [*gone, *chain(*map(self._between_runs, self.both))], stays
+
+    def _blocks(self) -> tuple[list, list, str]:
+        """Lost blocks, whole ones, and the picture with nothing but lost videos left of either."""
+        lost, whole = [], []
+
+        def settle(m: re.Match) -> str:
+            (lost if m["lost"] else whole).append(m.span())
+            return (_LOST_VIDEO if _LOST_VIDEO in m[0] else _SETTLED) * len(m[0])
+
+        return lost, whole, _BLOCK.sub(settle, self.picture)
+
+    def _without_ends(self, rest: str) -> tuple[int, int]:
+        """The pieces but for what a cut has left at an edge of images without any placeholder."""
+        low = len(rest) - len(rest.lstrip(")|>b")) if self.cut[0] else 0
+        return low, max(low, len(rest.rstrip("(|<b"))) if self.cut[1] else len(rest)
+
+    def _whole_videos(self, rest: str, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """From one outer marker of lost videos to the other; on a guess these, but never text."""
+        for m in self.row.clips.finditer(rest[low:high]):
+            opens, closes, spans = bool(m["open"]), bool(m["close"]), []
+            if self._is_lost(m, opens, closes):
+                sure = (opens or self.sure[0]) and (closes or self.sure[1])
+                spans = [m.span()] if sure else [m.span("open"), m.span("close")]
+            elif m["clip"] and self.outer and not opens and self.sure[0]:
+                # Its last marker alone was cut off.
+                spans = [(m.start(), m.start("clip") + m["clip"].rindex(_LOST_VIDEO) + 1)]
+            yield from ((low + first, low + last) for first, last in spans)
+
+    def _is_lost(self, m: re.Match, opens: bool, closes: bool) -> bool:
+        """Whether that is a lost video, or what is left of one at an edge that was cut."""
+        if not (opens or closes) or not (opens or self.cut[0]) or not (closes or self.cut[1]):
+            return False
+        if m["clip"]:
+            return closes or self.outer or self.several
+        if closes:  # no frame is left: only from the edge to a marker that no image has
+            return not opens and m["close"] == _VIDEO_END
+        return self._has_begun()
+
+    def _has_begun(self) -> bool:
+        """Whether text before the right edge may be that of a frame, or of a long marker."""
+        videos, family = self.videos, self.row.family
+        behind = videos.survivors(videos.first, len(videos.positions)).stop
+        cut = videos.cut[1] and (self.outer or len(videos.items[behind]) > 1)
+        return cut or bool(self.row.named and family.break_token_ids)
+
+    def _between_runs(self, stream: _Stream) -> Iterator[tuple[int, int]]:
+        """From the first run of each lost video to its last: the labels between them are its own.
+
+        They reach to the edge where it was cut through. That text is labels is known of named
+        families alone, and whose they are is not where several videos might have been here.
+        """
+        known, end = not stream.unsure, stream.first + len(stream.positions)
+        if self.row.named and (known or len(stream.items) == 1):
+            for item in stream.lost:
+                low, high = stream.edges[item : item + 2]
+                if len(stream.items[item]) > 1 and low < high:
+                    begun = known and stream.starts[item] < stream.first
+                    goes_on = known and stream.starts[item + 1] > end
+                    start, stop = stream.positions[low], stream.positions[high - 1]
+                    yield self.edges[0] if begun else start, self.edges[-1] if goes_on else stop
 
 
 def _as_items(entries, where: str) -> list[list[int]]:
