@@ -364,7 +364,8 @@ def test_labels_of_a_shifted_family_and_tokens_beside_them():
     assert cut.apply({"labels": ids}, shifted=False) == {"labels": [61, 62]}
     cut = truncate(ids, [3], 5, family=mine())
     batch = {"tokens": ids, "input_ids": ids, "labels": labels, "mm_token_type_ids": [0] * 9}
-    batch |= {"token_type_ids": [0] * 9, "attention_mask": [1] * 9, "advantages": [0.5] * 9}
+    batch |= {"token_type_ids": [7] * 9, "moe_mm_token_type_ids": [7] * 9}
+    batch |= {"attention_mask": [1] * 9, "advantages": [0.5] * 9}
     found = cut.apply(batch, shifted=True, fill=0)
     changed = {name for name, values in found.items() if values != cut.apply(batch[name])}
     assert changed == {"labels", "advantages"} and found["tokens"] == cut.output_ids == [61, 62]

@@ -16,8 +16,8 @@ from .families import Family, resolve
 from .kinds import IGNORE_INDEX, as_flag, as_ids, as_int, as_list, like, require, shorten
 
 _KINDS = ("image", "video")
-# What a batch says of its tokens themselves, never of the next one.
-_OF_TOKENS = ("input_ids", "tokens", "attention_mask", "mm_token_type_ids", "token_type_ids")
+# What a batch says of its tokens themselves, never of the next one: keys, or ends of keys.
+_OF_TOKENS = ("input_ids", "tokens", "attention_mask", "token_type_ids")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 
 
@@ -121,7 +121,7 @@ class Truncation:
             for key, value in values.items():
                 by = "position" if per == "token" and str(key).endswith("position_ids") else per
                 zero = 0 if fill is None and "mask" in str(key) else fill
-                next_one = shifted and key not in _OF_TOKENS
+                next_one = shifted and not str(key).endswith(_OF_TOKENS)
                 if key == "attention_mask":
                     square = [*getattr(value, "shape", ())][-2:] == [self._starts[-1]] * 2 != [1, 1]
                     require(not square, "attention_mask is [T, T]; make one of what is left")
