@@ -33,5 +33,6 @@ ids = cut.output_ids
 row = [token for p, token in enumerate(ids) if token != image or ids[p - 1] != image]
 bounds = torch.tensor([0, len(row), len(row + user)], dtype=torch.int32)
 tokens = [[counts[kept] for kept in cut.kept_images], []]
-layout = mp.PackedLayout.build(torch.tensor(row + user), bounds, tokens, image, "collapsed")
+spec = mp.RowSpec(image_token_id=image)
+layout = mp.PackedLayout.build(torch.tensor(row + user), bounds, tokens, spec, space="collapsed")
 print(bounds.tolist(), "->", layout.cu_seqlens_expanded.tolist())
