@@ -160,9 +160,11 @@ class _ByArrival:
         self.lengths = [lengths[index] for index in indices]
         self.leaves = 1 << len(indices).bit_length()
         gone = [maxsize] * (self.leaves - len(indices))  # no room is as large
-        self.tree = tree = [0] * self.leaves + self.lengths + gone
-        for node in reversed(range(1, self.leaves)):
-            tree[node] = min(tree[2 * node], tree[2 * node + 1])
+        self.tree = level = self.lengths + gone
+        while len(level) > 1:
+            level = list(map(min, level[::2], level[1::2]))
+            self.tree = level + self.tree
+        self.tree.insert(0, 0)  # the root is 1, and below a node are twice it and the one behind
 
     def first(self, most: int) -> int:
         """The first place whose length is at most ``most``."""
@@ -245,7 +247,7 @@ def _fill(task: _Task, line_type: type, even: bool = False) -> Bins:
     while left:
         bin_, share = [], 1
         room, slots, spare = task.capacity, task.max_members, task.max_weight
-        while share and slots:
+        while share and slots and room:
             best, most = maxsize, room // share
             for weight, line in lines:
                 if weight <= spare:
