@@ -1,4 +1,4 @@
-"""Lengths into bins of one capacity, by algorithms under the names that NeMo-RL uses for them.
+"""Lengths into bins of one capacity, by algorithms that have NeMo-RL's names where it has them.
 
 A bin is a list of indices into the lengths. Nothing here knows tokens, images or torch.
 """
