@@ -9,7 +9,7 @@ from dataclasses import fields
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 import mcore_packing as mp
 from mcore_packing import ops, parity
@@ -409,6 +409,7 @@ def test_no_length_is_lost_and_no_bin_is_too_full(task, name, seed):
 
 
 @given(tasks())
+@example(([26, 26, 22, 22, 14, 12, 12, 11, 10, 10, 9], 30, {}))  # even shares need eight
 def test_fullest_needs_no_more_than_first_fit(task):
     lengths, capacity, limits = task
     bins = algorithms.place(lengths, capacity, **limits)
