@@ -1,8 +1,10 @@
 """What packing costs one core, how full its rows are, and how evenly they spread attention."""
 
+import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import bench
 import torch
@@ -11,6 +13,49 @@ import mcore_packing as mp
 from mcore_packing.testing.lengths import llava_mix
 
 IMAGE_TOKENS = 576
+BUFFER = 1_000  # what Energon packs at a time
+NUM_BUFFERS = 20
+
+
+def text(rng: random.Random, median: float, sigma: float) -> int:
+    return max(16, int(median * rng.lognormvariate(0, sigma)))
+
+
+def document(rng: random.Random, capacity: int) -> int:
+    """A long tail, cut at the capacity."""
+    return text(rng, 540, 1.3)
+
+
+def bimodal(rng: random.Random, capacity: int) -> int:
+    """Half of them text, half of them two to six images."""
+    if rng.random() < 0.5:
+        return text(rng, 180, 0.7)
+    return rng.randint(2, 6) * IMAGE_TOKENS + text(rng, 245, 0.6)
+
+
+def awkward(rng: random.Random, capacity: int) -> int:
+    """Two thirds of them just longer than a third of a row, the others than a half."""
+    a, b = (0.334, 0.36) if rng.random() < 2 / 3 else (0.501, 0.54)
+    return int(capacity * rng.uniform(a, b))
+
+
+def video(rng: random.Random, capacity: int) -> int:
+    """One in twenty takes most of a row, the others are short."""
+    if rng.random() < 0.05:
+        return int(capacity * rng.uniform(0.55, 1))
+    return text(rng, 245, 0.8)
+
+
+MIXES = {"documents": document, "bimodal": bimodal, "awkward": awkward, "video": video}
+
+
+def make_lengths(mix: str, count: int, capacity: int, seed: int = 0) -> list[int]:
+    if mix == "llava":
+        lengths = llava_mix(count, seed)
+    else:
+        rng = random.Random(seed)
+        lengths = [MIXES[mix](rng, capacity) for _ in range(count)]
+    return [min(length, capacity) for length in lengths]
 
 
 def check(lengths: list[int], bins: list[list[int]], capacity: int) -> None:
@@ -19,27 +64,51 @@ def check(lengths: list[int], bins: list[list[int]], capacity: int) -> None:
     assert max(sum(lengths[i] for i in bin_) for bin_ in bins) <= capacity
 
 
-def measure(name: str, lengths: list[int], capacity: int, repeats: int, **options) -> dict:
-    packer = mp.data.get_packer(name, mp.RowSpec(), capacity, **options)
+def timed(function: Callable, repeats: int) -> tuple[list, float]:
+    """What a call gives, and the median of its seconds."""
     seconds = []
     for _ in range(repeats):
         begin = time.process_time()
-        bins = packer.place(lengths)
+        result = function()
         seconds.append(time.process_time() - begin)
-    check(lengths, bins, capacity)
-    costs = [float(sum(lengths[i] ** 2 for i in bin_)) for bin_ in bins]
+    return result, statistics.median(seconds)
+
+
+def measure(buffers: list[list[int]], capacity: int, name: str, balance: bool, repeats: int):
+    """Rows over all buffers, seconds for one."""
+    packer = mp.data.get_packer(name, mp.RowSpec(), capacity, balance=balance)
+    packed, seconds = timed(lambda: [packer.place(lengths) for lengths in buffers], repeats)
+    costs = []
+    for lengths, bins in zip(buffers, packed, strict=True):
+        check(lengths, bins, capacity)
+        costs += [float(sum(lengths[i] ** 2 for i in bin_)) for bin_ in bins]
     return {
         "algorithm": name,
-        "capacity": capacity,
-        **options,
-        "samples": len(lengths),
-        "rows": len(bins),
-        "fill": sum(lengths) / (len(bins) * capacity),
-        "median_s": statistics.median(seconds),
-        "min_s": min(seconds),
-        "max_s": max(seconds),
+        "balance": balance,
+        "rows": len(costs),
+        "fill": sum(map(sum, buffers)) / (len(costs) * capacity),
+        "median_s": seconds / len(buffers),
         "attention_spread": statistics.pstdev(costs) / statistics.mean(costs),
     }
+
+
+def compare(mix: str, capacity: int, buffers: list[list[int]], repeats: int) -> list[dict]:
+    """Every algorithm, and the default one balanced; prints a row of the table."""
+    bound = sum(-(-sum(lengths) // capacity) for lengths in buffers)
+    found = [measure(buffers, capacity, name, False, repeats) for name in mp.data.ALGORITHMS]
+    default = found[0]
+    balanced = measure(buffers, capacity, default["algorithm"], True, repeats)
+    cells = "".join(
+        f" {one['rows']:,}, {one['fill']:.2%}, {one['median_s'] * 1e3:.3g} ms |" for one in found
+    )
+    print(
+        f"| {mix} | {capacity:,} | {bound:,} |{cells} {balanced['rows']:,} "
+        f"({balanced['rows'] / default['rows'] - 1:+.1%}), {balanced['median_s'] * 1e3:.3g} ms, "
+        f"{default['attention_spread']:.0%} to {balanced['attention_spread']:.0%} |",
+        flush=True,
+    )
+    case = {"mix": mix, "capacity": capacity, "samples": len(buffers[0]), "bound": bound}
+    return [{**case, **one, "buffers": len(buffers)} for one in (*found, balanced)]
 
 
 def make_samples(lengths: list[int]) -> list[dict]:
@@ -61,27 +130,22 @@ def main() -> int:
     parser = bench.parser(__doc__)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--capacities", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--mixes", nargs="+", default=["llava", *MIXES], choices=["llava", *MIXES])
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    lengths = llava_mix(options.samples)
-    print(
-        f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} positions each on average\n"
-    )
-    print("| algorithm | capacity | CPU seconds | rows | fill | spread of attention | balanced |")
-    print("|---|---|---|---|---|---|---|")
     results = []
-    for capacity in options.capacities:
-        for name in mp.data.ALGORITHMS:
-            plain = measure(name, lengths, capacity, options.repeats)
-            balanced = measure(name, lengths, capacity, options.repeats, balance=True)
-            results += [plain, balanced]
-            print(
-                f"| {name} | {capacity:,} | {plain['median_s']:.2f} | {plain['rows']:,} "
-                f"| {plain['fill']:.3f} | {plain['attention_spread']:.1%} "
-                f"| {balanced['attention_spread']:.1%}, {balanced['median_s']:.2f} s, "
-                f"fill {balanced['fill']:.3f} |",
-                flush=True,
-            )
+    sizes = ((options.samples, 1), (BUFFER, NUM_BUFFERS))
+    for size, num_buffers in sizes:
+        names = " | ".join(mp.data.ALGORITHMS)
+        print(f"\nRows, fill and CPU time of {size:,} samples; {num_buffers} times, time for one")
+        print(f"| mix | capacity | at least | {names} | balanced; spread of attention |")
+        print(f"|{'---|' * (len(mp.data.ALGORITHMS) + 4)}")
+        for mix in options.mixes:
+            for capacity in options.capacities:
+                seeds = range(num_buffers)
+                buffers = [make_lengths(mix, size, capacity, seed) for seed in seeds]
+                results += compare(mix, capacity, buffers, options.repeats)
+    lengths = llava_mix(options.samples)
     samples = make_samples(lengths)
     begin = time.process_time()
     spec = mp.RowSpec(img_seq_len=IMAGE_TOKENS)

@@ -83,7 +83,7 @@ def dataset(tmp_path_factory):
 
 def encoder(**options):
     spec = mp.RowSpec(seq_multiple=2, img_seq_len=TOKENS_PER_TILE)
-    name = options.pop("algorithm", "modified_first_fit_decreasing")
+    name = options.pop("algorithm", "fullest")
 
     class Encoder(mp.data.energon.PackingTaskEncoder):
         packer = mp.data.get_packer(name, spec, CAPACITY, **options)

@@ -140,7 +140,7 @@ class Packer:
 
     spec: RowSpec
     capacity: int | None = None
-    algorithm: str = "modified_first_fit_decreasing"
+    algorithm: str = "fullest"
     on_refused: str = "report"
     keep_order: bool = False
     balance: bool = False
@@ -169,6 +169,12 @@ class Packer:
         """What the aligned lengths of a row may add up to, so that the row fits when padded."""
         return self.capacity // self.spec.total_multiple * self.spec.total_multiple
 
+    @property
+    def max_sequences(self) -> int | None:
+        """How many samples a row may have: captured layers have room for the tail besides."""
+        most = self.spec.max_sequences
+        return None if most is None else most - 1
+
     @cached_property
     def row_spec(self) -> RowSpec:
         """What a row is laid out for: the model, and this capacity."""
@@ -182,6 +188,7 @@ class Packer:
             [round_up(length, self.spec.seq_multiple) for length in lengths],
             self.usable,
             self.algorithm,
+            max_members=self.max_sequences,
             keep_order=self.keep_order,
             balance=self.balance,
             seed=self.seed,
@@ -378,7 +385,7 @@ def pack(
     samples: Sequence[dict] | Iterable[dict],
     spec: RowSpec,
     capacity: int | None = None,
-    algorithm: str = "modified_first_fit_decreasing",
+    algorithm: str = "fullest",
     *,
     on_refused: str = "report",
     keep_order: bool = False,
@@ -406,8 +413,8 @@ def pack(
             ``seq_multiple`` and the row to its ``total_multiple``.
         capacity: positions that a row may have. By default the longest row of the spec; where it
             has none, one row takes all samples.
-        algorithm: "concatenative", "first_fit", "first_fit_shuffle", "first_fit_decreasing",
-            "modified_first_fit_decreasing", "best_fit" or "best_fit_decreasing".
+        algorithm: "fullest", "first_fit_decreasing", "first_fit", "first_fit_shuffle" or
+            "concatenative"; see docs/data.md.
         on_refused: "report" leaves out a sample that cannot be packed and reports it, "raise"
             raises its error.
         keep_order, balance, seed: as ``algorithms.place`` has them.
@@ -445,7 +452,7 @@ def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **opt
     """A packer with the options of ``pack``, for streams and for lengths alone.
 
     Example:
-        >>> packer = get_packer("best_fit_decreasing", RowSpec(seq_multiple=2), capacity=8)
+        >>> packer = get_packer("first_fit_decreasing", RowSpec(seq_multiple=2), capacity=8)
         >>> packer.place([5, 1, 2, 3])
         [[0, 1], [3, 2]]
         >>> samples = ({"input_ids": torch.arange(n)} for n in (5, 1, 2, 3))
