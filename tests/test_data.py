@@ -4,17 +4,21 @@ import dataclasses
 import itertools
 import pickle
 import random
+import subprocess
+import sys
 import time
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mcore_packing as mp
 from mcore_packing import ops, parity
 from mcore_packing.data import algorithms
 from mcore_packing.testing import tiny
+from mcore_packing.testing.host_reads import HostReads
 from mcore_packing.testing.lengths import llava_mix
 
 from . import packs
@@ -176,6 +180,64 @@ def test_rows_are_made_when_asked_for_and_travel():
     assert rows[0].to("meta").input_ids.is_meta and rows[0].to("meta").layout.status.is_meta
     with pytest.raises(IndexError):
         rows[2]
+
+
+def test_what_is_not_plain_stays_at_home():
+    samples = make_samples([[0, 1, 0], [0, 0], [2, 0, 0]], key=True)
+    samples[0] |= {"pixels_raw": torch.zeros(9), "notes": [1, {"a": (2.5, None, b"x")}]}
+    samples[2] |= {"pixels_raw": torch.zeros(9), "notes": [torch.zeros(1)], "__restore_key__": {1}}
+    rows, report = mp.data.pack(samples, SPEC, 64)
+    assert report.left_out == {"pixels_raw": 2, "notes": 1}
+    assert "since it is not plain: 'pixels_raw' of 2, 'notes' of 1" in str(report)
+    assert (report + report).left_out == {"pixels_raw": 4, "notes": 2}
+    given_back = mp.data.split(rows[0])
+    for index, sample in zip(rows[0].indices, given_back, strict=True):
+        left = {"pixels_raw", "__restore_key__"} | ({"notes"} if index == 2 else set())
+        assert same(sample, {k: v for k, v in samples[index].items() if k not in left})
+
+
+MANY_ROWS = """
+import resource
+import torch
+import mcore_packing as mp
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+image = {"input_ids": torch.tensor([1, -200, 2]), "images": torch.zeros(1, 3, 2, 2)}
+samples = [{**image, "labels": image["input_ids"], "raw": torch.zeros(4)} for _ in range(20_000)]
+rows, report = mp.data.pack(samples, mp.RowSpec(img_seq_len=4), 600)
+loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2)
+kept = [row for _, row in zip(range(8), loader)]
+count = sum(len(row.indices) for row in loader)
+print(len(rows), len(rows[0].indices), count, len(kept))
+"""
+
+
+def test_a_long_run_of_two_workers_needs_few_file_descriptors():
+    """Each tensor on its way out of a worker is a file: a row's tensors are, its samples' not."""
+    run = subprocess.run([sys.executable, "-c", MANY_ROWS], capture_output=True, text=True)
+    assert run.stdout.split() == ["200", "100", "20000", "8"], run.stderr[-2000:]
+
+
+def test_nothing_waits_on_the_way_to_a_gpu():
+    samples = make_samples([[0, 1, 0], [0, 0], [2, 0, 0]], labels="some")
+    (row,), _ = mp.data.pack(samples, spec_of(total_multiple=32), 64)
+    with FakeTensorMode() as mode:
+        on_host = row._map_tensors(
+            lambda one: (
+                one._with(mode.from_tensor(one.tensor))
+                if isinstance(one, mp.PackedLayout)
+                else mode.from_tensor(one)
+            )
+        )
+        with HostReads() as reads:
+            inputs = on_host.to("cuda:0", torch.bfloat16).inputs()
+        assert reads.found == []
+        assert inputs["images"].is_cuda and inputs["images"].dtype == torch.bfloat16
+        assert inputs["packed_seq_params"].cu_seqlens_q.is_cuda
+        with HostReads() as reads:
+            on_host.to("cuda:0", non_blocking=False)
+        num_tensors = 3 + len(row.media) + len(row.columns) + 1
+        assert reads.found == ["_to_copy"] * num_tensors == ["_to_copy"] * 7
 
 
 def test_samples_may_come_from_a_dataset_or_an_iterator():

@@ -66,7 +66,8 @@ class PackingTaskEncoder(TaskEncoder):
         """A sample as ``mp.data.pack`` takes it, from one of the data set.
 
         A function of its argument only: when a run is resumed, it is called again. Whatever it
-        raises is the reason for which the sample is skipped, ``SkipSample`` included.
+        raises is the reason for which the sample is skipped, ``SkipSample`` included. What in it is
+        neither the row's nor plain is in no row, in silence.
         """
         raise NotImplementedError("say in make_sample what mp.data.pack should take")
 

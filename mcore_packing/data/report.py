@@ -1,7 +1,7 @@
 """What packing did: how full the rows are, where the rest went, which samples were refused."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 SHOWN = 10  # refused samples that a printed report names
 
@@ -38,10 +38,11 @@ class Report:
     Attributes:
         num_samples: how many were given, refused ones included.
         num_rows: how many rows they became.
-        capacity: of a row, in expanded rows.
-        num_real: expanded rows of all packed samples.
+        capacity: of a row, in positions.
+        num_real: positions of all packed samples.
         num_aligned: the same, every sample rounded up to ``seq_multiple``.
         refused: the samples that are in no row.
+        left_out: what samples have that is in no row, by name, and how many have it.
     """
 
     num_samples: int = 0
@@ -50,10 +51,11 @@ class Report:
     num_real: int = 0
     num_aligned: int = 0
     refused: tuple[Refused, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def fill(self) -> float:
-        """The share of all rows' capacity that real tokens and image rows take."""
+        """The share of all rows' capacity that real positions take."""
         return self._share(self.num_real)
 
     @property
@@ -74,8 +76,8 @@ class Report:
         """How many samples were refused, by cause."""
         return Counter(refused.cause for refused in self.refused)
 
-    def _share(self, rows: int) -> float:
-        return rows / (self.num_rows * self.capacity) if self.num_rows else 0.0
+    def _share(self, positions: int) -> float:
+        return positions / (self.num_rows * self.capacity) if self.num_rows else 0.0
 
     def __add__(self, other: "Report") -> "Report":
         """Both together; the samples of ``other`` come after those of this one."""
@@ -89,6 +91,7 @@ class Report:
             self.num_real + other.num_real,
             self.num_aligned + other.num_aligned,
             (*self.refused, *moved),
+            dict(Counter(self.left_out) + Counter(other.left_out)),
         )
 
     def __str__(self) -> str:
@@ -99,6 +102,9 @@ class Report:
             f"{self.capacity:,}: {self.fill:.1%} filled, {self.fill_aligned:.1%} with alignment; "
             f"wasted: {wasted}"
         ]
+        if self.left_out:
+            names = ", ".join(f"{name!r} of {count:,}" for name, count in self.left_out.items())
+            lines.append(f"left out of rows, since it is not plain: {names}")
         if self.refused:
             causes = ", ".join(f"{count:,} {cause}" for cause, count in self.causes.most_common())
             lines.append(f"refused {len(self.refused):,}: {causes}")

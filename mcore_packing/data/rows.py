@@ -1,6 +1,7 @@
 """Samples into packed rows that a model can run, and rows back into their samples."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,37 +29,66 @@ class SampleTooLong(PackingError):
     """A sample that does not fit a row by itself."""
 
 
+class Member(NamedTuple):
+    """What a row remembers of one of its samples, beside tensors.
+
+    Attributes:
+        plain: what the sample had that is plain: numbers, text, and lists and dicts of them.
+        tiles: how many entries of ``images`` it has, None where it has none.
+        counts: what it had in tensors that the row knows otherwise, by name, with their dtypes.
+        has_labels: whether it came with labels.
+    """
+
+    plain: dict
+    tiles: int | None
+    counts: dict[str, torch.dtype]
+    has_labels: bool
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class Row:
     """One packed row: what ``LLaVAModel.forward`` takes, and the layout that says where it stands.
+
+    It travels light: a row holds tensors of its own, and of a sample only what is plain. Other
+    tensors of the data set would take a file descriptor each on their way out of a worker.
 
     Attributes:
         input_ids: int64 ``[1, T]``, one placeholder per image.
         labels: int64 ``[1, T]``, shifted inside each sample: the next token of the same sample, and
             -100 at each sample's last token, before a placeholder, and where nothing is trained.
         loss_mask: fp32 ``[1, T]``, 1 where there is a label.
-        images: ``[tiles, 3, h, w]`` of all samples, ``[0]`` where there are none.
-        num_image_tiles: int32 ``[N]``, possibly empty.
+        media: ``images``, ``[tiles, 3, h, w]`` of all samples, ``[0]`` where there are none; and
+            ``num_image_tiles``, int32 ``[N]``, possibly empty.
+        columns: what samples had for each of their tokens, ``[1, T]``: ``labels`` as they were
+            given, where they were.
         layout: of the row; it rides along in ``packed_seq_params``.
         indices: which samples these are, of those that were packed.
-        extras: of each sample everything that is not in the tensors above.
-        tiles_per_sample: how many entries of ``images`` each sample has, None where it has none.
+        members: what else is known of each sample.
     """
 
     input_ids: Tensor
     labels: Tensor
     loss_mask: Tensor
-    images: Tensor
-    num_image_tiles: Tensor
+    media: dict[str, Tensor]
+    columns: dict[str, Tensor]
     layout: PackedLayout
     indices: tuple[int, ...]
-    extras: tuple[dict, ...]
-    tiles_per_sample: tuple[int | None, ...]
+    members: tuple[Member, ...]
+
+    @property
+    def images(self) -> Tensor:
+        """``media["images"]``."""
+        return self.media["images"]
+
+    @property
+    def num_image_tiles(self) -> Tensor:
+        """``media["num_image_tiles"]``."""
+        return self.media["num_image_tiles"]
 
     @property
     def position_ids(self) -> Tensor:
         """int64 ``[1, T]``, restarting in every sample."""
-        return self.layout.position_ids_collapsed[None]
+        return self.layout.position_ids_collapsed.unsqueeze(0)
 
     @property
     def packed_seq_params(self):
@@ -74,56 +104,74 @@ class Row:
             "attention_mask": None
         }
 
-    def to(self, device=None, dtype=None, non_blocking: bool = False) -> "Row":
-        """The same row elsewhere; ``dtype`` is that of the images."""
+    def to(self, device=None, dtype=None, non_blocking: bool | None = None) -> "Row":
+        """The same row elsewhere.
 
-        def move(tensor):
-            return tensor.to(device, non_blocking=non_blocking)
-
-        row = self._map_tensors(move) if device is not None else self
-        return row if dtype is None else dataclasses.replace(row, images=row.images.to(dtype))
+        Args:
+            device: where to.
+            dtype: that of the images.
+            non_blocking: whether the host goes on while tensors are copied. By default it does, but
+                not on the way to a CPU, where what is read next would not be there yet. From pinned
+                memory (``DataLoader(rows, batch_size=None, pin_memory=True)``) copies overlap with
+                what the GPU computes.
+        """
+        row = self
+        if device is not None:
+            if non_blocking is None:
+                non_blocking = torch.device(device).type != "cpu"
+            row = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if dtype is not None:
+            row = dataclasses.replace(row, media=row.media | {"images": row.images.to(dtype)})
+        return row
 
     def pin_memory(self) -> "Row":
         """The same row in pinned memory; a ``DataLoader`` calls this."""
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, function) -> "Row":
-        names = ("input_ids", "labels", "loss_mask", "images", "num_image_tiles", "layout")
-        moved = {name: function(getattr(self, name)) for name in names}
-        return dataclasses.replace(self, **moved)
+        def moved(value):
+            if isinstance(value, dict):
+                return {name: function(tensor) for name, tensor in value.items()}
+            return function(value)
+
+        names = ("input_ids", "labels", "loss_mask", "media", "columns", "layout")
+        return dataclasses.replace(self, **{name: moved(getattr(self, name)) for name in names})
 
     def __repr__(self) -> str:
         return f"Row({len(self.indices)} samples, {self.layout})"
 
 
 def split(row: Row) -> list[dict]:
-    """The samples of a row, as they were given: the inverse of packing.
+    """The samples of a row: the inverse of packing.
 
     Args:
         row: as ``pack`` made it, on any device.
 
     Returns:
-        A dict per sample, in the order of ``row.indices``. ``input_ids`` and ``images`` are views
-        of the row's tensors; what else a sample had is what was given.
+        A dict per sample, in the order of ``row.indices``: ``input_ids``, ``images`` and ``labels``
+        as views of the row's tensors, and what the sample had that is plain. Other tensors of a
+        sample are in no row; ``report.left_out`` names them.
     """
-    ids = row.input_ids[0].split(row.layout.cu_seqlens_collapsed.diff().tolist())
-    images = iter(row.images.split([n for n in row.tiles_per_sample if n is not None]))
-    device = row.input_ids.device
-    return [
-        {
-            **{
-                name: _on(value, device) if name == "labels" else value
-                for name, value in extra.items()
-            },
-            "input_ids": tokens,
-            **({} if tiles is None else {"images": next(images)}),
-        }
-        for extra, tokens, tiles in zip(row.extras, ids, row.tiles_per_sample, strict=True)
-    ]
-
-
-def _on(labels, device):
-    return labels.to(device) if isinstance(labels, Tensor) else labels
+    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
+    ids = row.input_ids[0].split(lengths)
+    labels = row.columns["labels"][0].split(lengths) if "labels" in row.columns else None
+    images = iter(row.images.split([m.tiles for m in row.members if m.tiles is not None]))
+    placeholders = row.layout.placeholders_per_seq()
+    counts = {
+        "num_image_tiles": row.num_image_tiles.split(placeholders),
+        "tokens_per_image": row.layout.cu_image_embeddings.diff().split(placeholders),
+    }
+    samples = []
+    for index, member in enumerate(row.members):
+        sample = {**member.plain, "input_ids": ids[index]}
+        if member.tiles is not None:
+            sample["images"] = next(images)
+        if member.has_labels:
+            sample["labels"] = labels[index]
+        for name, dtype in member.counts.items():
+            sample[name] = counts[name][index].to(dtype)
+        samples.append(sample)
+    return samples
 
 
 class _Size(NamedTuple):
@@ -203,11 +251,15 @@ class Packer:
         return self._size(sample).num_positions
 
     def measure(
-        self, samples: Sequence[dict], refuse: Callable[[int, PackingError], None]
+        self,
+        samples: Sequence[dict],
+        refuse: Callable[[int, PackingError], None],
+        left_out: Counter | None = None,
     ) -> tuple[list[int], list[int]]:
         """The lengths of the samples that can be packed, not aligned, and which ones these are.
 
-        ``refuse`` is told the index of every other one, and what is wrong with it.
+        ``refuse`` is told the index of every other one, and what is wrong with it; ``left_out``
+        counts what samples have that is in no row.
         """
         lengths, kept, form = [], [], None
         for index in range(len(samples)):
@@ -220,6 +272,8 @@ class Packer:
             else:
                 lengths.append(length)
                 kept.append(index)
+                if left_out is not None:
+                    left_out.update(_left_out(sample))
         return lengths, kept
 
     def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
@@ -238,7 +292,8 @@ class Packer:
                 raise error
             refused.append(Refused(index, key, type(error).__name__, str(error)))
 
-        lengths, kept = self.measure(samples, refuse)
+        left_out = Counter()
+        lengths, kept = self.measure(samples, refuse, left_out)
         bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
         num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in lengths)
         capacity = self.capacity
@@ -251,6 +306,7 @@ class Packer:
             num_real=sum(lengths),
             num_aligned=num_aligned,
             refused=tuple(refused),
+            left_out=dict(left_out),
         )
         return Rows(self, samples, bins), report
 
@@ -284,23 +340,11 @@ class Packer:
             self.row_spec,
             space="collapsed",
         )
-        bulky = [isinstance(sample.get("images"), Tensor) for sample in samples]
         return Row(
             **row,
             layout=layout,
             indices=tuple(range(len(samples)) if indices is None else indices),
-            extras=tuple(
-                {
-                    name: value
-                    for name, value in sample.items()
-                    if name != "input_ids" and not (name == "images" and is_bulky)
-                }
-                for sample, is_bulky in zip(samples, bulky, strict=True)
-            ),
-            tiles_per_sample=tuple(
-                len(sample["images"]) if is_bulky else None
-                for sample, is_bulky in zip(samples, bulky, strict=True)
-            ),
+            members=tuple(map(_member, samples)),
         )
 
     def _size(self, sample: dict) -> _Size:
@@ -403,7 +447,9 @@ def pack(
       the positions of each image where they are not ``spec.img_seq_len`` per tile.
     - ``labels``: int64 ``[t]``, optional: what each token itself is trained as, not shifted, -100
       where it is not trained, as Hugging Face has it. By default every token that is no image.
-    - whatever else; ``split`` gives it back, and reports name a sample by its ``__key__``.
+    - whatever else is plain (numbers, text, lists and dicts of them): ``split`` gives it back, and
+      reports name a sample by its ``__key__``. Other tensors go into no row, and are counted in
+      ``report.left_out``.
 
     Labels are shifted here, inside each sample, so that no sample predicts the next one's start.
 
@@ -466,18 +512,67 @@ def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **opt
     return Packer(algorithm=algorithm, spec=spec, capacity=capacity, **options)
 
 
-def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict[str, Tensor]:
+def concatenate(samples: Sequence[dict], image_token_id: int = -200) -> dict:
     """The tensors of a row, as ``Row`` has them, of samples that are known to be right."""
+    ids = torch.cat([sample["input_ids"] for sample in samples])
     labels = torch.cat([_shifted_labels(sample, image_token_id) for sample in samples])
     images = [image for sample in samples if (image := sample.get("images")) is not None]
     tiles = [count for sample in samples for count in _tiles_of(sample)]
+    columns = {}
+    if any(sample.get("labels") is not None for sample in samples):
+        given = [
+            sample["input_ids"] if sample.get("labels") is None else sample["labels"]
+            for sample in samples
+        ]
+        columns["labels"] = torch.cat(given)[None]
     return {
-        "input_ids": torch.cat([sample["input_ids"] for sample in samples])[None],
+        "input_ids": ids[None],
         "labels": labels[None],
         "loss_mask": (labels != IGNORE_INDEX).float()[None],
-        "images": torch.cat(images) if images else torch.empty(0, device=labels.device),
-        "num_image_tiles": torch.tensor(tiles, dtype=torch.int32, device=labels.device),
+        "media": {
+            "images": torch.cat(images) if images else torch.empty(0, device=ids.device),
+            "num_image_tiles": torch.tensor(tiles, dtype=torch.int32, device=ids.device),
+        },
+        "columns": columns,
     }
+
+
+_OF_ROWS = ("input_ids", "images", "labels")  # in tensors of the row
+_COUNTS = ("num_image_tiles", "tokens_per_image")
+_PLAIN = (str, int, float, bool, bytes, type(None))
+
+
+def _member(sample: dict) -> Member:
+    images = sample.get("images")
+    is_plain = {name: _is_plain(value) for name, value in sample.items() if name not in _OF_ROWS}
+    plain = {name: sample[name] for name, fits in is_plain.items() if fits}
+    if images is None and "images" in sample:
+        plain["images"] = None
+    return Member(
+        plain,
+        len(images) if isinstance(images, Tensor) else None,
+        {name: sample[name].dtype for name in _COUNTS if is_plain.get(name) is False},
+        sample.get("labels") is not None,
+    )
+
+
+def _left_out(sample: dict) -> list[str]:
+    """What of a sample no row has; what a loader adds for itself is not told."""
+    known = (*_OF_ROWS, *_COUNTS)
+    return [
+        name
+        for name, value in sample.items()
+        if name not in known and not _is_plain(value) and not str(name).startswith("__")
+    ]
+
+
+def _is_plain(value) -> bool:
+    """Whether a value is numbers or text, or lists and dicts of them."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(one) for key, one in value.items())
+    return isinstance(value, _PLAIN)
 
 
 def _refuse_mask(sample: dict) -> None:

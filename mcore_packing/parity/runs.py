@@ -23,6 +23,7 @@ def collate(samples: Sequence[dict]) -> dict:
     lengths = torch.tensor([0] + [sample["input_ids"].numel() for sample in samples])
     ids = row["input_ids"]
     return {
+        **row.pop("media"),
         **row,
         "position_ids": torch.arange(ids.numel(), device=ids.device)[None],
         "cu_seqlens": lengths.cumsum(0).int().to(ids.device),

@@ -5,8 +5,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class HostReads(TorchDispatchMode):
-    """Lists in ``found`` what makes a GPU wait: values read, copied to the host, or asked for a
-    shape. Works without a GPU, on CPU tensors or on fakes of a GPU's."""
+    """Lists in ``found`` where host and GPU wait for each other: values read, copied to the host,
+    or asked for a shape, and blocking copies to the GPU. Works without a GPU, on CPU tensors or on
+    fakes of a GPU's."""
 
     _READS = (
         "_local_scalar_dense",
@@ -28,16 +29,21 @@ class HostReads(TorchDispatchMode):
         boolean = any(i is not None and i.dtype == torch.bool for i in indices)
         if boolean and name != "index":
             boolean = args[2].numel() > 1  # one value for all is a masked_fill
-        to_host = self._destination(name, args, kwargs) == "cpu"
-        if name.startswith(self._READS) or boolean or to_host:
+        if name.startswith(self._READS) or boolean or self._waits(name, args, kwargs):
             self.found.append(name)
         return function(*args, **kwargs)
 
     @staticmethod
-    def _destination(name: str, args, kwargs) -> str | None:
-        """Where a copy from a GPU goes."""
-        if name == "_to_copy" and args[0].is_cuda:
-            return torch.device(kwargs.get("device") or args[0].device).type
-        if name == "copy_" and args[1].is_cuda:
-            return args[0].device.type
-        return None
+    def _waits(name: str, args, kwargs) -> bool:
+        """Whether a copy is one to the host, or one to a GPU that the host waits for."""
+        if name == "_to_copy":
+            source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+            non_blocking = kwargs.get("non_blocking", False)
+        elif name == "copy_":
+            source, target = args[1].device, args[0].device
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        else:
+            return False
+        if source.type == "cuda":
+            return target.type == "cpu"
+        return target.type == "cuda" and not non_blocking
