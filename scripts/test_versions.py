@@ -99,7 +99,7 @@ def tested(version: str, folder: Path, runs_own: bool) -> tuple[str, str, str, s
     hybrid = pytest(folder, ["tests/test_hybrid.py"])
     own = "-"
     if runs_own:
-        options = ["-c", os.devnull, "--rootdir", str(folder), "-p", PLUGIN]
+        options = ["--noconftest", "-c", os.devnull, "--rootdir", str(folder), "-p", PLUGIN]
         own = pytest(folder, [*options, str(folder / MEGATRONS_TESTS)])
     elif version in PACKAGES:
         own = "not in the package"

@@ -10,6 +10,7 @@ from mcore_packing import parity
 from mcore_packing.megatron.params import LaidOutParams
 from mcore_packing.testing import tiny
 
+from . import packs
 from .models import RELEASE, SIZE, arguments, both_expansions, install, model_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -104,26 +105,30 @@ def test_a_riding_layout_that_was_cut_loses_no_trained_token_in_silence(caplog):
 
 
 LONGEST = 96
+IN_TOKENS = LONGEST - 4  # there is one image, of five positions, at the start
 
 
 def long_row(clamped: bool, tokens_cut: bool, padded: bool = False):
     """Arguments of a row of 130 positions for a model of 96, with expanded boundaries, and how many
     trained tokens are behind position 96."""
-    samples = [{"input_ids": torch.randint(1, 500, (n,))} for n in (50, 36, 44)]
+    samples = [{"input_ids": torch.randint(1, 500, (n,))} for n in (46, 36, 44)]
+    samples[0]["input_ids"][0] = packs.IMAGE
+    samples[0]["images"] = torch.randn(1, 3, SIZE, SIZE)
     given = arguments(samples)
     given["loss_mask"][:] = 1
-    edges = given["packed_seq_params"].cu_seqlens_q
+    edges = given["packed_seq_params"].cu_seqlens_q + 4
+    edges[0] = 0
     if padded:  # as Megatron's loader fills its rows up
-        given["loss_mask"][:, LONGEST:] = 0
+        given["loss_mask"][:, IN_TOKENS:] = 0
     if tokens_cut:  # --dataloader-seq-length cuts them, whatever the boundaries say
         for name in ("input_ids", "labels", "loss_mask", "position_ids"):
-            given[name] = given[name][:, :120]
+            given[name] = given[name][:, :116]
     if clamped:  # as Megatron-Bridge's llava_step and Megatron's main do
         edges = edges.clamp(max=LONGEST)
     given["packed_seq_params"] = LaidOutParams(
         "thd", edges, edges, max_seqlen_q=50, max_seqlen_kv=50, space="expanded"
     )
-    return given, int(given["loss_mask"][:, LONGEST:].sum())
+    return given, int(given["loss_mask"][:, IN_TOKENS:].sum())
 
 
 @both_expansions
@@ -143,7 +148,7 @@ def test_boundaries_that_end_at_the_maximum_are_no_consent(
             if riding:
                 params = given["packed_seq_params"]
                 layout = mp.PackedLayout.build(
-                    given["input_ids"], params.cu_seqlens_q, [], mp.row_spec(model),
+                    given["input_ids"], params.cu_seqlens_q, [5], mp.row_spec(model),
                     space="expanded",
                 )  # fmt: skip
                 return model(**given | {"packed_seq_params": mp.packed_seq_params(layout)})
@@ -176,8 +181,23 @@ def test_padding_that_falls_off_is_no_loss(ours, caplog):
     assert trained == 0
     with install(model, ours), torch.no_grad():
         loss, mask = model(**given)
-    assert loss.shape == (1, LONGEST) and mask.sum() == LONGEST
+    assert loss.shape == (1, LONGEST) and mask.sum() == LONGEST - 5
     assert "do not fit" not in caplog.text
+
+
+@pytest.mark.skipif(not RELEASE.keeps_text_rows, reason="it cuts and pads such a row like others")
+def test_a_text_row_is_as_long_as_megatron_leaves_it(seen):
+    model = model_of("rope", max_sequence_length=LONGEST)
+    calls = seen(model)
+    given = arguments([{"input_ids": torch.randint(1, 500, (n,))} for n in (50, 36, 44)])
+    edges = given["packed_seq_params"].cu_seqlens_q
+    with install(model, ours=False), torch.no_grad():
+        loss, mask = model(**given)
+        assert loss.shape == mask.shape == (1, 130)
+        assert torch.equal(calls[-1]["packed_seq_params"].cu_seqlens_q[: len(edges)], edges)
+        model._language_is_pipeline_parallel = True
+    with install(model, ours=False), pytest.raises(mp.PackingError, match="130 positions, where"):
+        model(**given)
 
 
 @pytest.mark.skipif(RELEASE.keeps_text_rows, reason="it takes no such row")

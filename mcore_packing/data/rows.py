@@ -33,12 +33,14 @@ class Member(NamedTuple):
     """What a row remembers of one of its samples, beside tensors.
 
     Attributes:
+        num_tokens: how long it is, collapsed.
         plain: what the sample had that is plain: numbers, text, and lists and dicts of them.
         tiles: how many entries of ``images`` it has, None where it has none.
         counts: what it had in tensors that the row knows otherwise, by name, with their dtypes.
         has_labels: whether it came with labels.
     """
 
+    num_tokens: int
     plain: dict
     tiles: int | None
     counts: dict[str, torch.dtype]
@@ -151,8 +153,17 @@ def split(row: Row) -> list[dict]:
         A dict per sample, in the order of ``row.indices``: ``input_ids``, ``images`` and ``labels``
         as views of the row's tensors, and what the sample had that is plain. Other tensors of a
         sample are in no row; ``report.left_out`` names them.
+
+    Raises:
+        PackingError: the boundaries of the row are not those that it was packed with.
     """
     lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
+    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
+        if length != member.num_tokens:
+            raise PackingError(
+                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
+                f"sample {member.num_tokens}"
+            )
     ids = row.input_ids[0].split(lengths)
     labels = row.columns["labels"][0].split(lengths) if "labels" in row.columns else None
     images = iter(row.images.split([m.tiles for m in row.members if m.tiles is not None]))
@@ -549,6 +560,7 @@ def _member(sample: dict) -> Member:
     if images is None and "images" in sample:
         plain["images"] = None
     return Member(
+        len(sample["input_ids"]),
         plain,
         len(images) if isinstance(images, Tensor) else None,
         {name: sample[name].dtype for name in _COUNTS if is_plain.get(name) is False},

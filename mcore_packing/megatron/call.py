@@ -287,10 +287,26 @@ class BoundariesOnly(PackedCall):
     """One packed ``forward`` whose expansion is not ours: only its boundaries are moved."""
 
     def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
+        self.spec = self._spec_of_row(input_ids)
         layout = super().lay_out(params, input_ids, space)
         layout = layout if layout.is_exact else layout.exact_later()()
         self._check_length(layout)
         return layout
+
+    def _spec_of_row(self, input_ids: Tensor) -> RowSpec:
+        """Where Megatron keeps a row without images as it is, it neither pads nor cuts it."""
+        spec, release = self.spec, self.plan.release
+        if release is None or not release.keeps_text_rows:
+            return spec
+        if tokens_per_image(self.model, release, self.given)[0].numel():
+            return spec
+        if spec.fixed_length not in (None, input_ids.numel()):
+            raise PackingError(
+                f"this row has no images, and Megatron's own expansion, the one of this call, "
+                f"leaves it as long as it is: {input_ids.numel()} positions, where the pipeline "
+                f"expects {spec.fixed_length}; pad it to that"
+            )
+        return dataclasses.replace(spec, max_length=None, fixed_length=None)
 
     def _check_length(self, layout: PackedLayout) -> None:
         """Megatron's own expansion pads no sequence, and a row only as its spec says; neither
@@ -314,7 +330,9 @@ class BoundariesOnly(PackedCall):
         length = self.spec.fixed_length
         if length is None:
             length = layout.num_collapsed - layout.num_images + layout.num_image_embeddings
-            length = min(round_up(length, self.spec.total_multiple), self.spec.max_length)
+            length = round_up(length, self.spec.total_multiple)
+            if self.spec.max_length is not None:
+                length = min(length, self.spec.max_length)
         if layout.num_expanded != length:
             raise PackingError(
                 f"the layout has {layout.num_expanded} positions, but Megatron's own expansion, "

@@ -128,6 +128,6 @@ def _install_in_every_model() -> None:
     def init(self, *args, **kwargs):
         before(self, *args, **kwargs)
         # Their packed row has boundaries inside an image: expanded ones, as Energon makes them.
-        INSTALLED.append(mp.install(self, space="expanded"))
+        INSTALLED.append(mp.install(self, space="expanded", on_missing="pass"))
 
     LLaVAModel.__init__ = init

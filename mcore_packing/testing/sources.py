@@ -82,13 +82,14 @@ class Clone:
         """
         commit = self.commit(version)
         target = CHECKOUT / ".versions" / f"{self.folder.name}-{commit[:12]}"
-        if not (target / "complete").is_file():
+        marker, folders = target / "complete", " ".join(self.folders)
+        if not marker.is_file() or marker.read_text() != folders:
             made = self._git("archive", commit, *self.folders)
             if made.returncode:
                 raise SourcesMissing(f"{self.folder}: {made.stderr.decode().strip()}")
             with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
                 archive.extractall(target, filter="data")
-            (target / "complete").touch()
+            marker.write_text(folders)
         return target
 
     def _git(self, *arguments: str) -> subprocess.CompletedProcess:
