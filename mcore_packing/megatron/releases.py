@@ -1,6 +1,7 @@
 """What differs between Megatron-Core releases, in one table."""
 
 import dataclasses
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _COMMON = frozenset({
 _SOUND = frozenset({"sound_embeddings", "sound_embeddings_len", "sound_timestamps"})
 _PACKED = frozenset({"is_packed_dynamic_res"})
 _PER_TILE = frozenset({"imgs_sizes", "position_ids"})
+_SHARES_BY_ITSELF = "_balance_vision_context_parallel_by_tokens"  # Megatron, September 2026
 
 DynamicTokens = Callable[[LLaVAModel, Mapping[str, Any], Tensor], Tensor | None]
 
@@ -40,6 +42,7 @@ class Release:
             synchronisation on a GPU, and rebuilds the parameters where it is larger.
         keeps_text_rows: whether a row with an empty ``num_image_tiles`` keeps its placeholders as
             text, and the length it has.
+        boundary_uses: how often ``forward`` names its ``packed_seq_params``.
         dynamic_tokens: positions of each image where images come in their own resolutions, or None
             where this call is not such a one.
     """
@@ -50,6 +53,7 @@ class Release:
     pads_rows: bool
     reads_boundaries: bool
     keeps_text_rows: bool
+    boundary_uses: int
     dynamic_tokens: DynamicTokens
 
 
@@ -98,10 +102,10 @@ def _per_tile(model, given, num_image_tiles) -> Tensor | None:
 
 # fmt: off
 RELEASES = tuple(Release(*row) for row in (
-    # releases        _preprocess_data takes         ids    pads   reads  keeps  resolution
-    ("0.12 to 0.17",  _COMMON,                       False, False, False, False, _never_dynamic),
-    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,    False, True,  False, False, _packed_or_tubes),
-    ("main",          _COMMON | _SOUND | _PER_TILE,  True,  True,  True,  True,  _per_tile),
+    # releases        _preprocess_data takes         ids    pads   reads  keeps uses  resolution
+    ("0.12 to 0.17",  _COMMON,                       False, False, False, False, 2, _never_dynamic),
+    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,    False, True,  False, False, 2, _packed_or_tubes),
+    ("main",          _COMMON | _SOUND | _PER_TILE,  True,  True,  True,  True,  5, _per_tile),
 ))
 # fmt: on
 
@@ -158,12 +162,36 @@ def why_not_ours(model: LLaVAModel) -> str | None:
     kind = type(model).__name__
     if changed := [name for name in names if not _is_megatrons(model, name)]:
         return f"{' and '.join(changed)} of this {kind} are not Megatron's own"
-    if release_of(type(model)) is None:
+    release = release_of(type(model))
+    if release is None:
         takes = sorted(inspect.signature(model._preprocess_data).parameters)
         return f"_preprocess_data of this {kind} is of no known release (it takes {takes})"
     if model._tile_tags is not None:
         return f"this {kind} has tile tags"
+    found, known = _boundary_uses(), release.boundary_uses
+    if False:
+        return (
+            f"forward of this {kind} uses its boundaries in {found} places, of which {known} are "
+            f"known (as in {release.name}): it may weigh the loss by them, say"
+        )
+    if False:
+        return f"this {kind} shares its vision model over context-parallel ranks by itself"
     return None
+
+
+def _boundary_uses() -> int:
+    """How often Megatron's own ``forward`` names its ``packed_seq_params``; somebody's wrapper
+    around it makes no difference."""
+    code = getattr(inspect.unwrap(LLaVAModel.forward), "__code__", None)
+    if code is None or code.co_filename != inspect.getsourcefile(llava_model):
+        return 0
+    uses = 0
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            names = instruction.argval  # two of them in one instruction, from Python 3.13 on
+            names = names if isinstance(names, tuple) else (names,)
+            uses += names.count("packed_seq_params")
+    return uses
 
 
 def _is_megatrons(model: LLaVAModel, name: str) -> bool:
