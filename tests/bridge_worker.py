@@ -117,9 +117,7 @@ def recipe(sizes) -> SimpleNamespace:
         ),
         train=SimpleNamespace(micro_batch_size=1),
         ddp=DistributedDataParallelConfig(average_in_collective=True),
-        rerun_state_machine=SimpleNamespace(
-            check_for_nan_in_loss=True, check_for_spiky_loss=False
-        ),
+        rerun_state_machine=SimpleNamespace(check_for_nan_in_loss=True, check_for_spiky_loss=False),
     )
 
 
@@ -228,7 +226,9 @@ def without_boundaries(model, rows) -> float:
     total = 0.0
     for row in rows:
         with mp.unpacked(model):
-            loss, mask = model(**{**row.to("cpu", torch.float32).inputs(), "packed_seq_params": None})
+            loss, mask = model(
+                **{**row.to("cpu", torch.float32).inputs(), "packed_seq_params": None}
+            )
         total += float((loss * mask).sum())
     return total
 
@@ -242,9 +242,7 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     bridge.make_importable()
-    with bridge.on_cpu(
-        context_parallel_size=sizes.cp, tensor_model_parallel_size=sizes.tp
-    ):
+    with bridge.on_cpu(context_parallel_size=sizes.cp, tensor_model_parallel_size=sizes.tp):
         torch.manual_seed(0)
         job = run_guide(sizes)
         packed = sum(reported["lm loss"] for reported in job.reported)  # loss, trained tokens

@@ -1,8 +1,9 @@
 """What differs between Megatron-Core releases, in one table."""
 
+import ast
 import dataclasses
-import dis
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ..errors import PackingError
+from ..inputs import may_look
 
 # What every ``LLaVAModel._preprocess_data`` takes.
 _COMMON = frozenset({
@@ -26,7 +28,7 @@ _PACKED = frozenset({"is_packed_dynamic_res"})
 _PER_TILE = frozenset({"imgs_sizes", "position_ids"})
 _SHARES_BY_ITSELF = "_balance_vision_context_parallel_by_tokens"  # Megatron, September 2026
 
-DynamicTokens = Callable[[LLaVAModel, Mapping[str, Any], Tensor], Tensor | None]
+DynamicTokens = Callable[[LLaVAModel, Mapping[str, Any], Tensor], tuple[Tensor, int | None] | None]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Release:
         keeps_text_rows: whether a row with an empty ``num_image_tiles`` keeps its placeholders as
             text, and the length it has.
         boundary_uses: how often ``forward`` names its ``packed_seq_params``.
-        dynamic_tokens: positions of each image where images come in their own resolutions, or None
-            where this call is not such a one.
+        dynamic_tokens: positions of each image where images come in their own resolutions, and
+            their sum where the host knows it; None where this call is not such a one.
     """
 
     name: str
@@ -61,7 +63,7 @@ def _never_dynamic(model, given, num_image_tiles) -> None:
     return None
 
 
-def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
+def _packed_or_tubes(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
     """0.18 and 0.19: one placeholder for each entry of ``imgs_sizes``, or for each tubelet."""
     sizes, num_frames = given.get("imgs_sizes"), given.get("num_frames")
     if sizes is None or len(sizes) == 0:
@@ -70,7 +72,8 @@ def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
     if model.temporal_patch_dim > 1 and num_frames is not None:
         frames = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames)
         tubelets = sum(-(-count // model.temporal_patch_dim) for count in frames)
-        return torch.full((tubelets,), model.img_seq_len, device=device)
+        counts = torch.full((tubelets,), model.img_seq_len, device=device)
+        return counts, tubelets * model.img_seq_len
     if not model.add_encoder:
         raise PackingError(
             "this stage has no vision model, so it cannot tell what images of their own size "
@@ -78,26 +81,32 @@ def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
         )
     if given.get("vision_packed_seq_params") is None:
         return None
-    sizes = torch.as_tensor(sizes, device=device)
-    patches = (sizes // model.vision_model.patch_dim).prod(-1)
-    return patches // 4 if model._pixel_shuffle else patches
+    patches = (torch.as_tensor(sizes) // model.vision_model.patch_dim).prod(-1)
+    patches = patches // 4 if model._pixel_shuffle else patches
+    return patches.to(device, non_blocking=True), _known_sum(patches)
 
 
-def _per_tile(model, given, num_image_tiles) -> Tensor | None:
+def _known_sum(counts: Tensor) -> int | None:
+    return int(counts.sum()) if may_look(counts) else None
+
+
+def _per_tile(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
     """Main: an image becomes what its tiles do, each of its own size."""
     sizes = given.get("imgs_sizes")
     if sizes is None or not model._dynamic_resolution:
         return None
-    tokens = (torch.as_tensor(sizes, device=num_image_tiles.device) // model.patch_dim).prod(-1)
+    tokens = (torch.as_tensor(sizes) // model.patch_dim).prod(-1)
     if not model._drop_vision_class_token:
         tokens = tokens + model.vision_model.class_token_len
     for merges in (model._pixel_shuffle, model._conv_merging):
         tokens = tokens // 4 if merges else tokens
+    known = _known_sum(tokens)
+    tokens = tokens.to(num_image_tiles.device, non_blocking=True)
     if model._max_num_tiles > 1:
         ends = num_image_tiles.cumsum(0)
         before = torch.cat([tokens.new_zeros(1), tokens.cumsum(0)])
         tokens = before[ends] - before[ends - num_image_tiles]
-    return tokens
+    return tokens, known
 
 
 # fmt: off
@@ -141,8 +150,8 @@ def tokens_per_image(
     if release is not None:
         dynamic = release.dynamic_tokens(model, given, num_image_tiles)
         if dynamic is not None:
-            known = int(dynamic.sum()) if dynamic.device.type == "cpu" else None
-            return dynamic.to(input_ids.device, non_blocking=True), known
+            counts, known = dynamic
+            return counts.to(input_ids.device, non_blocking=True), known
     elif given.get("imgs_sizes") is not None:
         raise PackingError("mcore_packing does not know this LLaVAModel's dynamic resolution")
     known = None
@@ -161,7 +170,8 @@ def why_not_ours(model: LLaVAModel) -> str | None:
         names.append("_process_embedding_token_parallel")
     kind = type(model).__name__
     if changed := [name for name in names if not _is_megatrons(model, name)]:
-        return f"{' and '.join(changed)} of this {kind} are not Megatron's own"
+        verb = "is" if len(changed) == 1 else "are"
+        return f"{' and '.join(changed)} of this {kind} {verb} not Megatron's own"
     release = release_of(type(model))
     if release is None:
         takes = sorted(inspect.signature(model._preprocess_data).parameters)
@@ -169,29 +179,32 @@ def why_not_ours(model: LLaVAModel) -> str | None:
     if model._tile_tags is not None:
         return f"this {kind} has tile tags"
     found, known = _boundary_uses(), release.boundary_uses
-    if False:
+    if found not in (0, known):
         return (
             f"forward of this {kind} uses its boundaries in {found} places, of which {known} are "
             f"known (as in {release.name}): it may weigh the loss by them, say"
         )
-    if False:
+    if model.context_parallel_lm > 1 and getattr(model, _SHARES_BY_ITSELF, False):
         return f"this {kind} shares its vision model over context-parallel ranks by itself"
     return None
 
 
 def _boundary_uses() -> int:
-    """How often Megatron's own ``forward`` names its ``packed_seq_params``; somebody's wrapper
-    around it makes no difference."""
-    code = getattr(inspect.unwrap(LLaVAModel.forward), "__code__", None)
-    if code is None or code.co_filename != inspect.getsourcefile(llava_model):
+    """How often Megatron's own ``forward`` reads its ``packed_seq_params``, 0 where it cannot be
+    seen; somebody's wrapper around it makes no difference."""
+    forward = inspect.unwrap(LLaVAModel.forward)
+    if forward.__code__.co_filename != inspect.getsourcefile(llava_model):
         return 0
-    uses = 0
-    for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            names = instruction.argval  # two of them in one instruction, from Python 3.13 on
-            names = names if isinstance(names, tuple) else (names,)
-            uses += names.count("packed_seq_params")
-    return uses
+    try:
+        source = inspect.getsource(forward)
+    except OSError:
+        return 0
+    names = (node for node in ast.walk(ast.parse(textwrap.dedent(source))) if _is_read(node))
+    return sum(node.id == "packed_seq_params" for node in names)
+
+
+def _is_read(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
 
 
 def _is_megatrons(model: LLaVAModel, name: str) -> bool:
