@@ -111,10 +111,10 @@ def _per_tile(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None
 
 # fmt: off
 RELEASES = tuple(Release(*row) for row in (
-    # releases        _preprocess_data takes         ids    pads   reads  keeps uses  resolution
-    ("0.12 to 0.17",  _COMMON,                       False, False, False, False, 2, _never_dynamic),
-    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,    False, True,  False, False, 2, _packed_or_tubes),
-    ("main",          _COMMON | _SOUND | _PER_TILE,  True,  True,  True,  True,  5, _per_tile),
+    # releases        _preprocess_data takes        ids    pads   reads  keeps  uses  resolution
+    ("0.12 to 0.17",  _COMMON,                      False, False, False, False, 2, _never_dynamic),
+    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,   False, True,  False, False, 2, _packed_or_tubes),
+    ("main",          _COMMON | _SOUND | _PER_TILE, True,  True,  True,  True,  5, _per_tile),
 ))
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""Megatron-Bridge and its ``NemotronVL`` on a machine without a GPU.
+"""Megatron-Bridge, its ``NemotronVL`` and its Qwen2.5-VL, on a machine without a GPU.
 
 Bridge is real, out of a clone, and so is the Megatron-Core beside it. What takes the place of
 something, because that needs CUDA or is not installed:
@@ -10,7 +10,16 @@ something, because that needs CUDA or is not installed:
 - ``typing.override``, before Python 3.12: the same of ``typing_extensions``.
 - Transformer Engine's layers: Megatron's local ones with ``PackedAttention``.
 - Mamba layers: none, by the pattern of layers.
-- the sizes of the vision model and the projector, which the provider writes into its call.
+- the sizes of NemotronVL's vision model and projector, which its provider writes into the call.
+
+Example, in a process started with ``env=environment("main")``:
+
+.. code-block:: python
+
+    make_importable()
+    with on_cpu():
+        model = built(qwen25_vl())
+        samples = qwen25_vl_samples(4)
 """
 
 import contextlib
@@ -34,7 +43,8 @@ from .. import cpu
 from . import tiny
 from .sources import BRIDGE, MEGATRON
 
-PROVIDER = "megatron.bridge.models.nemotron_vl.nemotron_vl_provider"
+NEMOTRON_VL = "megatron.bridge.models.nemotron_vl.nemotron_vl_provider"
+QWEN25_VL = "megatron.bridge.models.qwen_vl.qwen25_vl_provider"
 # The Megatron-Core that a release of Bridge has as its submodule; for main there is a newer one.
 MEGATRON_BESIDE = {"main": "main", "0.6.0": "cd4afffa648426a959dc7cb1e24b5ce7d0c3ff54"}
 IMG_SIZE = 128  # pixels: a tile is 8 x 8 patches, and becomes 16 positions
@@ -93,8 +103,12 @@ class _NotInstalled(ModuleType):
 
 @contextlib.contextmanager
 def on_cpu(**parallel_sizes):
-    """``cpu.megatron_on_cpu``, where Bridge's provider of ``NemotronVL`` builds its model too."""
-    provider = importlib.import_module(PROVIDER)
+    """``cpu.megatron_on_cpu``, where Bridge's providers build their models too.
+
+    Args:
+        **parallel_sizes: as ``cpu.megatron_on_cpu`` takes them.
+    """
+    provider = importlib.import_module(NEMOTRON_VL)
     language_spec = tiny.hybrid_spec(cpu.layer_spec(), IdentityOp)
     with contextlib.ExitStack() as stack:
         for name, value in (
@@ -107,36 +121,110 @@ def on_cpu(**parallel_sizes):
         yield
 
 
+# Of a small language model, in fp32.
+_LANGUAGE = {
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 16,
+    "seq_length": 1024,
+    "init_method_std": 0.05,  # enough for tokens to depend on what they attend to
+    "params_dtype": torch.float32,
+    "bf16": False,
+    # Kernels of Transformer Engine, apex and Triton, which need CUDA.
+    "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_permute_fusion": False,
+}
+
+
 def nemotron_vl(**settings):
-    """Bridge's ``NemotronVLModelProvider`` of a small model.
+    """Bridge's ``NemotronVLModelProvider`` of a small model, which expands its placeholders itself.
 
     Args:
         **settings: its fields.
     """
     fields = {
         "hybrid_layer_pattern": "*-*-",
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 16,
         "vocab_size": 131_136,  # its placeholder is 131,072
-        "seq_length": 1024,
-        "init_method_std": 0.05,  # enough for tokens to depend on what they attend to
-        "params_dtype": torch.float32,
-        "bf16": False,
-        # Kernels of Transformer Engine, apex and Triton, which need CUDA.
         "first_last_layers_bf16": False,
-        "persist_layer_norm": False,
-        "masked_softmax_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "cross_entropy_loss_fusion": False,
-        "moe_permute_fusion": False,
     }
-    provider = importlib.import_module(PROVIDER)
-    return provider.NemotronVLModelProvider(**{**fields, **settings})
+    provider = importlib.import_module(NEMOTRON_VL)
+    return provider.NemotronVLModelProvider(**{**_LANGUAGE, **fields, **settings})
+
+
+def qwen25_vl(**settings):
+    """Bridge's ``Qwen25VLModelProvider`` of a small model, whose ids are expanded before it.
+
+    Args:
+        **settings: its fields.
+    """
+    provider = importlib.import_module(QWEN25_VL)
+    tower = provider.Qwen2_5_VLVisionConfig(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=4,
+        out_hidden_size=64,
+        fullatt_block_indexes=[1],
+    )
+    fields = {
+        "vision_config": tower,
+        "transformer_layer_spec": lambda config: cpu.layer_spec(normalization="RMSNorm"),
+        "num_layers": 2,
+        "mrope_section": [2, 3, 3],
+        "vocab_size": 151_680,  # its placeholder is 151,655
+        "normalization": "RMSNorm",
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+    }
+    return provider.Qwen25VLModelProvider(**{**_LANGUAGE, **fields, **settings})
+
+
+def built(provider):
+    """The model of a provider, of this rank, without a wrapper; weights are random."""
+    provider.finalize()
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    return model
+
+
+def qwen25_vl_samples(count: int, seed: int = 0) -> list[dict]:
+    """Samples as the processor of Qwen2.5-VL writes them: an id for each image embedding.
+
+    Each has ``input_ids`` and ``labels`` ``[t]`` (not shifted), and all but every third an image,
+    ``pixel_values`` ``[patches, 1176]`` and ``image_grid_thw`` ``[1, 3]`` of patches, of which four
+    make an embedding. No two images are of one size.
+
+    Args:
+        count: how many.
+        seed: of the contents.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for index in range(count):
+        ids = torch.randint(1, 500, (9 + 5 * index,), generator=generator)
+        sample = {}
+        if index % 3 != 2:
+            height, width = 4, 4 + 2 * index
+            image = torch.full((height * width // 4,), 151_655)
+            start, end = torch.tensor([151_652]), torch.tensor([151_653])
+            ids = torch.cat([ids[:3], start, image, end, ids[3:]])
+            sample["pixel_values"] = torch.randn(height * width, 1176, generator=generator)
+            sample["image_grid_thw"] = torch.tensor([[1, height, width]])
+        sample["input_ids"] = ids
+        sample["labels"] = ids.masked_fill(ids >= 151_652, -100)
+        samples.append(sample)
+    return samples
 
 
 def _vision_spec():
