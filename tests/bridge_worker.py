@@ -21,7 +21,11 @@ from typing import Optional
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +35,7 @@ from mcore_packing.megatron.find import find_llava
 from mcore_packing.testing import bridge
 from mcore_packing.testing.sources import CHECKOUT, functions
 
+COLLATE = "megatron.bridge.models.nemotron_vl.data.collate_fn"
 NUM_SAMPLES = 6
 WORDS = [f"w{i}" for i in range(200)]
 
@@ -132,6 +137,7 @@ class Job:
         )
         self.cfg = cfg
         self.model = DistributedDataParallel(model.config, cfg.ddp, model)
+        model.config.finalize_model_grads_func = finalize_model_grads
         self.rows = list(self.loader(cfg))
         self.reported = get_forward_backward_func()(
             forward_step_func=self.with_state(forward_step),
@@ -196,12 +202,46 @@ def run_guide(sizes) -> Job:
     return job
 
 
+def refused(function, *args, **kwargs) -> str | None:
+    """What a function of Bridge says against it."""
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def refuses() -> list[str | None]:
+    """What Bridge's own collate function and step say of packed rows on this job."""
+    losses = importlib.import_module("megatron.bridge.training.losses")
+    file = Path(inspect.getsourcefile(losses)).parent / "llava_step.py"
+    name = "_validate_packed_parallelism"
+    step = functions(file, [name], {"get_pg_size": torch.distributed.get_world_size})[name]
+    groups = SimpleNamespace(
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+    )
+    collate = importlib.import_module(COLLATE).nemotron_nano_v2_vl_collate_fn
+    return [
+        refused(collate, conversations(), Processor(), enable_in_batch_packing=True),
+        refused(step, pg_collection=groups),
+    ]
+
+
+def whole_parameters(model) -> list[str]:
+    """The names of those that tensor-parallel ranks do not split."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not getattr(parameter, "tensor_model_parallel", False)
+    ]
+
+
 @torch.no_grad()
 def one_by_one(model) -> tuple[float, int]:
     """The loss of every conversation by itself, unpacked, as Bridge's own collate function has it;
     and how many tokens are trained."""
-    module = "megatron.bridge.models.nemotron_vl.data.collate_fn"
-    collate = importlib.import_module(module).nemotron_nano_v2_vl_collate_fn
+    collate = importlib.import_module(COLLATE).nemotron_nano_v2_vl_collate_fn
     total, trained = 0.0, 0
     for example in conversations():
         batch = collate([example], Processor())
@@ -250,16 +290,18 @@ def main():
         example = sys.modules["bridge_nemotron_vl"]
         row = job.rows[0]
         found = example.check(job.model, row)
-        gradients = [p.main_grad.norm() for p in job.model.parameters()]
+        gradients = {name: p.main_grad.norm() for name, p in job.model.named_parameters()}
         result = {
             "packed": packed[0].item(),
             "num_trained": int(packed[1]),
             "samples_per_row": [len(row.indices) for row in job.rows],
             "seq_multiple": row.layout.spec.seq_multiple,
             "is_right": [each.is_right for each in found],
+            "says": [str(each) for each in found],
             "by_rank": found[0].by_rank,
-            "num_gradients": sum(bool(norm > 0) for norm in gradients),
-            "num_parameters": len(gradients),
+            "refuses": refuses(),
+            "without_gradient": [name for name, norm in gradients.items() if not norm > 0],
+            "gradients": {name: gradients[name].item() for name in whole_parameters(job.model)},
             "ours": find_llava(job.model)._packing_hook.plan.replaces_expansion,
         }
         if dist.get_world_size() == 1:

@@ -92,6 +92,7 @@ def _patches():
     yield torch.nn.Module, "cuda", lambda self, *args, **kwargs: self
     yield torch.cuda, "current_device", lambda: CPU
     yield torch.cuda, "synchronize", lambda *args: None
+    yield torch.cuda, "current_stream", lambda *args: None  # DDP of main asks for it
     yield torch.cuda, "manual_seed", torch.manual_seed
     yield torch.cuda, "get_rng_state", lambda *args: torch.get_rng_state()
     yield random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()

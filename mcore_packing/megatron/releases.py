@@ -63,7 +63,7 @@ def _never_dynamic(model, given, num_image_tiles) -> None:
     return None
 
 
-def _packed_or_tubes(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
+def _image_or_tube(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
     """0.18 and 0.19: one placeholder for each entry of ``imgs_sizes``, or for each tubelet."""
     sizes, num_frames = given.get("imgs_sizes"), given.get("num_frames")
     if sizes is None or len(sizes) == 0:
@@ -111,9 +111,9 @@ def _per_tile(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None
 
 # fmt: off
 RELEASES = tuple(Release(*row) for row in (
-    # releases        _preprocess_data takes        ids    pads   reads  keeps  uses  resolution
+    # releases        _preprocess_data takes        ids    pads   reads  keeps uses resolution
     ("0.12 to 0.17",  _COMMON,                      False, False, False, False, 2, _never_dynamic),
-    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,   False, True,  False, False, 2, _packed_or_tubes),
+    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,   False, True,  False, False, 2, _image_or_tube),
     ("main",          _COMMON | _SOUND | _PER_TILE, True,  True,  True,  True,  5, _per_tile),
 ))
 # fmt: on
