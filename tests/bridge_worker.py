@@ -7,6 +7,7 @@ which initialises CUDA, what it does with what the guide hands it.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -27,6 +28,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -211,12 +213,26 @@ def refused(function, *args, **kwargs) -> str | None:
     return None
 
 
+def boundaries_of_llava_step(model, layout) -> torch.Tensor:
+    """What Bridge's own step makes of collapsed boundaries, on its way to the model."""
+    collapsed = layout.cu_seqlens_collapsed.int()
+    packed = {"cu_seqlens_q": collapsed, "cu_seqlens_kv": collapsed}
+    name = "_expand_packed_metadata_for_visual_embeddings"
+    namespace = {"torch": torch, "Any": object, "unwrap_model": unwrap_model, "GPTModel": object}
+    expand = functions(llava_step(), [name], namespace)[name]
+    expand(packed, layout.input_ids[None], model)
+    return packed["cu_seqlens_q"]
+
+
+def llava_step() -> Path:
+    losses = importlib.import_module("megatron.bridge.training.losses")
+    return Path(inspect.getsourcefile(losses)).parent / "llava_step.py"
+
+
 def refuses() -> list[str | None]:
     """What Bridge's own collate function and step say of packed rows on this job."""
-    losses = importlib.import_module("megatron.bridge.training.losses")
-    file = Path(inspect.getsourcefile(losses)).parent / "llava_step.py"
     name = "_validate_packed_parallelism"
-    step = functions(file, [name], {"get_pg_size": torch.distributed.get_world_size})[name]
+    step = functions(llava_step(), [name], {"get_pg_size": torch.distributed.get_world_size})[name]
     groups = SimpleNamespace(
         pp=parallel_state.get_pipeline_model_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
@@ -307,6 +323,11 @@ def main():
         if dist.get_world_size() == 1:
             job.model.eval()
             result["one_by_one"], result["trained_one_by_one"] = one_by_one(job.model)
+            theirs = boundaries_of_llava_step(job.model, row.layout)
+            result["same_boundaries"] = torch.equal(theirs, row.layout.cu_seqlens_expanded)
+            small = dataclasses.replace(row.layout.spec, max_length=row.layout.num_expanded - 1)
+            samples = conversations()[: len(row.indices)]
+            result["too_long"] = refused(example.collate, samples, Processor(), spec=small)
             result["dropped"] = without_boundaries(job.model, job.rows)
     if dist.get_rank() == 0:
         print(json.dumps(result), flush=True)

@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 import mcore_packing as mp
 from mcore_packing import cpu
 from mcore_packing.megatron.find import hook_of
+from mcore_packing.megatron.releases import describe
 from mcore_packing.testing import tiny
 
 SIZE = 28  # pixels: 5 positions a tile
@@ -83,6 +84,7 @@ def main():
         result = {
             "said": [str(warning.message) for warning in said],
             "call": calls.pop(),
+            "described": describe(),
             "is_right": right.is_right,
             "found": str(right),
             "difference": float((loss - plain).abs().max()),

@@ -70,6 +70,12 @@ def test_its_gradients_are_those_of_one_process(version, sizes):
         assert norm == pytest.approx(alone["gradients"][name], rel=1e-3), name
 
 
+def test_what_the_guide_says_of_boundaries_and_of_long_rows():
+    found = run("bridge_worker.py", "main")
+    assert found["same_boundaries"]
+    assert "positions" in found["too_long"]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_guide_imports_what_bridge_has(version):
     """The test of its lines puts a small model in the place of these."""

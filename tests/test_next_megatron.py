@@ -120,12 +120,14 @@ def check(found: dict, reason: str) -> None:
 def test_an_argument_more_of_preprocess_data(sizes, tmp_path):
     found = run(tmp_path, ARGUMENT, *sizes)
     check(found, "is of no known release (it takes ['image_embeddings', 'image_token_index'")
+    assert found["described"] == "boundaries only: its _preprocess_data is not known"
 
 
 @pytest.mark.parametrize("sizes", [ONE, CP])
 def test_a_forward_that_uses_boundaries_for_weights(sizes, tmp_path):
     found = run(tmp_path, WEIGHTS, *sizes)
     check(found, "forward of this LLaVAModel uses its boundaries in 7 places, of which 5 are known")
+    assert found["described"].startswith("boundaries only: its forward uses boundaries")
     if sizes:
         return
     by_sequence = found["weights"]
@@ -147,3 +149,4 @@ def test_main_itself_is_known(tmp_path):
     found = run(tmp_path, {})
     assert not [text for text in found["said"] if text.startswith("mcore_packing")]
     assert found["call"] == "PackedCall" and found["is_right"]
+    assert found["described"] == "understood (as in main)"

@@ -178,11 +178,11 @@ def why_not_ours(model: LLaVAModel) -> str | None:
         return f"_preprocess_data of this {kind} is of no known release (it takes {takes})"
     if model._tile_tags is not None:
         return f"this {kind} has tile tags"
-    found, known = _boundary_uses(), release.boundary_uses
-    if found not in (0, known):
+    if (uses := _boundary_uses()) not in (0, release.boundary_uses):
         return (
-            f"forward of this {kind} uses its boundaries in {found} places, of which {known} are "
-            f"known (as in {release.name}): it may weigh the loss by them, say"
+            f"forward of this {kind} uses its boundaries in {uses} places, of which "
+            f"{release.boundary_uses} are known (as in {release.name}): it may weigh the loss by "
+            "them, say"
         )
     if model.context_parallel_lm > 1 and getattr(model, _SHARES_BY_ITSELF, False):
         return f"this {kind} shares its vision model over context-parallel ranks by itself"
@@ -220,4 +220,6 @@ def describe(model_class: type[LLaVAModel] = LLaVAModel) -> str:
     release = release_of(model_class)
     if release is None:
         return "boundaries only: its _preprocess_data is not known"
+    if _boundary_uses() not in (0, release.boundary_uses):
+        return "boundaries only: its forward uses boundaries where none is known to"
     return f"understood (as in {release.name})"
