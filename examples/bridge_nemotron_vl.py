@@ -32,7 +32,7 @@ def pack(cfg) -> None:
     shared = {field.name: getattr(cfg.dataset, field.name) for field in fields(DataloaderConfig)}
     cfg.dataset = PackedSFT(recipe=cfg.dataset, seq_length=cfg.dataset.seq_length, **shared)
     cfg.model.register_pre_wrap_hook(cfg.dataset.install)
-    # Rows hold different numbers of trained tokens, and ranks of one row do.
+    # Rows do not all hold the same number of trained tokens, nor do the ranks of one row.
     cfg.model.calculate_per_token_loss = True
     cfg.ddp.average_in_collective = False
 
