@@ -138,7 +138,7 @@ def llava_model(
         "image_token_index": IMAGE_TOKEN_ID,
     }
     if hybrid_pattern is not None:
-        spec = _hybrid_spec(spec, mamba_layer)
+        spec = hybrid_spec(spec, mamba_layer)
         settings |= _settings_of_pattern(hybrid_pattern)
     model = LLaVAModel(
         language_transformer_config=language_config,
@@ -201,7 +201,7 @@ def _settings_of_pattern(pattern: str) -> dict:
     return {"hybrid_override_pattern": pattern, **ratios}
 
 
-def _hybrid_spec(layer: ModuleSpec, mamba_layer) -> ModuleSpec:
+def hybrid_spec(layer: ModuleSpec, mamba_layer) -> ModuleSpec:
     """A stack whose attention and MLP layers are the halves of a GPT layer."""
     stack, stack_submodules = _hybrid_stack()
     attention, mlp = copy.deepcopy(layer), copy.deepcopy(layer)
