@@ -322,3 +322,15 @@ def test_nothing_of_a_call_is_kept(brings_layout):
             assert made[0]() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_were_rounded_are_refused(dtype):
+    # Float16Module casts what is passed by position, and no keyword.
+    model, given = model_of("rope"), arguments(tiny.samples(2, img_size=SIZE))
+    with install(model):
+        model(**given | {"loss_mask": given["loss_mask"].to(dtype)})  # 0 and 1
+        model(**given | {"loss_mask": given["loss_mask"] * 0.3})
+        given["loss_mask"] = (given["loss_mask"] * 0.3).to(dtype)
+        with pytest.raises(mp.PackingError, match="pass loss_mask= by keyword"):
+            model(**given)

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import warnings
+from itertools import islice
 
 import torch
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..errors import BoundarySpaceError, PackingError, PlaceholderMismatch, Status
 from ..expand import count_lost, expand_tokens, fill
+from ..inputs import may_look
 from ..layout import NO_IMAGE, PackedLayout, read_later
 from ..reference import local_positions
 from ..space import find_space
@@ -71,6 +73,9 @@ def _begin(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "PackedC
         return PackedCall(plan, model, spec, given, args, kwargs)
     spec = dataclasses.replace(megatrons_spec(model, _infers(given)), on_overflow=spec.on_overflow)
     return BoundariesOnly(plan, model, spec, given, args, kwargs)
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class PackedCall:
@@ -250,33 +255,43 @@ class PackedCall:
 
     def _start_reading(self):
         """Queue what only the GPU knows: one copy, one wait. Gives None where there is nothing."""
-        layout, loss_mask = self.layout, self.given.get("loss_mask")
-        words = [] if layout.is_exact else [layout.status]
-        if loss_mask is not None and layout.may_be_cut:
-            words.append(count_lost(layout, loss_mask).reshape(1))
+        layout, mask, queued = self.layout, self.given.get("loss_mask"), {}
+        if not layout.is_exact:
+            queued["status"] = layout.status
+        if mask is not None and layout.may_be_cut:
+            queued["lost"] = count_lost(layout, mask).reshape(1)
         if layout.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._assert_on_gpu(words)
+            self._assert_on_gpu(queued)
             return None
-        return read_later(torch.cat(words)) if words else None
+        if mask is not None and mask.dtype in _HALVES and (queued or may_look(mask)):
+            queued["rounded"] = ((mask != 0) & (mask != 1)).sum().reshape(1)
+        self._queued = {name: len(words) for name, words in queued.items()}
+        return read_later(torch.cat(list(queued.values()))) if queued else None
 
-    def _assert_on_gpu(self, words: list[Tensor]) -> None:
+    def _assert_on_gpu(self, queued: dict[str, Tensor]) -> None:
         """While a stream captures, nothing can be read: a replay that finds a fault dies."""
-        if not self.layout.is_exact:
-            torch._assert_async(words.pop(0)[0] == 0)
-        if words and self.plan.raises_on_overflow:
-            torch._assert_async(words[0][0] == 0)
+        if "status" in queued:
+            torch._assert_async(queued["status"][0] == 0)
+        if "lost" in queued and self.plan.raises_on_overflow:
+            torch._assert_async(queued["lost"][0] == 0)
 
     def read(self) -> None:
         """Read what was queued: raise what is wrong with the row, or make its exact boundaries."""
         if self._read is not None:
-            words, self._read = self._read(), None
-            if not self.layout.is_exact:
-                status, words = Status(*words[: len(Status._fields)]), words[len(Status._fields) :]
-                self.layout = self.plan.seen.layout = self.layout.exact(status)
+            words, self._read = iter(self._read()), None
+            found = {name: list(islice(words, size)) for name, size in self._queued.items()}
+            if "status" in found:
+                self.layout = self.plan.seen.layout = self.layout.exact(Status(*found["status"]))
                 given = self.given["packed_seq_params"]
                 self.params = megatron_params(self.layout, given, self.plan.wants_seq_idx)
-            if words and words[0]:
-                self._report_lost(words[0])
+            if any(found.get("lost", ())):
+                self._report_lost(found["lost"][0])
+            if any(found.get("rounded", ())):
+                raise PackingError(
+                    f"loss_mask holds weights, and came in {self.given['loss_mask'].dtype}, which "
+                    f"rounds them: Float16Module casts what is passed by position; pass loss_mask= "
+                    f"by keyword"
+                )
         found, expected = self.num_image_embeddings, self.layout.num_image_embeddings
         if None not in (found, expected) and found != expected:
             raise PlaceholderMismatch(
