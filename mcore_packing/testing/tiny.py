@@ -70,6 +70,7 @@ def llava_model(
     vision: dict | None = None,
     hybrid_pattern: str | None = None,
     mamba_layer=IdentityOp,
+    initialize_on_gpu: bool = False,
     **kwargs,
 ) -> LLaVAModel:
     """Build a ``LLaVAModel``: a vision tower (577 positions a tile), an MLP projector, a GPT.
@@ -93,11 +94,12 @@ def llava_model(
         hybrid_pattern: makes the language model a hybrid, of the layers that Megatron writes so:
             "*" attention, "-" MLP, "M" Mamba.
         mamba_layer: what a hybrid has where the pattern says "M".
+        initialize_on_gpu: draw the weights there: a large model takes seconds on a CPU.
         **kwargs: for ``LLaVAModel``.
     """
     torch.manual_seed(seed)
     common = {
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": not initialize_on_gpu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": 0.05,  # enough for tokens to depend on what they attend to
