@@ -95,7 +95,7 @@ def run(folder, changes, *sizes: str) -> dict:
     command = [*launcher, "--nproc-per-node", "2" if sizes else "1", str(WORKER), *sizes]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
