@@ -1,0 +1,181 @@
+"""Gradients of the same targets, packed and one by one, part by part of the model."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from .noise import Size, judge
+
+# What a training loop hangs onto a config: none of it may see these gradients.
+_OF_TRAINING = (
+    "finalize_model_grads_func",
+    "grad_scale_func",
+    "grad_sync_func",
+    "no_sync_func",
+    "param_sync_func",
+)
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """How far the gradients of a part of the model are apart, in one data-parallel replica.
+
+    Attributes:
+        replica: its data-parallel rank.
+        part: the tower, the projector, the language model: what the model calls it.
+        relative_difference: the norm of the difference over that of the gradient one by one.
+        cosine: of the angle between both.
+        floor: the relative difference that rounding alone makes.
+        verdict: what that means.
+    """
+
+    replica: int
+    part: str
+    relative_difference: float
+    cosine: float
+    floor: float
+    verdict: str
+
+    def __str__(self) -> str:
+        return (
+            f"gradient of {self.part}: relative difference {self.relative_difference:.2e}, cosine "
+            f"{self.cosine:.6f}; rounding makes {self.floor:.2e}"
+        )
+
+
+class _Sums(NamedTuple):
+    """Squares and products over the parameters of a part."""
+
+    difference: float = 0.0
+    packed: float = 0.0
+    alone: float = 0.0
+    product: float = 0.0
+    noise: float = 0.0
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        return _Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Gradients:
+    """The gradients of a model, borrowed: afterwards they are what they were.
+
+    Takes a copy of all of them, and one for every run that is kept.
+
+    Args:
+        chunks: of the model.
+        config: Megatron's.
+    """
+
+    def __init__(self, chunks: Sequence, config):
+        self.chunks, self.config = chunks, config
+        self.parameters = list(_parameters(chunks))
+
+    @contextlib.contextmanager
+    def borrowed(self):
+        """Nothing of the training loop runs, and nothing is reduced, inside of this."""
+        hung = {name: getattr(self.config, name) for name in _OF_TRAINING}
+        before = [(p, getattr(p, "main_grad", None), p.grad) for _, p in self.parameters]
+        kept = [None if main is None else main.clone() for _, main, _ in before]
+        with contextlib.ExitStack() as stack:
+            for name in _OF_TRAINING:
+                setattr(self.config, name, None)
+            for chunk in self.chunks:
+                if hasattr(chunk, "no_sync"):
+                    stack.enter_context(chunk.no_sync())
+            try:
+                yield
+            finally:
+                for name, value in hung.items():
+                    setattr(self.config, name, value)
+                for (parameter, main, grad), copy in zip(before, kept, strict=True):
+                    parameter.grad = grad
+                    if main is not None:
+                        main.copy_(copy)
+
+    def of(self, run: Callable) -> list[Tensor]:
+        """What a forward and backward pass gives, fp32, summed over the ranks of one row."""
+        for _, parameter in self.parameters:
+            parameter.grad = None
+            if getattr(parameter, "main_grad", None) is not None:
+                parameter.main_grad.zero_()
+        run()
+        return [_whole(parameter) for _, parameter in self.parameters]
+
+    def sums(self, packed: list, alone: list, noise: list) -> dict[str, _Sums]:
+        """Of each part of the model, what this rank counts."""
+        found = {}
+        for (part, parameter), *three in zip(self.parameters, packed, alone, noise, strict=True):
+            if _counts(parameter):
+                a, b, n = three
+                pairs = ((a - b, a - b), (a, a), (b, b), (a, b), (n - a, n - a))
+                sums = _Sums(*((x.double() * y.double()).sum().item() for x, y in pairs))
+                found[part] = found.get(part, _Sums()) + sums
+        return found
+
+
+def compare_sums(everyones: Iterable[tuple[int, dict[str, _Sums]]]) -> tuple[GradientError, ...]:
+    """The parts of each replica, from what its ranks counted."""
+    totals = {}
+    for replica, sums in everyones:
+        for part, one in sums.items():
+            totals[replica, part] = totals.get((replica, part), _Sums()) + one
+    return tuple(
+        _error(replica, part, total)
+        for (replica, part), total in sorted(totals.items())
+        if total.alone or total.packed
+    )
+
+
+def _error(replica: int, part: str, total: _Sums) -> GradientError:
+    tiny = torch.finfo(torch.float64).tiny
+    difference = (total.difference / max(total.alone, tiny)) ** 0.5
+    floor = (total.noise / max(total.packed, tiny)) ** 0.5
+    return GradientError(
+        replica=replica,
+        part=part,
+        relative_difference=difference,
+        cosine=total.product / max(total.packed * total.alone, tiny) ** 0.5,
+        floor=floor,
+        verdict=judge(Size(difference, difference), Size(floor, floor)),
+    )
+
+
+def _parameters(chunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What is trained, and the part of the model that it belongs to."""
+    for chunk in chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                yield name.partition(".")[0], parameter
+
+
+def _whole(parameter) -> Tensor:
+    """A gradient, as DDP and ``finalize_model_grads`` would sum it over the ranks of one row."""
+    gradient = getattr(parameter, "main_grad", None)
+    gradient = parameter.grad if gradient is None else gradient
+    if gradient is None:
+        gradient = torch.zeros_like(parameter.data)  # others may have one
+    if hasattr(gradient, "to_local"):  # FSDP2
+        gradient = gradient.to_local()
+    gradient = gradient.detach().float().clone()
+    is_shared = getattr(parameter, "allreduce", True)  # not that of an expert
+    if is_shared and parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(gradient, group=parallel_state.get_context_parallel_group())
+    if getattr(parameter, "sequence_parallel", False):
+        dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    return gradient
+
+
+def _counts(parameter) -> bool:
+    """Whether this rank is the one that counts a parameter which several have."""
+    if parallel_state.get_context_parallel_rank() and getattr(parameter, "allreduce", True):
+        return False
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return is_split or parallel_state.get_tensor_model_parallel_rank() == 0
