@@ -9,7 +9,7 @@ from .search import last_at_or_below, lower_bound, num_steps
 
 PAD = tl.constexpr(-1)
 FIRST_IMAGE = tl.constexpr(-2)
-IGNORE = tl.constexpr(-100)
+IGNORE_INDEX = tl.constexpr(-100)
 
 _INTEGERS = (
     "num_tokens", "num_images", "num_seqs", "image_token_id", "num_positions", "cp_size", "cp_rank",
@@ -86,11 +86,11 @@ def expand_tokens_kernel(
     trains = (before_image | is_pad) == 0
     if HAS_LABELS:
         is_last = (is_image == 0) | (embedding == until - 1)
-        label = tl.load(labels_ptr + token, mask=live & trains & is_last, other=IGNORE)
+        label = tl.load(labels_ptr + token, mask=live & trains & is_last, other=IGNORE_INDEX)
         # A row-wide shift made this one: the next sequence begins with an image.
         leaked = (label == image_token_id) & (unpadded + 1 == seq_end) & (token + 1 < num_tokens)
         trains = trains & (leaked == 0)
-        tl.store(new_labels_ptr + local, tl.where(leaked, IGNORE, label), mask=live)
+        tl.store(new_labels_ptr + local, tl.where(leaked, IGNORE_INDEX, label), mask=live)
     if HAS_LOSS_MASK:
         keep = live & trains & is_text
         tl.store(

@@ -2,7 +2,7 @@
 
 One CTA walks the row with a carry: over its tokens, its images, its tokens again, its boundaries.
 Whatever the inputs hold, it stays in bounds and terminates. ``reference.layout`` says the same in
-plain torch: read it first.
+plain NumPy: read it first.
 
 The part ``expanded_start`` serves as scratch: it holds how many placeholders precede each token
 until its own pass makes that the position where the token starts.
@@ -162,7 +162,7 @@ def _place_sequences(
     num_tokens,
     num_seqs,
     total,
-    longest,
+    cut_at,
     num_positions,
     seq_multiple,
     token_steps,
@@ -192,7 +192,7 @@ def _place_sequences(
             token = lower_bound(expanded_start_ptr, start, num_tokens + 1, token_steps)
             token_end = lower_bound(expanded_start_ptr, real_end, num_tokens + 1, token_steps)
             is_start = tl.load(expanded_start_ptr + tl.minimum(token, num_tokens)) == edge
-            between = live & ((is_start | (edge == longest)) == 0)
+            between = live & ((is_start | (edge == cut_at)) == 0)
             inside_image = tl.minimum(inside_image, tl.min(tl.where(between, seq, num_seqs + 1), 0))
         else:
             token = tl.minimum(tl.maximum(edge, 0), num_tokens)
@@ -244,7 +244,7 @@ def _length(cu_ptr, seq, num_seqs):
 
 
 _INTEGERS = (
-    "num_tokens", "num_seqs", "num_images", "image_token_id", "num_image_embeddings", "longest",
+    "num_tokens", "num_seqs", "num_images", "image_token_id", "num_image_embeddings", "cut_at",
     "num_positions", "seq_multiple", "token_steps", "truncate",
 )  # fmt: skip
 
@@ -262,7 +262,7 @@ def layout_kernel(
     num_images,
     image_token_id,
     num_image_embeddings,  # -1: not known
-    longest,  # where the data path cut its row: a boundary there may lie in an image; -1: none
+    cut_at,  # where the data path cut its row: a boundary there may lie in an image; -1: none
     num_positions,  # to lay out
     seq_multiple,  # every sequence is padded to a multiple of it
     token_steps,  # halvings of a search over tokens
@@ -300,7 +300,7 @@ def layout_kernel(
         parts.cu_seqlens_collapsed(layout_ptr, num_seqs),
         parts.cu_seqlens_expanded(layout_ptr),
         parts.cu_seqlens_padded(layout_ptr, num_seqs),
-        num_tokens, num_seqs, total, longest, num_positions, seq_multiple, token_steps,
+        num_tokens, num_seqs, total, cut_at, num_positions, seq_multiple, token_steps,
         EXPANDED, BLOCK_B,
     )  # fmt: skip
 
@@ -313,7 +313,7 @@ def layout_kernel(
     if EXPANDED:
         end = total
         could_be_collapsed = (last <= num_tokens) & (last >= images_end)
-        covers = (last >= tl.load(start_ptr + images_end)) | (last == longest)
+        covers = (last >= tl.load(start_ptr + images_end)) | (last == cut_at)
         is_other = could_be_collapsed & ((covers & (inside_image > num_seqs)) == 0)
 
     # The first fault, in the order of ``errors.Fault``.
@@ -361,7 +361,7 @@ def layout(
     image_token_id,
     expanded,
     num_image_embeddings,
-    longest,
+    cut_at,
     num_positions,
     seq_multiple,
     truncate,
@@ -386,7 +386,7 @@ def layout(
             num_images,
             image_token_id,
             num_image_embeddings,
-            longest,
+            cut_at,
             num_positions,
             seq_multiple,
             num_steps(num_tokens + 1),

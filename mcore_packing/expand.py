@@ -17,10 +17,10 @@ def expand_embeddings(
     """Fill the expanded row: every position is written once, padding with zeros. Differentiable.
 
     Args:
-        layout: of this row. text: ``[T, H]``, embeddings of the collapsed tokens; those of
-        placeholders are not used. images: ``[L, tiles, H]`` as Megatron's vision projection gives
-        them, or ``[embeddings, H]``;
-            of the same dtype as ``text``; None where the row has no images.
+        layout: of this row.
+        text: ``[T, H]``, embeddings of the collapsed tokens; those of placeholders are not used.
+        images: ``[L, tiles, H]`` as Megatron's vision projection gives them, or ``[embeddings,
+            H]``, of the same dtype as ``text``; None where the row has no images.
         cp_size: context-parallel size.
         cp_rank: the rank whose positions to write.
 

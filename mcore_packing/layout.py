@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .errors import INT32_MAX, Fault, PackingError, PlaceholderMismatch, Status, explain
+from .errors import INT32_MAX, PackingError, PlaceholderMismatch, Status, explain
 from .inputs import (
     as_boundaries,
     as_row,
@@ -21,7 +22,7 @@ from .inputs import (
 )
 from .reference import HEADER_SIZE, STATUS_SIZE, parts_of
 from .space import SPACES, Space
-from .spec import SPEC_FIELDS, RowSpec, round_up
+from .spec import SPEC_FIELDS, RowSpec, as_spec, round_up
 
 # What the host knows of a layout: these and the fields of its spec are the header of its tensor.
 _FACTS = (
@@ -70,7 +71,7 @@ class PackedLayout:
         num_seqs: ``B``, the tail not counted.
         num_expanded: ``S``, the physical length of the expanded row.
         max_seqlen: the longest padded sequence; where ``is_exact`` is False, an upper bound.
-        has_tail: False where the host knows that the tail is empty.
+        has_tail: False where the host has looked, and the tail is empty.
         is_exact: whether the host has read ``status``: then nothing is wrong with the row, and
             ``max_seqlen`` is exact.
         space: what the boundaries that were given counted, "collapsed" or "expanded".
@@ -161,9 +162,7 @@ class PackedLayout:
         """
         if old:
             refuse_old("PackedLayout.build", old, _RENAMED)
-        spec = RowSpec() if spec is None else spec
-        if not isinstance(spec, RowSpec):
-            raise not_a_spec(spec)
+        spec = RowSpec() if spec is None else as_spec(spec)
         if not spec.expands:
             space = "expanded"
         elif space not in SPACES:
@@ -210,7 +209,13 @@ class PackedLayout:
             num_images=counts.numel(),
             num_image_embeddings=known,
         )
-        return layout._look(images_per_seq) if looks else layout
+        if not looks:
+            return layout
+        layout._read(Status(*layout.status.tolist()))
+        if images_per_seq is not None:
+            layout._check_images_per_seq(images_per_seq)
+        layout._shrink()
+        return layout
 
     @classmethod
     def from_boundaries(
@@ -240,9 +245,7 @@ class PackedLayout:
             >>> PackedLayout.from_boundaries(cu_seqlens, 1160).cu_seqlens_padded.tolist()
             [0, 579, 1157, 1160]
         """
-        spec = RowSpec() if spec is None else spec
-        if not isinstance(spec, RowSpec):
-            raise not_a_spec(spec)
+        spec = RowSpec() if spec is None else as_spec(spec)
         cu_seqlens = physical = as_boundaries(cu_seqlens, "cu_seqlens")
         if cu_seqlens_padded is not None:
             physical = as_boundaries(
@@ -255,7 +258,14 @@ class PackedLayout:
         real = torch.cat([physical[:1] * 0, cu_seqlens.diff().clamp(min=0).minimum(room[:-1])])
         parts = parts_of(num_seqs)
         values = {
-            "status": _stage_status(cu_seqlens, physical, room, length, spec).view(torch.int32),
+            "status": reference.stage_status(
+                cu_seqlens,
+                physical,
+                room,
+                length,
+                spec.seq_multiple,
+                spec.on_overflow == "truncate",
+            ).view(torch.int32),
             "cu_seqlens_expanded": real.cumsum(0),
             "cu_seqlens_padded": padded,
             "seq_start_expanded": padded,
@@ -275,30 +285,19 @@ class PackedLayout:
         )
         return layout.exact_later()() if may_look(cu_seqlens) else layout
 
-    def _look(self, images_per_seq: tuple[int, ...] | None) -> "PackedLayout":
-        """Read the status of a new layout: raise what is wrong, and make it as short as it can
-        be."""
-        status = Status(*self.status.tolist())
-        if status.fault:
-            raise explain(self, status)
-        self.is_exact, self.num_cut = True, 0
-        self.max_seqlen, self.num_image_embeddings = status[-2:]
-        edges, starts = self.cu_seqlens_padded, self.seq_start_expanded
-        if bool((starts.diff() > edges.diff()).any()):
-            self.num_cut = int(self.is_cut.sum())
-        if images_per_seq is not None:
-            self._check_images_per_seq(images_per_seq)
-        if self.spec.fixed_length is None:  # a bound leaves positions that nobody needs to the tail
-            last, tail = int(edges[-2]), int(starts[-1] - starts[-2])
-            needed = last + tail
-            needed += -needed % self.spec.total_multiple
+    def _shrink(self) -> None:
+        """Count what is cut; and leave to the tail only what it needs, and the row's multiple."""
+        edges, starts = self.cu_seqlens_padded.tolist(), self.seq_start_expanded.tolist()
+        sequences = zip(pairwise(starts), pairwise(edges), strict=True)
+        is_whole = all(end - start <= b - a for (start, end), (a, b) in sequences)
+        self.num_cut = 0 if is_whole else int(self.is_cut.sum())
+        last, tail = edges[-2], starts[-1] - starts[-2]
+        if self.spec.fixed_length is None:
+            needed = round_up(last + tail, self.spec.total_multiple)
             self.num_expanded = min(needed, self.num_expanded)
-            self.has_tail = self.num_expanded > last
-            edges[-1] = self.num_expanded
-            self.max_seqlen = int(edges.diff().max())
-            self.status[4] = self.max_seqlen
-        self.tensor[: len(_HEADER)] = self._header()
-        return self
+        self.has_tail = self.num_expanded > last
+        edges[-1] = self.cu_seqlens_padded[-1] = self.num_expanded
+        self.max_seqlen = self.status[4] = max(b - a for a, b in pairwise(edges))
 
     # Between devices and processes
 
@@ -360,8 +359,7 @@ class PackedLayout:
         tensor = layout.tensor
         if size not in (None, used):
             tensor = torch.nn.functional.pad(tensor, (0, size - used))
-        if layout is not self or not may_look(tensor):
-            tensor[: len(_HEADER)].copy_(layout._header(), non_blocking=True)
+        tensor[: len(_HEADER)].copy_(layout._header(), non_blocking=True)
         return tensor
 
     def _header(self) -> Tensor:
@@ -369,7 +367,7 @@ class PackedLayout:
         facts = {name: getattr(self, name) for name in _FACTS}
         facts["space"] = SPACES.index(self.space)
         words = [-1 if fact is None else int(fact) for fact in facts.values()]
-        words = [_VERSION, *words, *self.spec.words]
+        words = [_VERSION, *words, *self.spec.to_ints()]
         words.insert(1, _checksum(words, self.tensor))
         return torch.tensor(words, dtype=torch.int32)
 
@@ -413,7 +411,7 @@ class PackedLayout:
         for name in ("has_tail", "is_exact"):
             facts[name] = bool(facts[name])
         facts["space"] = SPACES[words["space"]]
-        spec = RowSpec.of_words([words[name] for name in SPEC_FIELDS])
+        spec = RowSpec.from_ints([words[name] for name in SPEC_FIELDS])
         return cls(tensor if _is_aligned(tensor) else tensor.clone(), spec, **facts)
 
     # What is wrong with a row
@@ -438,15 +436,21 @@ class PackedLayout:
 
     def exact(self, status: Status) -> "PackedLayout":
         """The same layout, once the host has read its status; or the error that the status says."""
+        layout = self._with(self.tensor)
+        layout._read(status)
+        return layout
+
+    def _read(self, status: Status) -> None:
+        """Know what the status says.
+
+        Raises:
+            PackingError: it says that something is wrong.
+        """
         if status.fault:
             raise explain(self, status)
-        known = status.num_image_embeddings if self.has_tokens else None
-        return self._with(
-            self.tensor,
-            max_seqlen=status.max_seqlen,
-            num_image_embeddings=known,
-            is_exact=True,
-        )
+        self.is_exact, self.max_seqlen = True, status.max_seqlen
+        if self.has_tokens:
+            self.num_image_embeddings = status.num_image_embeddings
 
     def placeholders_per_seq(self) -> list[int]:
         """How many placeholders each sequence has; those of the tail count to the last."""
@@ -618,14 +622,6 @@ def remap_cu_seqlens(
     return layout.cu_seqlens_expanded
 
 
-def not_a_spec(found) -> PackingError:
-    """The error for what is given in the place of a spec."""
-    return PackingError(
-        f"spec is {found!r}, expected a mp.RowSpec: what mp.row_spec(model) gives, or "
-        f"mp.RowSpec(image_token_id=...)"
-    )
-
-
 def read_later(values: Tensor) -> Callable[[], list[int]]:
     """Queue a copy of a few integers to pinned memory; the function returned waits for them."""
     if not values.is_cuda:
@@ -633,7 +629,7 @@ def read_later(values: Tensor) -> Callable[[], list[int]]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def wait() -> list[int]:
         copied.synchronize()
@@ -725,31 +721,3 @@ def _find_seq(starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
     starts = starts.long()
     seq = reference.last_at_or_below(starts, position)
     return seq, position - starts.index_select(0, seq)
-
-
-def _stage_status(cu_seqlens, physical, room, length: int, spec: RowSpec) -> Tensor:
-    """The status of ``from_boundaries``, computed where the boundaries are."""
-    lengths, widths = cu_seqlens.diff(), physical.diff()
-    last = physical[-1]
-
-    def at_first(values, wrong):
-        index = wrong.int().argmax(0, keepdim=True)
-        return wrong.any(), index.squeeze(0), values.index_select(0, index).squeeze(0)
-
-    zero = torch.zeros_like(last)
-    narrowest = lengths.minimum(widths)
-    any_negative, negative, by = at_first(narrowest, narrowest < 0)
-    any_uneven, uneven, width = at_first(widths, widths % spec.seq_multiple != 0)
-    starts_late = (cu_seqlens[0] != 0) | (physical[0] != 0)
-    too_long = (last > length) & (spec.on_overflow != "truncate")
-    faults = (
-        (Fault.START, starts_late, zero, torch.maximum(cu_seqlens[0], physical[0]), zero),
-        (Fault.DECREASING, any_negative, negative, by, zero),
-        (Fault.STAGE_LENGTH, too_long, zero, last, zero + length),
-        (Fault.STAGE_MULTIPLE, any_uneven, uneven, width, zero + spec.seq_multiple),
-    )
-    status = torch.zeros(4, dtype=torch.int64, device=last.device)
-    for fault, applies, *place in reversed(faults):
-        words = torch.stack([zero + int(fault), *place]).long()
-        status = torch.where(applies, words, status)
-    return torch.cat([status, torch.stack([room.max(), zero]).long()])

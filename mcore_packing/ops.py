@@ -1,6 +1,6 @@
 """Schema, fake, dispatch and gradient of every op.
 
-The dispatcher chooses: ``reference`` and ``runs`` on a CPU, the Triton kernels on a GPU. Nothing
+The dispatcher chooses: ``reference`` and ``copies`` on a CPU, the Triton kernels on a GPU. Nothing
 here looks at a value, so every op traces, compiles and captures.
 """
 
@@ -9,7 +9,7 @@ import importlib
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import reference, runs
+from . import copies, reference
 from .reference import parts_of
 
 
@@ -50,7 +50,7 @@ def _fake_layout(input_ids, cu_seqlens, cu_seqlens_padded, tokens_per_image, *_)
 layout = _define(
     "layout",
     "(Tensor input_ids, Tensor cu_seqlens, Tensor? cu_seqlens_padded, Tensor tokens_per_image, "
-    "int image_token_id, bool expanded, SymInt num_image_embeddings, SymInt longest, "
+    "int image_token_id, bool expanded, SymInt num_image_embeddings, SymInt cut_at, "
     "SymInt num_positions, SymInt seq_multiple, bool truncate) -> Tensor",
     _fake_layout,
     reference.layout,
@@ -91,7 +91,7 @@ expand_embeddings = _define(
     "(Tensor text, Tensor? images, Tensor source, Tensor? text_position=None, "
     "Tensor? image_position=None) -> Tensor",
     lambda text, images, source, *_: text.new_empty(source.numel(), text.shape[1]),
-    runs.expand_embeddings,
+    copies.expand_embeddings,
     "copy_vectors",
 )
 
@@ -99,7 +99,7 @@ collect_gradients = _define(
     "collect_gradients",
     "(Tensor grad, Tensor index, SymInt length, SymInt tiles) -> Tensor",
     lambda grad, index, length, tiles: grad.new_empty(length, tiles, grad.shape[1]),
-    runs.collect_gradients,
+    copies.collect_gradients,
     "copy_vectors",
 )
 

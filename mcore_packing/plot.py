@@ -114,7 +114,7 @@ def draw_parity(results: dict[str, Comparison], attention: str, path) -> None:
         axis.minorticks_off()
     last = axes[-1, 0]
     last.set_xlim(x[0], x[-1])
-    last.set_xticks(x[edges], [f"row {edge}" for edge in edges.tolist()])
+    last.set_xticks(x[edges], [f"position {edge}" for edge in edges.tolist()])
     last.set_xlabel(
         f"one packed row of {layout.num_seqs} samples; images are drawn {IMAGE_WIDTH} tokens wide"
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import INT32_MAX, Fault, Status
 
-IGNORE_INDEX = -100  # the label of what is not trained
+IGNORE_INDEX = -100  # the label of what is not trained: PyTorch's and Megatron's losses skip it
 
 # What an expanded position takes its embedding from, ``source``: t >= 0 is text token t, PAD is
 # padding, FIRST_IMAGE - e is image embedding e.
@@ -110,7 +110,7 @@ def layout(
     image_token_id: int,
     expanded: bool,
     num_image_embeddings: int,
-    longest: int,
+    cut_at: int,
     num_positions: int,
     seq_multiple: int,
     truncate: bool,
@@ -126,7 +126,7 @@ def layout(
         expanded: whether boundaries are in expanded space.
         num_image_embeddings: the sum of ``tokens_per_image`` as the host knows it, -1 where it does
             not.
-        longest: an expanded boundary that may lie inside an image, because the data path cut its
+        cut_at: an expanded boundary that may lie inside an image, because the data path cut its
             row there; -1 where there is none.
         num_positions: physical length to lay out; what the sequences leave of it goes to the tail.
         seq_multiple: every sequence is padded to a multiple of it.
@@ -170,7 +170,7 @@ def layout(
 
     fault = _find_fault(
         given, physical, start, total, placeholders, counts, expanded, num_image_embeddings,
-        longest, int(padded[-1]), None if truncate else num_positions,
+        cut_at, int(padded[-1]), None if truncate else num_positions,
     )  # fmt: skip
     status = Status(*fault, int(rooms.max()), int(cu_image_embeddings[-1]))
 
@@ -220,25 +220,25 @@ class Spaces(NamedTuple):
     inside_image: int | None
 
 
-def spaces_of(edges: np.ndarray, start: np.ndarray, images_end: int, longest: int) -> Spaces:
+def spaces_of(edges: np.ndarray, start: np.ndarray, images_end: int, cut_at: int) -> Spaces:
     """Ask the values of boundaries.
 
     Args:
         edges: ``[B + 1]``, physical boundaries, never decreasing.
         start: int64 ``[T + 1]``, ``expanded_start``.
         images_end: the token behind the last placeholder.
-        longest: the model's maximum, -1 where there is none.
+        cut_at: the model's maximum, -1 where there is none.
     """
     num_tokens, last = start.size - 1, int(edges[-1])
     token = start.searchsorted(edges).clip(max=num_tokens)
-    inside_image = _first((start[token] != edges) & (edges != longest))
-    covers = last >= start[images_end] or last == longest
+    inside_image = _first((start[token] != edges) & (edges != cut_at))
+    covers = last >= start[images_end] or last == cut_at
     is_expanded = bool(covers) and inside_image is None
     return Spaces(images_end <= last <= num_tokens, is_expanded, inside_image)
 
 
 def _find_fault(
-    given, physical, start, total, placeholders, counts, expanded, num_image_embeddings, longest,
+    given, physical, start, total, placeholders, counts, expanded, num_image_embeddings, cut_at,
     padded_length, room,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """``fault, where, found, expected``: the first that applies, in the order of ``Fault``."""
@@ -265,7 +265,7 @@ def _find_fault(
     last = int(physical[-1])
     if expanded:  # taken at their word, unless they can only be collapsed
         images_end = int(placeholders[-1]) + 1 if found else 0
-        spaces = spaces_of(physical, start, images_end, longest)
+        spaces = spaces_of(physical, start, images_end, cut_at)
         if spaces.collapsed and not spaces.expanded:
             where = physical.size if spaces.inside_image is None else spaces.inside_image
             return Fault.OTHER_SPACE, where, last, images_end
@@ -277,6 +277,50 @@ def _find_fault(
     if room is not None and padded_length > room:
         return Fault.NO_ROOM, 0, padded_length, room
     return Fault.NONE, 0, 0, 0
+
+
+def stage_status(
+    cu_seqlens: Tensor,
+    physical: Tensor,
+    room: Tensor,
+    length: int,
+    seq_multiple: int,
+    truncate: bool,
+) -> Tensor:
+    """The status of boundaries on a stage without tokens, int64 ``[6]``, computed where they are.
+
+    Args:
+        cu_seqlens: int32 ``[B + 1]``, real boundaries, expanded.
+        physical: int32 ``[B + 1]``, padded ones.
+        room: int32 ``[B + 1]``, the positions of each sequence and of the tail.
+        length: how many positions the stage has.
+        seq_multiple: what the length of every sequence has to divide by.
+        truncate: whether boundaries may lie beyond ``length``.
+    """
+    lengths, widths = cu_seqlens.diff(), physical.diff()
+    last = physical[-1]
+
+    def at_first(values, wrong):
+        index = wrong.int().argmax(0, keepdim=True)
+        return wrong.any(), index.squeeze(0), values.index_select(0, index).squeeze(0)
+
+    zero = torch.zeros_like(last)
+    narrowest = lengths.minimum(widths)
+    any_negative, negative, by = at_first(narrowest, narrowest < 0)
+    any_uneven, uneven, width = at_first(widths, widths % seq_multiple != 0)
+    starts_late = (cu_seqlens[0] != 0) | (physical[0] != 0)
+    too_long = (last > length) & (not truncate)
+    faults = (
+        (Fault.START, starts_late, zero, torch.maximum(cu_seqlens[0], physical[0]), zero),
+        (Fault.DECREASING, any_negative, negative, by, zero),
+        (Fault.STAGE_LENGTH, too_long, zero, last, zero + length),
+        (Fault.STAGE_MULTIPLE, any_uneven, uneven, width, zero + seq_multiple),
+    )
+    status = torch.zeros(4, dtype=torch.int64, device=last.device)
+    for fault, applies, *place in reversed(faults):
+        words = torch.stack([zero + int(fault), *place]).long()
+        status = torch.where(applies, words, status)
+    return torch.cat([status, torch.stack([room.max(), zero]).long()])
 
 
 def _first(wrong: np.ndarray) -> int | None:

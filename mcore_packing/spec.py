@@ -1,22 +1,19 @@
 """``RowSpec``: what a model asks of a row."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .context_parallel import chunks_of
-from .errors import PackingError
+from .errors import INT32_MAX, PackingError
 from .inputs import as_choice, as_int, as_positive, as_size
 
 if TYPE_CHECKING:
     from .layout import PackedLayout
 
 ON_OVERFLOW = ("raise", "truncate")
-SPEC_FIELDS = (
-    "image_token_id", "img_seq_len", "seq_multiple", "total_multiple", "max_length", "fixed_length",
-    "max_sequences", "on_overflow", "expands", "cp_size", "pad_token_id",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +37,6 @@ class RowSpec:
             ids are expanded already, and both spaces are one.
         cp_size: over how many context-parallel ranks the row is split.
         pad_token_id: what fills up a row of a model that does not expand.
-
-    Attributes:
-        longest: how many positions a row has at most, None where there is no limit.
-        words: the fields as ints, None as -1, for the header of a layout's tensor.
 
     Raises:
         PackingError: a field of another type, or fields that contradict each other.
@@ -95,20 +88,27 @@ class RowSpec:
                 f"{self.max_length}"
             )
 
-        longest = self.max_length if self.fixed_length is None else self.fixed_length
-        self._set("longest", longest)
-        values = {name: getattr(self, name) for name in SPEC_FIELDS}
-        values["on_overflow"] = ON_OVERFLOW.index(self.on_overflow)
-        words = tuple(-1 if value is None else int(value) for value in values.values())
-        self._set("words", words)
+        for name, value in vars(self).items():
+            if type(value) is int and not -INT32_MAX - 1 <= value <= INT32_MAX:
+                raise PackingError(f"{name} is {value}, more than int32 holds")
 
     def _set(self, name: str, value) -> None:
         object.__setattr__(self, name, value)
 
+    @property
+    def longest(self) -> int | None:
+        """How many positions a row has at most, None where there is no limit."""
+        return self.max_length if self.fixed_length is None else self.fixed_length
+
+    def to_ints(self) -> list[int]:
+        """The fields in their order, None as -1, for the header of a layout's tensor."""
+        values = vars(self) | {"on_overflow": ON_OVERFLOW.index(self.on_overflow)}
+        return [-1 if values[name] is None else int(values[name]) for name in SPEC_FIELDS]
+
     @classmethod
-    def of_words(cls, words: Sequence[int]) -> "RowSpec":
-        """The spec with these ``words``."""
-        values = dict(zip(SPEC_FIELDS, words, strict=True))
+    def from_ints(cls, ints: Sequence[int]) -> "RowSpec":
+        """The spec of which ``to_ints`` gave these."""
+        values = dict(zip(SPEC_FIELDS, ints, strict=True))
         for name in ("img_seq_len", "max_length", "fixed_length", "max_sequences"):
             values[name] = None if values[name] == -1 else values[name]
         values["on_overflow"] = ON_OVERFLOW[values["on_overflow"]]
@@ -168,6 +168,19 @@ class RowSpec:
             if found % expected:
                 return f"was made with {name}={found}, but this model asks for {expected}"
         return None
+
+
+SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(RowSpec))
+
+
+def as_spec(spec) -> RowSpec:
+    """A ``RowSpec``, and nothing else."""
+    if not isinstance(spec, RowSpec):
+        raise PackingError(
+            f"spec is {spec!r}, expected a mp.RowSpec: what mp.row_spec(model) gives, or "
+            f"mp.RowSpec(image_token_id=...)"
+        )
+    return spec
 
 
 def round_up(value: int, multiple: int) -> int:

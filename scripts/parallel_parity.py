@@ -28,7 +28,7 @@ from mcore_packing.megatron import call, hook, params
 from mcore_packing.testing import tiny
 from mcore_packing.testing.host_reads import HostReads
 
-SIZE = 28  # pixels: 5 rows a tile
+SIZE = 28  # pixels: 5 positions a tile
 LONGEST = 512  # positions of the language model, and of every row under pipeline parallelism
 CAPACITY = 8  # sequences that a stage without tokens has room for
 LAYERS = 4

@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import mcore_packing as mp
 from mcore_packing.data import Packer, Row
+from mcore_packing.reference import IGNORE_INDEX
 from mcore_packing.testing import shapes, tiny
 
 PACKINGS = ("hook", "dropped", "one-by-one", "padded")
@@ -94,7 +95,7 @@ def without_boundaries(row: Row) -> dict:
 
 def padded(samples: list[dict]) -> dict:
     """One batch ``[B, longest]``."""
-    fill = {"input_ids": 0, "labels": shapes.IGNORED, "loss_mask": 0.0}
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "loss_mask": 0.0}
     batch = {
         name: pad_sequence([sample[name][0] for sample in samples], True, value)
         for name, value in fill.items()

@@ -9,6 +9,7 @@ import pickle
 import types
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,7 +147,9 @@ def caught_warnings(model, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         handle = install(model, **options)
-    return handle, [str(w.message) for w in caught if "mcore_packing" in str(w.message)]
+    ours = [w for w in caught if "mcore_packing" in str(w.message)]
+    assert all(Path(w.filename).name == "models.py" for w in ours)  # where install is called
+    return handle, [str(w.message) for w in ours]
 
 
 class Overridden(LLaVAModel):
@@ -160,7 +163,7 @@ def test_an_overridden_expansion_keeps_its_own_and_is_warned_about():
     model, samples = model_of(), tiny.samples(4, img_size=SIZE)
     model.__class__ = Overridden
     handle, (warning,) = caught_warnings(model)
-    assert "_preprocess_data of this Overridden are not Megatron's own" in warning
+    assert "_preprocess_data of this Overridden is not Megatron's own" in warning
     assert parity.compare(model, samples).max_difference < 1e-5
     handle.remove()
     assert type(model) is Overridden
@@ -182,7 +185,7 @@ def test_a_patched_expansion_keeps_its_own_and_is_warned_about(monkeypatch, wher
     else:
         model._preprocess_data = types.MethodType(patch, model)
     handle, (warning,) = caught_warnings(model)
-    assert "are not Megatron's own" in warning
+    assert "is not Megatron's own" in warning
     assert parity.compare(model, samples).max_difference < 1e-5
     handle.remove()
 

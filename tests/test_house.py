@@ -20,7 +20,7 @@ ROOMS = [
     "cli", "plot", "parity", "testing", "data", "media",
     "megatron.hook", "megatron.call", "megatron.plan", "megatron.cpu", "megatron.attention",
     "megatron.params", "megatron.spec", "megatron.releases", "megatron.find",
-    "expand", "layout", "space", "spec", "context_parallel", "ops", "runs", "reference", "inputs",
+    "expand", "layout", "space", "spec", "context_parallel", "ops", "copies", "reference", "inputs",
     "errors",
 ]  # fmt: skip
 # Imported inside a function, because what they need may be missing, or is not wanted: {room: what}.

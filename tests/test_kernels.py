@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcore_packing import ops, reference, runs
+from mcore_packing import copies, ops, reference
 from mcore_packing.errors import INT32_MAX, Fault
 from mcore_packing.reference import parts_of
 from mcore_packing.testing import cubins
@@ -102,7 +102,7 @@ def layout_arguments(ids, cu_seqlens, padded, counts, length, **changes) -> dict
         "image_token_id": IMAGE,
         "expanded": False,
         "num_image_embeddings": -1,
-        "longest": -1,
+        "cut_at": -1,
         "num_positions": length,
         "seq_multiple": 1,
         "truncate": False,
@@ -130,14 +130,14 @@ def random_layout(rng: random.Random, bad: bool) -> dict:
         edges[-1] = num_tokens
     cu_seqlens = torch.tensor([0, *edges], dtype=torch.int32)
     total = num_tokens - counts.numel() + int(counts.sum())
-    expanded, longest = rng.random() < 0.4, -1
+    expanded, cut_at = rng.random() < 0.4, -1
     if expanded:
         given = layout_arguments(ids, cu_seqlens, None, counts, total, truncate=True)
         start = parts(reference.layout(**given), given)["expanded_start"]
         cu_seqlens = start[cu_seqlens.long()]
         if rng.random() < 0.3:  # cut at the model's maximum, anywhere
-            longest = rng.randint(1, total)
-            cu_seqlens = cu_seqlens.clamp(max=longest)
+            cut_at = rng.randint(1, total)
+            cu_seqlens = cu_seqlens.clamp(max=cut_at)
     padded = None
     if rng.random() < 0.3:
         padded = cu_seqlens
@@ -150,7 +150,7 @@ def random_layout(rng: random.Random, bad: bool) -> dict:
     if truncate:
         length = rng.randint(0, length) // multiple * multiple
     given = layout_arguments(
-        ids, cu_seqlens, padded, counts, length, expanded=expanded, longest=longest,
+        ids, cu_seqlens, padded, counts, length, expanded=expanded, cut_at=cut_at,
         num_image_embeddings=rng.choice([-1, int(counts.sum())]), seq_multiple=multiple,
         truncate=truncate,
     )  # fmt: skip
@@ -262,7 +262,9 @@ def test_layout_of_many_blocks():
 
 
 def test_the_kernels_faults_are_ours():
-    from mcore_packing.kernels import layout
+    from mcore_packing.kernels import expand_tokens, layout
+
+    assert expand_tokens.IGNORE_INDEX.value == reference.IGNORE_INDEX
 
     for fault in Fault:
         if 0 < fault < Fault.STAGE_LENGTH:
@@ -327,11 +329,11 @@ def test_expansion(bad, poisoned_memory):
         assert_same(found_tokens, reference.expand_tokens(*tokens))
         expected = reference.source_positions(*positions)
         assert_same(found_positions, expected)
-        for oracle in (reference, runs):
+        for oracle in (reference, copies):
             assert_same([filled], [oracle.expand_embeddings(text, images, source.cpu())])
         for index, shape in zip(expected, ((ids.numel(), 1), (per_tile, tiles)), strict=True):
             found = collect_gradients(*to_device((grad, index)), *shape)
-            for oracle in (reference, runs):
+            for oracle in (reference, copies):
                 assert_same([found], [oracle.collect_gradients(grad, index, *shape)])
 
 

@@ -15,7 +15,7 @@ from mcore_packing.expand import expand_tokens, source_positions
 from mcore_packing.layout import _FACTS
 from mcore_packing.reference import HEADER_SIZE, STATUS_SIZE, parts_of
 
-from .packs import NAMED, build, make_row, structures
+from .packs import IMAGE, NAMED, build, make_row, structures
 
 SPEC = {"img_seq_len": 5, "max_length": 4096, "pad_token_id": 7, "max_sequences": 64}
 
@@ -63,6 +63,22 @@ def test_the_tensor_is_the_layout():
     assert layout.to_tensor() is layout.tensor
     assert PackedLayout.from_tensor(layout.tensor).tensor.data_ptr() == layout.tensor.data_ptr()
     assert layout.to("cpu") is layout
+
+
+def test_every_layout_sends_its_header(monkeypatch):
+    """Whoever made it exact, and whenever."""
+    edges = torch.tensor([0, 579, 1157], dtype=torch.int32)
+    layout = PackedLayout.from_boundaries(edges, 1160)
+    assert PackedLayout.from_tensor(layout.to_tensor()).max_seqlen == 579
+    ids = torch.tensor([11, IMAGE, 21])
+    cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+    with monkeypatch.context() as patch:  # as on a GPU
+        patch.setattr("mcore_packing.layout.may_look", lambda tensor: False)
+        layout = PackedLayout.build(ids, cu_seqlens, [7], space="collapsed", num_image_embeddings=7)
+        assert not layout.is_exact
+        layout = layout.exact_later()()
+    sent = PackedLayout.from_tensor(layout.to_tensor())
+    assert (sent.max_seqlen, sent.num_expanded) == (8, 9)
 
 
 def test_every_part_begins_at_a_multiple_of_16_bytes():

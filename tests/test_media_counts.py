@@ -719,7 +719,7 @@ def test_totals_that_agree_are_not_enough():
     rows = [torch.zeros(4, 8), torch.zeros(6, 8)]
     for cu_seqlens in ([0, 5, 12], torch.tensor([0, 5, 12], dtype=torch.int32)):
         check_placeholders(ids, rows, IMAGE, cu_seqlens=cu_seqlens)
-        with pytest.raises(PlaceholderMismatch, match=r"sequence 0: 4 .* 6 feature rows") as caught:
+        with pytest.raises(PlaceholderMismatch, match=r"sequence 0: 4 .* features for 6") as caught:
             check_placeholders(ids, rows[::-1], IMAGE, cu_seqlens=cu_seqlens)
         assert (caught.value.expected, caught.value.actual) == (4, 6)
     check_placeholders(ids, rows[::-1], IMAGE)  # without samples nobody can tell
@@ -774,7 +774,7 @@ def test_features_that_cannot_be_told_apart_are_refused():
         check_placeholders(ids, [1, 1, 1], IMAGE, cu_seqlens=bounds)
     with pytest.raises(PackingError, match="num_images"):
         check_placeholders(ids, [1, 1, 1], IMAGE, cu_seqlens=bounds, num_images=[1, 1])
-    with pytest.raises(PackingError, match="several rows"):
+    with pytest.raises(PackingError, match="with a batch"):
         check_placeholders([[IMAGE], [IMAGE]], [1, 1], IMAGE, cu_seqlens=bounds)
     with pytest.raises(PackingError, match=r"features\[1\] is 0.5"):
         check_placeholders(ids, [2, 0.5], IMAGE)

@@ -185,7 +185,7 @@ def test_every_first_dimension_is_checked(made, data):
     more = data.draw(st.sampled_from([-1, 1]))
     if len(batch[key]) + more < 0:
         return
-    message = f"^{key} has {len(batch[key]) + more} rows .* {len(batch[key])} of what it counts"
+    message = f"^{key} has {len(batch[key]) + more} entries .* {len(batch[key])} of what it counts"
     broken = {**batch, key: torch.arange(len(batch[key]) + more)}
     with pytest.raises(ValueError, match=message):
         split_samples(broken, layout, images, [], **given)
@@ -286,11 +286,11 @@ def test_parts_are_views():
         ({"layout": None}, "layout is a NoneType"),
         ({"family": "llama4"}, "family is given beside layout"),
         ({"layout": "qwen9_vl"}, "not registered"),
-        ({"num_images": [1, 1]}, "input_ids has 3 rows .* 2 of what it counts"),
+        ({"num_images": [1, 1]}, "input_ids has 3 entries .* 2 of what it counts"),
         ({"num_images": [1, -1, 2]}, r"num_images\[1\] is -1"),
-        ({"num_images": [1, 1, 2]}, "pixel_values has 3 rows .* 4 of what it counts"),
+        ({"num_images": [1, 1, 2]}, "pixel_values has 3 entries .* 4 of what it counts"),
         ({"num_images": None}, "num_images is None"),
-        ({"num_images": None, "num_videos": [0, 0, 0]}, "pixel_values has 3 rows .* 0 of what"),
+        ({"num_images": None, "num_videos": [0, 0, 0]}, "pixel_values has 3 entries .* 0 of what"),
         ({"num_videos": [0]}, "num_images has 3 entries and num_videos 1"),
         ({"chunks": [(0, 4)]}, r"chunks\[0\] is \[0, 4\]"),
         ({"chunks": [(0, 1), (2, 1)]}, r"chunks\[1\] is \[2, 1\]"),

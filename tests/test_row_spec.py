@@ -37,6 +37,9 @@ pytestmark = pytest.mark.usefixtures("megatron")
         ({"cp_size": 2}, "seq_multiple is 1, but cp_size 2 cuts every sequence into 4 chunks"),
         ({"cp_size": 4, "seq_multiple": 4}, "seq_multiple is 4, but cp_size 4 cuts .* 8 chunks"),
         ({"pad_token_id": "0"}, "pad_token_id is '0', expected an int"),
+        ({"max_length": 2**33}, "max_length is 8589934592, more than int32 holds"),
+        ({"image_token_id": -(2**31) - 1}, "image_token_id is -2147483649, more than int32 holds"),
+        ({"seq_multiple": 2**16, "total_multiple": 3**11}, "total_multiple is 1160.*more than"),
     ],
 )
 def test_fields_that_make_no_sense(fields, message):
@@ -50,7 +53,7 @@ def test_a_spec_is_frozen_hashable_and_picklable():
     assert {spec: 1}[pickle.loads(pickle.dumps(spec))] == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.seq_multiple = 8
-    assert mp.RowSpec.of_words(spec.words) == spec
+    assert mp.RowSpec.from_ints(spec.to_ints()) == spec
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["ours", "boundaries-only"])
@@ -71,6 +74,17 @@ def test_the_same_before_and_after_install(own):
                     row["input_ids"], row["cu_seqlens"], counts, before, space="collapsed"
                 )),
             })  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "boundaries-only"])
+def test_max_sequences_of_a_loader_that_install_was_not_told(own):
+    model = model_of("rope", max_sequence_length=256)
+    if own:
+        model.__class__ = OwnExpansion
+    before = mp.row_spec(model, max_sequences=8)
+    with install(model):
+        assert mp.row_spec(model, max_sequences=8) == before
+    assert (before.max_sequences, before.fixed_length) == ((None, None) if own else (8, 256))
 
 
 def test_the_spec_of_a_model_is_made_at_install():

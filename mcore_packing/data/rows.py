@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset
 
 from ..errors import INT32_MAX, PackingError, PlaceholderMismatch
 from ..inputs import as_choice, as_int, refuse_old
-from ..layout import PackedLayout, not_a_spec
+from ..layout import PackedLayout
 from ..reference import IGNORE_INDEX
-from ..spec import RowSpec, round_up
+from ..spec import RowSpec, as_spec, round_up
 from .algorithms import check_algorithm, place
 from .report import Refused, Report, name_of
 
@@ -206,8 +206,7 @@ class Packer:
     seed: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.spec, RowSpec):
-            raise not_a_spec(self.spec)
+        as_spec(self.spec)
         check_algorithm(self.algorithm)
         as_choice(self.on_refused, "on_refused", ("report", "raise"))
         longest = INT32_MAX if self.spec.longest is None else self.spec.longest

@@ -135,8 +135,8 @@ def _count_blanks(processor, sizes, image_token_id: int | None, images_kwargs) -
     """The placeholders between separators, which are special tokens and so never merged."""
     text, tokens = getattr(processor, "image_token", None), getattr(processor, "tokenizer", None)
     if image_token_id is None:
-        # What stands once per image row is not always the token in the prompt (Llama 4), and the
-        # list has begin, end and break tokens too, but the placeholder comes first.
+        # What stands once per line of an image is not always the token in the prompt (Llama 4), and
+        # the list has begin, end and break tokens too, but the placeholder comes first.
         patch = getattr(processor, "img_patch_token", None)
         first, *_ = getattr(processor, "image_token_ids", None) or [None]
         image_token_id = first if patch is None else tokens.convert_tokens_to_ids(patch)
@@ -166,18 +166,18 @@ def check_placeholders(
     family: str | Family | None = None, cu_seqlens: Any = None,
     num_images: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """Raise if there are not as many placeholders as feature rows, sample by sample.
+    """Raise if there are not as many placeholders as features, sample by sample.
 
-    Totals alone do not do: samples of 4 and 6 placeholders with features of 6 and 4 rows add up and
+    Totals alone do not do: samples of 4 and 6 placeholders with 6 and 4 features add up and
     train on each other's images.
 
     Args:
         input_ids: token ids ``[T]`` or ``[1, T]``, one prompt or one packed row; or a batch
-            ``[B, T]``, or a list of ``B`` rows, each of them a sample.
-        features: what should replace the placeholders: a tensor ``[rows, H]`` or ``[images, rows,
-            H]``, tensors nested in lists, or ints for that many rows. With samples one entry for
+            ``[B, T]``, or a list of ``B`` lists, each of them a sample.
+        features: what should replace the placeholders: a tensor ``[n, H]`` or ``[images, n, H]``,
+            tensors nested in lists, or ints for so many of them. With samples one entry for
             each of them (empty or None where it has no images), or one for each image together
-            with ``num_images``. One tensor ``[rows, H]`` does not say where a sample ends, so that
+            with ``num_images``. One tensor ``[n, H]`` does not say where a sample ends, so that
             with it only the totals of a batch are compared.
         image_token_id: the placeholder; by default that of ``family``.
         family: a registered family, or a ``Family``.
@@ -185,7 +185,7 @@ def check_placeholders(
         num_images: how many entries of ``features`` each sample has.
 
     Raises:
-        PlaceholderMismatch: ``expected`` placeholders but ``actual`` feature rows, of the first
+        PlaceholderMismatch: ``expected`` placeholders but ``actual`` features, of the first
             sample that is wrong.
         PackingError: the features cannot be told apart by sample.
 
@@ -193,8 +193,8 @@ def check_placeholders(
         >>> check_placeholders([5, 9, 9, 6, 9], [2, 1], 9, cu_seqlens=[0, 3, 5])
         >>> check_placeholders([5, 9, 9, 6, 9], [1, 2], 9, cu_seqlens=[0, 3, 5])
         Traceback (most recent call last):
-        mcore_packing.errors.PlaceholderMismatch: sequence 0: 2 placeholders (id 9) but 1 feature \
-rows
+        mcore_packing.errors.PlaceholderMismatch: sequence 0: 2 placeholders (id 9) but features \
+for 1
     """
     if image_token_id is None:
         image_token_id = resolve(family, {}).image_token_id
@@ -202,21 +202,21 @@ rows
     placeholders = _placeholders_per_sample(input_ids, token, cu_seqlens)
     flat_batch = cu_seqlens is None and getattr(features, "ndim", 0) == 2
     if num_images is None and (flat_batch or len(placeholders) == 1):
-        placeholders, rows = [sum(placeholders)], [_num_rows(features, "features")]
+        placeholders, given = [sum(placeholders)], [_num_features(features, "features")]
     else:
-        rows = _rows_per_sample(features, len(placeholders), num_images)
-    for seq, (expected, actual) in enumerate(zip(placeholders, rows, strict=True)):
+        given = _features_per_sample(features, len(placeholders), num_images)
+    for seq, (expected, actual) in enumerate(zip(placeholders, given, strict=True)):
         if expected != actual:
-            where = f"sequence {seq}: " if len(rows) > 1 else ""
-            message = f"{where}{expected} placeholders (id {token}) but {actual} feature rows"
+            where = f"sequence {seq}: " if len(given) > 1 else ""
+            message = f"{where}{expected} placeholders (id {token}) but features for {actual}"
             raise PlaceholderMismatch(message, actual=actual, expected=expected)
 
 
 def _placeholders_per_sample(input_ids, token: int, cu_seqlens) -> list[int]:
     batch = getattr(input_ids, "ndim", 1) == 2 and len(input_ids) != 1
     if batch or (isinstance(input_ids, (list, tuple)) and input_ids and nested(input_ids[0])):
-        require(cu_seqlens is None, "cu_seqlens go with one packed row, not with several rows")
-        return [as_ids(row, f"input_ids[{i}]").count(token) for i, row in enumerate(input_ids)]
+        require(cu_seqlens is None, "cu_seqlens go with one packed row, not with a batch")
+        return [as_ids(ids, f"input_ids[{i}]").count(token) for i, ids in enumerate(input_ids)]
     ids = as_ids(input_ids, "input_ids")
     bounds = as_boundaries(cu_seqlens, len(ids))
     if tail := ids[bounds[-1] :].count(token):
@@ -225,12 +225,12 @@ def _placeholders_per_sample(input_ids, token: int, cu_seqlens) -> list[int]:
     return [ids[start:stop].count(token) for start, stop in pairwise(bounds)]
 
 
-def _num_rows(features, name: str) -> int:
-    """Feature rows of a tensor, of tensors nested in lists, or of counts."""
+def _num_features(features, name: str) -> int:
+    """How many features a tensor, tensors nested in lists, or counts are."""
     if features is None:
         return 0
     if isinstance(features, (list, tuple)):
-        return sum(_num_rows(entry, f"{name}[{i}]") for i, entry in enumerate(features))
+        return sum(_num_features(entry, f"{name}[{i}]") for i, entry in enumerate(features))
     if not (shape := getattr(features, "shape", None)):
         return as_int(features, name, minimum=0)
     if len(shape) == 1 and holds_ints(features):
@@ -238,20 +238,20 @@ def _num_rows(features, name: str) -> int:
     return math.prod(shape[:-1] or shape)
 
 
-def _rows_per_sample(features, num_samples: int, num_images) -> list[int]:
-    """Feature rows of each sample, whose entries are its own, or ``num_images`` of them."""
+def _features_per_sample(features, num_samples: int, num_images) -> list[int]:
+    """How many features each sample has, whose entries are its own, or ``num_images`` of them."""
     shape = getattr(features, "shape", ())
     if features is None:
         features = [None] * num_samples if num_images is None else []
     elif (len(shape) == 1 and holds_ints(features)) or (len(shape) > 2 and num_images is not None):
-        features = list(features)  # counts, or [images, rows, H]
+        features = list(features)  # counts, or [images, n, H]
     known = isinstance(features, (list, tuple))
     found = f"features are a {type(features).__name__} {[*shape]} for {num_samples} samples"
     require(known, f"{found}, which does not say where each sample ends; say num_images")
-    rows = [_num_rows(entry, f"features[{i}]") for i, entry in enumerate(features)]
-    images = [1] * len(rows) if num_images is None else as_ids(num_images, "num_images", 0)
+    counts = [_num_features(entry, f"features[{i}]") for i, entry in enumerate(features)]
+    images = [1] * len(counts) if num_images is None else as_ids(num_images, "num_images", 0)
     found = (
-        f"features have {len(rows)} entries for {num_samples} samples of {shorten(images)} images"
+        f"features have {len(counts)} entries for {num_samples} samples of {shorten(images)} images"
     )
-    require(len(images) == num_samples and sum(images) == len(rows), f"{found}; say num_images")
-    return [sum(rows[start:stop]) for start, stop in pairwise([0, *accumulate(images)])]
+    require(len(images) == num_samples and sum(images) == len(counts), f"{found}; say num_images")
+    return [sum(counts[start:stop]) for start, stop in pairwise([0, *accumulate(images)])]

@@ -13,10 +13,10 @@ LAYOUT_WORDS = (
     "sample",
     "nonempty_sample",  # with at least one image
     "image",
-    "patch",  # t * h * w of the image's row of image_grid_thw, or h * w of image_grid_hw
+    "patch",  # t * h * w of the image's entry of image_grid_thw, or h * w of image_grid_hw
     "tile",  # as tiles_per_image says
     "video",
-    "video_patch",  # t * h * w of the video's row of video_grid_thw
+    "video_patch",  # t * h * w of the video's entry of video_grid_thw
     "video_frame",  # as frames_per_video says
     "video_or_frame",  # as its own dimensions say: [frames, C, H, W] or [C, H, W]
 )
@@ -28,7 +28,7 @@ class Family:
     """One model family. What is None or empty is not known, or differs between its checkpoints.
 
     Attributes:
-        image_token_id: the placeholder that stands once per image row.
+        image_token_id: the placeholder that stands once per image embedding.
         video_token_id: the same for videos; None where they are written with ``image_token_id``.
         vision_start_id, vision_end_id: the markers around an image, and each frame of a video.
         video_start_id, video_end_id: the markers around a whole video and its timestamps.
@@ -205,7 +205,7 @@ def _layout(**keys: str) -> dict[str, str]:
 
 
 def _add(name, *ids, hf="its configuration and processor", **others) -> None:
-    """Register a row of the table: ``_IDS`` by position, and where transformers says all this."""
+    """Register a line of the table: ``_IDS`` by position, and where transformers says all this."""
     known = {key: token for key, token in zip(_IDS, ids, strict=False) if token is not None}
     register_family(name, **{"source": f"transformers 5.24.0: {hf}", **known, **others})
 
@@ -245,7 +245,7 @@ _add("glm4v", 151343, 151339, 151340, None, 151331, turn_opener=(151336, 198),
      hf="Glm4vConfig (GLM-4.1V), Glm4vProcessor and its model test (opener)")
 _add("glm4_5v", 151363, like="glm4v", video_prompt_token_id=151364,
      hf="Glm4vMoeConfig (GLM-4.5V, and GLM-4.6V by its model test), Glm46VProcessor")
-# video_grid_thw has one row for each chunk of four frames: count chunks.
+# video_grid_thw has one entry for each chunk of four frames: count chunks.
 _add("kimi_k2_5", 163605, 163602, 163604, 163840, 163584, break_token_ids=(163603,),
      turn_opener=(163587, 2482, 163601), turn_opener_text="<|im_user|>user<|im_middle|>",
      layout=_GRIDS, count="kimi_vl", video_count="kimi_vl", video_settings={"max_patches": 4096},

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..errors import PackingError
 
-IGNORE_INDEX = -100  # what PyTorch's and Megatron's losses skip
 _INTS = {"int64", "int32", "int16", "int8", "uint32", "uint16", "uint8"}  # an int64 holds them
 
 
@@ -161,10 +160,10 @@ def like(template: Any, values: list | np.ndarray, dtype: torch.dtype | None = N
     dtype = dtype or template.dtype
     check_fits(values, dtype)
     if isinstance(template, Tensor):
-        row = torch.tensor(values, dtype=dtype, device=template.device)
+        made = torch.tensor(values, dtype=dtype, device=template.device)
     else:
-        row = np.asarray(values, dtype=np.int64 if dtype is torch.int64 else dtype)
-    return row[None] if template.ndim == 2 else row
+        made = np.asarray(values, dtype=np.int64 if dtype is torch.int64 else dtype)
+    return made[None] if template.ndim == 2 else made
 
 
 def like_ids(template: Any, values: list[int] | np.ndarray) -> Any:
@@ -182,7 +181,8 @@ def length(values: Any, name: str) -> int:
 
 
 def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
-    """The rows in ``[start, stop)`` spans, in the order of the spans; a view where they adjoin."""
+    """The entries in ``[start, stop)`` spans, in the order of the spans; a view where they
+    adjoin."""
     parts = [values[start:stop] for start, stop in merge_spans(spans)] or [values[:0]]
     if len(parts) == 1:
         return parts[0]
@@ -192,7 +192,7 @@ def take_spans(values: Any, spans: Sequence[Sequence[int]]) -> Any:
 
 
 def merge_spans(spans: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same rows in as few spans as their order allows, none of them empty."""
+    """The same entries in as few spans as their order allows, none of them empty."""
     merged: list[list[int]] = []
     for start, stop in spans:
         if start < stop and merged and merged[-1][1] == start:

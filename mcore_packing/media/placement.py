@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import PlaceholderMismatch
+from ..reference import IGNORE_INDEX
 from . import kinds
 from .families import Family, resolve
 from .kinds import as_boundaries, as_ids, as_list, like, like_ids, require, shorten
@@ -182,7 +183,7 @@ def place_image_blocks(
         output_ids=like_ids(prompt_ids, output),
         insert_at=insert_at,
         block_spans=spans,
-        labels=moved(labels, "labels", kinds.IGNORE_INDEX),
+        labels=moved(labels, "labels", IGNORE_INDEX),
         loss_mask=moved(loss_mask, "loss_mask", 0),
         position_ids=like(prompt_ids, positions, torch.int64),
         cu_seqlens=None if cu_seqlens is None else like(cu_seqlens, new_starts[: num_seqs + 1]),

@@ -126,7 +126,7 @@ def minimax_video(
     return math.ceil(frames / temporal_patch_size) * merged
 
 
-def _smart_resize(height, width, unit, low, high, frames=1, temporal=1, enlarge=False) -> int:
+def _smart_resize(height, width, unit, least, most, frames=1, temporal=1, enlarge=False) -> int:
     """Merged patches of one frame, rounded half to even."""
     require(frames >= temporal, f"a video of {frames} frames, expected at least {temporal}")
     if enlarge and min(height, width) < unit:
@@ -135,16 +135,16 @@ def _smart_resize(height, width, unit, low, high, frames=1, temporal=1, enlarge=
     aspect = max(height, width) / min(height, width)
     found = f"{height} x {width} has an aspect ratio of {aspect:.1f}"
     require(aspect <= MAX_ASPECT_RATIO, f"{found}, expected at most {MAX_ASPECT_RATIO}")
-    rows, columns = round(height / unit), round(width / unit)  # may be 0: there is no clamp here
-    pixels = round(frames / temporal) * temporal * rows * unit * columns * unit
-    if pixels > high:
-        beta = math.sqrt(frames * height * width / high)
-        rows = max(1, math.floor(height / beta / unit))
-        columns = max(1, math.floor(width / beta / unit))
-    elif pixels < low:
-        beta = math.sqrt(low / (frames * height * width))
-        rows, columns = math.ceil(height * beta / unit), math.ceil(width * beta / unit)
-    return rows * columns
+    high, wide = round(height / unit), round(width / unit)  # may be 0: there is no clamp here
+    pixels = round(frames / temporal) * temporal * high * unit * wide * unit
+    if pixels > most:
+        beta = math.sqrt(frames * height * width / most)
+        high = max(1, math.floor(height / beta / unit))
+        wide = max(1, math.floor(width / beta / unit))
+    elif pixels < least:
+        beta = math.sqrt(least / (frames * height * width))
+        high, wide = math.ceil(height * beta / unit), math.ceil(width * beta / unit)
+    return high * wide
 
 
 def kimi_vl(
@@ -167,18 +167,18 @@ def nemotron_omni(
     merge = round(1 / downsample_ratio)
     budget = max((max_model_len - 4) * merge**2, min_num_patches)
     budget = max(min(budget, max_num_patches or budget), min_num_patches)
-    rows, columns = round(height / patch_size + 0.5), round(width / patch_size + 0.5)
-    factor = min(math.sqrt(budget / (rows * columns)), 1.0)
-    rows, columns = math.floor(factor * rows), math.floor(factor * columns)
-    if budget > min_num_patches and rows * columns < min_num_patches:
-        factor = math.sqrt(min_num_patches / (rows * columns))
-        rows, columns = math.ceil(factor * rows), math.ceil(factor * columns)
-    for _ in range(2):  # rows first, then columns against the rows that they have become
-        if remainder := rows % merge:
-            fits = (rows + merge - remainder) * columns <= budget
-            rows = rows + merge - remainder if fits else max(merge, rows - remainder)
-        rows, columns = columns, rows
-    return rows * columns // merge**2
+    high, wide = round(height / patch_size + 0.5), round(width / patch_size + 0.5)
+    factor = min(math.sqrt(budget / (high * wide)), 1.0)
+    high, wide = math.floor(factor * high), math.floor(factor * wide)
+    if budget > min_num_patches and high * wide < min_num_patches:
+        factor = math.sqrt(min_num_patches / (high * wide))
+        high, wide = math.ceil(factor * high), math.ceil(factor * wide)
+    for _ in range(2):  # the height first, then the width against what that became
+        if remainder := high % merge:
+            fits = (high + merge - remainder) * wide <= budget
+            high = high + merge - remainder if fits else max(merge, high - remainder)
+        high, wide = wide, high
+    return high * wide // merge**2
 
 
 def nemotron_video(
@@ -193,8 +193,8 @@ def nemotron_video(
         grid = [max(round(math.sqrt(patches)), 1) for patches in (target / aspect, target * aspect)]
         larger = [side + -side % merge for side in grid]
         grid = larger if math.prod(larger) <= target else grid
-    rows, columns = (max(merge, side - side % merge) for side in grid)
-    return math.ceil(frames / video_temporal_patch_dim) * (rows * columns // merge**2)
+    high, wide = (max(merge, side - side % merge) for side in grid)
+    return math.ceil(frames / video_temporal_patch_dim) * (high * wide // merge**2)
 
 
 def gemma4(
@@ -205,12 +205,12 @@ def gemma4(
     pixels = max_soft_tokens * pooling_kernel_size**2 * patch_size**2
     unit = pooling_kernel_size * patch_size
     scale = math.sqrt(pixels / (height * width))
-    rows, columns = math.floor(scale * height / unit), math.floor(scale * width / unit)
+    high, wide = math.floor(scale * height / unit), math.floor(scale * width / unit)
     budget = f"max_soft_tokens {max_soft_tokens}"
-    require(rows or columns, f"{height} x {width} is resized to nothing at {budget}")
-    tokens = rows * columns
+    require(high or wide, f"{height} x {width} is resized to nothing at {budget}")
+    tokens = high * wide
     if tokens == 0:  # the long side alone decides, and the budget is its limit
-        aspect = height / width if rows else width / height
+        aspect = height / width if high else width / height
         tokens = min(math.floor(aspect), max_soft_tokens)
     require(tokens <= max_soft_tokens, f"{height} x {width} has {tokens} tokens, over {budget}")
     return tokens
@@ -245,8 +245,8 @@ def llama4(
     side = _square(size, "size")
     # The processor's are float32: no other ties while a side has less than 100,000 pixels.
     scales = {
-        (columns, rows): min(columns * side / width, rows * side / height)
-        for columns, rows in _grids(1, max_patches)
+        (wide, high): min(wide * side / width, high * side / height)
+        for wide, high in _grids(1, max_patches)
     }
     larger = [scale for scale in scales.values() if scale >= 1]
     best = min(larger) if larger and not resize_to_max_canvas else max(scales.values())
@@ -319,30 +319,31 @@ def megatron_llava(
     use_thumbnail: bool = False, use_area_weighted_aspect_ratio: bool = False,
     dynamic_resolution: bool = False,
 ):  # fmt: skip
-    """Rows of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic tiling.
+    """Positions of one tile, as Megatron-Core says, times the tiles of Megatron-LM's dynamic
+    tiling.
 
     With ``dynamic_resolution`` the image is one tile of the size that it has already been given.
     """
     from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 
     tile = (height, width) if dynamic_resolution else (img_h, img_w)
-    rows = get_num_image_embeddings(
+    per_tile = get_num_image_embeddings(
         img_h=tile[0], img_w=tile[1], patch_dim=patch_dim, vision_model_type=vision_model_type,
         disable_vision_class_token=disable_vision_class_token, class_token_len=class_token_len,
         pixel_shuffle=pixel_shuffle, use_tile_tags=use_tile_tags, max_num_tiles=max_num_tiles,
         tokenizer_type=tokenizer_type,
     )  # fmt: skip
     if dynamic_resolution or not use_tiling or max_num_tiles <= 1:
-        return rows
+        return per_tile
     require(img_h == img_w, f"img_h is {img_h} and img_w {img_w}, but tiles are square")
     choose = _most_covering_grid if use_area_weighted_aspect_ratio else _closest_grid
     tiles = choose(height, width, 1, max_num_tiles, img_h * img_w)
-    return rows * (tiles + (use_thumbnail and tiles > 1))
+    return per_tile * (tiles + (use_thumbnail and tiles > 1))
 
 
 @lru_cache
 def _grids(fewest: int, most: int) -> list[tuple[int, int]]:
-    """All ``(columns, rows)`` of ``fewest`` to ``most`` tiles, small grids first."""
+    """All ``(wide, high)`` of ``fewest`` to ``most`` tiles, small grids first."""
     every = ((x, y) for x in range(1, most + 1) for y in range(1, most // x + 1))
     return sorted((grid for grid in every if math.prod(grid) >= fewest), key=math.prod) or [(1, 1)]
 

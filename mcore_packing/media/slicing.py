@@ -1,4 +1,4 @@
-"""Which rows of which tensor belong to which samples."""
+"""Which entries of which tensor belong to which samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,10 @@ def split_samples(
     family: str | Family | None = None, tiles_per_image: Sequence[int] | None = None,
     num_videos: Sequence[int] | None = None, frames_per_video: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Cut a batch of samples into chunks of samples, every tensor at its own rows.
+    """Cut a batch of samples into chunks of samples, every tensor where its own entries are.
 
-    Rows are never guessed from a shape; all first dimensions are checked before anything is cut.
+    What a first dimension counts is never guessed from a shape; all first dimensions are checked
+    before anything is cut.
 
     Args:
         batch: tensors, arrays or lists by name; None counts as absent.
@@ -32,8 +33,9 @@ def split_samples(
         num_videos: how many videos each sample has, where there are any.
 
     Returns:
-        One dict for each chunk: views of its rows, where the kind allows. A key that does not count
-        samples is absent where a chunk has no rows of it: vision encoders do not take zero rows.
+        One dict for each chunk: views of its entries, where the kind allows. A key that does not
+            count
+        samples is absent where a chunk has no entry of it: vision encoders do not take none.
 
     Raises:
         PackingError: a key is not in the layout, or has another first dimension than its samples
@@ -47,8 +49,8 @@ def split_samples(
         >>> split_samples(batch, layout, [2, 0, 1], 2)[1]
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
-    rows = _Rows(batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video)
-    total, checked = rows.num_samples, []
+    spans = _Spans(batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video)
+    total, checked = spans.num_samples, []
     if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
         chunks = [(start, min(start + size, total)) for start in range(0, total, size)]
@@ -59,23 +61,23 @@ def split_samples(
         inside = len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= total
         require(inside, f"{name} is {bounds}, expected [start, stop) of {total} samples")
         checked.append(range(*bounds))
-    return [rows.of(samples) for samples in checked]
+    return [spans.of(samples) for samples in checked]
 
 
 def take_samples(
     batch: Mapping[str, Any], layout: Mapping[str, str] | str | Family | None,
     num_images: Sequence[int] | None, order: Sequence[int], **given: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Gather samples of a batch in any order, with repetition, and all their rows with them.
+    """Gather samples of a batch in any order, with repetition, and all that is theirs with them.
 
-    Inside a sample the order of its images, and of their rows, stays as it is.
+    Inside a sample the order of its images, and of their patches, stays as it is.
 
     Args:
         batch, layout, num_images, **given: as for ``split_samples``, whose keywords these are.
         order: the samples to take, ``[N]``.
 
     Returns:
-        A batch of ``N`` samples, without the keys that they have no rows of.
+        A batch of ``N`` samples, without the keys that they have no entry of.
 
     Raises:
         PackingError: as for ``split_samples``, or a sample in ``order`` does not exist.
@@ -86,15 +88,15 @@ def take_samples(
         >>> take_samples(batch, layout, [2, 1], [1, 0, 1])
         {'input_ids': [[6], [5], [6]], 'pixel_values': ['c', 'a', 'b', 'c']}
     """
-    rows = _Rows(batch, layout, num_images, **given)
-    samples, last = as_ids(order, "order"), rows.num_samples - 1
+    spans = _Spans(batch, layout, num_images, **given)
+    samples, last = as_ids(order, "order"), spans.num_samples - 1
     for i, sample in enumerate(samples):
         require(0 <= sample <= last, f"order[{i}] is {sample}, expected a sample from 0 to {last}")
-    return rows.of(samples)
+    return spans.of(samples)
 
 
-class _Rows:
-    """Where the rows of each sample begin in each tensor of a batch."""
+class _Spans:
+    """Where the entries of each sample begin in each tensor of a batch."""
 
     def __init__(
         self, batch, layout, num_images, family=None, tiles_per_image=None, num_videos=None,
@@ -128,12 +130,12 @@ class _Rows:
         self.numbers = dict.fromkeys(("image", "video"), [0] * self.num_samples) | numbers
         self.starts = {word: [0, *accumulate(self._count(word))] for word in self.words.values()}
         for key, word in self.words.items():
-            rows, total = length(self.batch[key], key), self.starts[word][-1]
-            found = f"{key} has {rows} rows in its first dimension"
-            require(rows == total, f"{found}, its samples {total} of what it counts ({word})")
+            size, total = length(self.batch[key], key), self.starts[word][-1]
+            found = f"{key} has {size} entries in its first dimension"
+            require(size == total, f"{found}, its samples {total} of what it counts ({word})")
 
     def of(self, samples: Sequence[int]) -> dict[str, Any]:
-        """The rows of these samples, in their order."""
+        """What belongs to these samples, in their order."""
         parts = {}
         for key, word in self.words.items():
             spans = [self.starts[word][sample : sample + 2] for sample in samples]
@@ -155,14 +157,14 @@ class _Rows:
             name = "image_grid_hw" if flat else f"{item}_grid_thw"
             grid = self.batch.get(name, None if any(per_sample) else [])
             require(grid is not None, f"{keys} counts by {name}, which is not in the batch")
-            rows = _products(grid, name)
+            counts = _products(grid, name)
         else:
             name = "frames_per_video" if item == "video" else "tiles_per_image"
             require(self.given[name] is not None, f"{keys} counts {word}s; pass {name}")
-            rows = as_ids(self.given[name], name, minimum=0)
+            counts = as_ids(self.given[name], name, minimum=0)
         expected = f"num_{item}s {shorten(per_sample)} adds up to {sum(per_sample)}"
-        require(len(rows) == sum(per_sample), f"{name} has {len(rows)} entries, but {expected}")
-        starts, bounds = [0, *accumulate(rows)], [0, *accumulate(per_sample)]
+        require(len(counts) == sum(per_sample), f"{name} has {len(counts)} entries, but {expected}")
+        starts, bounds = [0, *accumulate(counts)], [0, *accumulate(per_sample)]
         return [starts[last] - starts[first] for first, last in pairwise(bounds)]
 
 
@@ -179,11 +181,11 @@ def _video_or_frame(values: Any, key: str) -> str:
 
 
 def _products(grid: Any, name: str) -> list[int]:
-    """How many patches each row of a grid is."""
+    """How many patches each entry of a grid is."""
     length(grid, name)  # refuses what has none
-    rows = [as_ids(row, f"{name}[{i}]", minimum=1) for i, row in enumerate(grid)]
+    entries = [as_ids(entry, f"{name}[{i}]", minimum=1) for i, entry in enumerate(grid)]
     sides = name.rpartition("_")[2]
-    for i, row in enumerate(rows):
+    for i, entry in enumerate(entries):
         expected = f"expected {len(sides)}: {', '.join(sides)}"
-        require(len(row) == len(sides), f"{name}[{i}] has {len(row)} entries, {expected}")
-    return [math.prod(row) for row in rows]
+        require(len(entry) == len(sides), f"{name}[{i}] has {len(entry)} entries, {expected}")
+    return [math.prod(entry) for entry in entries]

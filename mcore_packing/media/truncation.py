@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from ..errors import AmbiguousTruncation, PlaceholderMismatch
+from ..reference import IGNORE_INDEX
 from . import kinds
 from .families import Family, resolve
-from .kinds import IGNORE_INDEX, as_flag, as_ids, as_int, as_list, like, require, shorten
+from .kinds import as_flag, as_ids, as_int, as_list, like, require, shorten
 
 _KINDS = ("image", "video")
 # What a batch says of its tokens themselves, never of the next one: keys, or ends of keys.
@@ -60,7 +61,7 @@ class Truncation:
         return whole and not self.dropped_images and not self.dropped_videos
 
     def kept_row_ranges(self, rows_per_image: Sequence[int], per: str = "image") -> list[list[int]]:
-        """Which rows of a pixel tensor stay: ``[start, stop)`` ranges, adjoining ones merged.
+        """Which entries of a pixel tensor stay: ``[start, stop)`` ranges, adjoining ones merged.
 
         ``rows_per_image`` has an entry for every image (every video, ``per="video"``) of the row.
 
@@ -90,10 +91,11 @@ class Truncation:
         """Cut an array as the row was cut.
 
         Args:
-            values: a list, tensor or array with an entry per token, image, video or row; or a dict.
+            values: a list, tensor or array with an entry per token, image, video or patch; or a
+                dict.
             per: what the first dimension counts: "token", "image" or "video"; or "position" for
                 position ids (in a dict known by name), which close up and start at 0 per sequence.
-            rows: how many rows of ``values`` each image (each video) has, if not one each.
+            rows: how many entries of ``values`` each image (each video) has, if not one each.
             shifted: entry ``t`` is about token ``t + 1``, as Megatron's labels; where that was
                 removed from inside the row it becomes ``fill``. By default what the family says. In
                 a dict this is so of all keys but ids, types, positions and ``attention_mask``.
@@ -104,7 +106,7 @@ class Truncation:
 
         Returns:
             What is left, of the same kind; None, and in a dict no key, where no image (no video) or
-            no row of one is left: vision encoders do not take zero rows.
+            no entry of one is left: vision encoders do not take none.
 
         Raises:
             PackingError: ``values`` has another length, holds no signed ints for -100, or looks
@@ -135,7 +137,7 @@ class Truncation:
         found = kinds.length(values, "values")
         rows = [1] * found if rows is None else as_ids(rows, "rows")
         ranges, expected = self.kept_row_ranges(rows, per), sum(rows)
-        require(found == expected, f"values have {found} entries, but {per}s {expected} rows")
+        require(found == expected, f"values have {found} entries, but {per}s {expected}")
         return kinds.take_spans(values, ranges) if ranges else None
 
     def _apply_to_tokens(self, values, shifted: bool, fill, dim: int | None, positions: bool):
@@ -205,7 +207,7 @@ def truncate(
     An image whose placeholders all stay is kept, though the cut may have taken its begin marker.
 
     Args:
-        input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per feature row.
+        input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per image embedding.
         tokens_per_image: how many placeholders each image has, in order; the list of its runs
             where they stand in several (runs that adjoin are one): ``[[20, 20]]`` for two frames of
             a video. For a packed row flat ints, or one list per sequence, with runs one level
@@ -217,7 +219,7 @@ def truncate(
         cu_seqlens: ``[B + 1]``, boundaries of a packed row; tokens past the last one stay last.
         image_token_id, **overrides: instead of what the family says, these attributes of
             ``Family``: its ids, ``drop_dangling``, ``shifted``. Or instead of both placeholders
-            ``mm_token_type_ids`` ``[T]``: 1 for rows of images, 2 for those of videos, else 0.
+            ``mm_token_type_ids`` ``[T]``: 1 for what stands for images, 2 for videos, else 0.
 
     Raises:
         PlaceholderMismatch: the row does not have these placeholders, in number or in order.

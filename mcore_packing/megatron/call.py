@@ -40,10 +40,11 @@ def packed_call(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "Pa
             f"{len(plan.parameters)}: pass the others by name, or set __wrapped__ (functools.wraps)"
         )
     given = dict(zip(plan.parameters, args, strict=False)) | kwargs
-    if not _is_packed(plan, model, given):
+    if not _has_boundaries(model, given):
+        _check_may_be_missing(plan, model, given)
         return None
     spec = plan.spec_of_calls
-    if plan.replaces_expansion and not _infers_or_hears(given):
+    if plan.replaces_expansion and not _keeps_megatrons_expansion(given):
         return PackedCall(plan, model, spec, given, args, kwargs)
     spec = dataclasses.replace(megatrons_spec(model, _infers(given)), on_overflow=spec.on_overflow)
     return BoundariesOnly(plan, model, spec, given, args, kwargs)
@@ -63,6 +64,8 @@ class PackedCall:
         layout: of the row; exact once its status is read.
         args, kwargs: what ``forward`` gets instead of what it was called with.
     """
+
+    withholds_boundaries = True
 
     # 1: begin. The row is laid out, or the layout that rides along is checked.
 
@@ -100,7 +103,10 @@ class PackedCall:
         seen.layout, seen.input_ids = self.layout, input_ids
         if plan.restarts_positions and model.pre_process:
             self._pass("position_ids", self.layout.position_ids_collapsed[None])
-        self._pass("packed_seq_params", self.first_params())
+        # Where forward itself would read the boundaries, it gets none.
+        self.withholds = self.withholds_boundaries and plan.release.reads_boundaries
+        blank = PackedSeqParams(qkv_format="thd")
+        self._pass("packed_seq_params", blank if self.withholds else self.params)
 
     def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
         """The layout of a stage with tokens."""
@@ -132,12 +138,6 @@ class PackedCall:
             self.args[place] = value
         else:
             self.kwargs[name] = value
-
-    def first_params(self) -> PackedSeqParams:
-        """What ``forward`` sees until then: nothing, where it would read it."""
-        if self.plan.release.reads_boundaries:
-            return PackedSeqParams(qkv_format="thd")
-        return self.params
 
     # 2: in place of _preprocess_data.
 
@@ -190,7 +190,7 @@ class PackedCall:
 
     def split_over_ranks(self, own, args: tuple, kwargs: dict):
         """In place of ``_process_embedding_token_parallel``: they are this rank's already."""
-        return args
+        return (*args, *kwargs.values())
 
     # 3: right before the language model, with the vision model queued on the GPU.
 
@@ -220,13 +220,20 @@ class PackedCall:
     def _start_reading(self):
         """Queue what only the GPU knows: one copy, one wait. Gives None where there is nothing."""
         layout, loss_mask = self.layout, self.given.get("loss_mask")
-        if layout.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            torch._assert_async(layout.status[0] == 0)
-            return None
         words = [] if layout.is_exact else [layout.status]
         if loss_mask is not None and layout.may_be_cut:
             words.append(count_lost(layout, loss_mask).reshape(1))
+        if layout.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._assert_on_gpu(words)
+            return None
         return read_later(torch.cat(words)) if words else None
+
+    def _assert_on_gpu(self, words: list[Tensor]) -> None:
+        """While a stream captures, nothing can be read: a replay that finds a fault dies."""
+        if not self.layout.is_exact:
+            torch._assert_async(words.pop(0)[0] == 0)
+        if words and self.plan.raises_on_overflow:
+            torch._assert_async(words[0][0] == 0)
 
     def _finish_reading(self) -> None:
         """Read what was queued: raise what is wrong with the row, or make its exact boundaries."""
@@ -263,7 +270,7 @@ class PackedCall:
         if self.entered:
             return
         self._finish_reading()
-        if self.first_params() is not self.params:
+        if self.withholds:
             raise PackingError(
                 "the language model ran without its boundaries: it was compiled before the hook "
                 "was installed; call mp.install first"
@@ -284,7 +291,12 @@ class Current(threading.local):
 
 
 class BoundariesOnly(PackedCall):
-    """One packed ``forward`` whose expansion is not ours: only its boundaries are moved."""
+    """One packed ``forward`` whose expansion is not ours: only its boundaries are moved.
+
+    Nothing is checked later: its layout is exact before ``forward`` begins, which costs waits.
+    """
+
+    withholds_boundaries = False
 
     def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
         self.spec = self._spec_of_row(input_ids)
@@ -339,9 +351,6 @@ class BoundariesOnly(PackedCall):
                 f"the one of this call, makes {length}"
             )
 
-    def first_params(self) -> PackedSeqParams:
-        return self.params
-
     def preprocess(self, own, args: tuple, kwargs: dict):
         return own(*args, **kwargs)
 
@@ -355,22 +364,27 @@ class BoundariesOnly(PackedCall):
 # What a call is about
 
 
-def _is_packed(plan: Plan, model: LLaVAModel, given: dict) -> bool:
+def _has_boundaries(model: LLaVAModel, given: dict) -> bool:
+    """Whether the call is one of a packed row."""
     params = given.get("packed_seq_params")
     is_thd = params is not None and params.qkv_format == "thd"
-    has_tensors = isinstance(given.get("input_ids"), Tensor | None)
-    if is_thd and model.add_decoder and has_tensors:
-        return True
-    passes = is_thd or not model.add_decoder or not has_tensors or _infers(given)
+    return is_thd and model.add_decoder and isinstance(given.get("input_ids"), Tensor | None)
+
+
+def _check_may_be_missing(plan: Plan, model: LLaVAModel, given: dict) -> None:
+    """Refuse a call without boundaries, where it should have some."""
+    has_lists = not isinstance(given.get("input_ids"), Tensor | None)
+    passes = not model.add_decoder or has_lists or _infers(given)
     if passes or not plan.raises_if_missing or getattr(plan.unpacked, "depth", 0):
-        return False
-    found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
+        return
     if not model.training and not plan.seen.in_evaluation:
         _warn_once(
             "a call in evaluation mode got no packed_seq_params in thd format: every row runs as "
             "one sequence. If evaluation packs rows, hand every stage their boundaries"
         )
-        return False
+        return
+    params = given.get("packed_seq_params")
+    found = "none" if params is None else f"qkv_format {params.qkv_format!r}"
     raise PackingError(
         f"this stage got no packed_seq_params in thd format ({found}), so packed samples would "
         f"leak into each other; hand every pipeline stage the boundaries of its micro-batch, or "
@@ -387,9 +401,9 @@ def _infers(given: dict) -> bool:
     return any(given.get(name) is not None for name in ("inference_context", "inference_params"))
 
 
-def _infers_or_hears(given: dict) -> bool:
-    """Whether a call keeps Megatron's own expansion: for inference and for sounds. Data paths send
-    ``[1, 1]`` zeros where there are none."""
+def _keeps_megatrons_expansion(given: dict) -> bool:
+    """Whether it is a call of inference, or with sounds. Data paths send ``[1, 1]`` zeros where
+    there are none."""
     clips = given.get("sound_clips")
     hears = isinstance(clips, Tensor) and clips.numel() > 0 and clips.shape != (1, 1)
     return hears or _infers(given)

@@ -3,6 +3,7 @@ own."""
 
 import contextlib
 import functools
+import warnings
 import weakref
 from typing import NoReturn
 
@@ -34,8 +35,8 @@ def install(
     """Make packed rows correct in a ``LLaVAModel``, by a hook around its ``forward``.
 
     Whenever ``forward`` gets ``thd`` boundaries, they are moved to expanded space before anything
-    reads them, and the expansion itself is one kernel, without a host synchronisation, whose labels
-    never cross a boundary; for ``learned_absolute`` position embeddings the position ids are
+    reads them, and the expansion itself is two kernels, without a host synchronisation, whose
+    labels never cross a boundary; for ``learned_absolute`` position embeddings the position ids are
     restarted at every sequence. Parameters that came with their layout (``mp.packed_seq_params``)
     are used as they are. Calls in another format, or with lists of tokens (inference), pass through
     untouched. Where the expansion is not Megatron's own, or of no known release, and for inference
@@ -82,6 +83,12 @@ def install(
         raise PackingError("mcore_packing is installed on this model already; remove() it first")
     plans = [Plan(llava, space, on_missing, on_overflow, max_sequences) for llava in models]
     for llava, plan in zip(models, plans, strict=True):
+        if plan.why_kept is not None:
+            warnings.warn(
+                f"mcore_packing: {plan.why_kept}; boundaries are moved, the expansion is left "
+                f"alone",
+                stacklevel=2,
+            )
         Hook(plan).install(llava)
     return Installation(models)
 
@@ -216,9 +223,9 @@ def _with_hook(model_class: type[LLaVAModel]) -> type[LLaVAModel]:
         def _process_embedding_token_parallel(self, *args, **kwargs):
             own = super()._process_embedding_token_parallel
             call = self._packing_hook.current.call
-            return (
-                own(*args, **kwargs) if call is None else call.split_over_ranks(own, args, kwargs)
-            )
+            if call is None:
+                return own(*args, **kwargs)
+            return call.split_over_ranks(own, args, kwargs)
 
         def __copy__(self):
             new = type(self).__new__(type(self))

@@ -89,11 +89,11 @@ def packed_seq_params(
 
 
 def megatron_params(
-    layout: PackedLayout, like: PackedSeqParams, seq_idx: bool | None = None
+    layout: PackedLayout, like: PackedSeqParams, seq_idx: bool = False
 ) -> PackedSeqParams:
     """``packed_seq_params`` without the layout, for Megatron's layers: what they are given may be
     compared field by field from call to call (CUDA graphs), and knows no layouts."""
-    fields = _fields(layout, like, seq_idx)
+    fields = _fields(layout, like, seq_idx or None)
     late = {name: fields[name] for name in ("seq_idx", "total_tokens") if name in fields}
     fields |= dict.fromkeys(late)
     if isinstance(like, LaidOutParams):
@@ -170,6 +170,12 @@ def physical_boundaries(params: PackedSeqParams) -> Tensor:
     """Where the sequences of the queries are in the row: the padded boundaries, where given."""
     padded = params.cu_seqlens_q_padded
     return params.cu_seqlens_q if padded is None else padded
+
+
+def _padded_boundaries(params: PackedSeqParams) -> Tensor | None:
+    """The padded boundaries, where they are others than the real ones."""
+    padded = params.cu_seqlens_q_padded
+    return None if padded is params.cu_seqlens_q else padded
 
 
 def remap_packed_seq_params(
@@ -268,20 +274,16 @@ def laid_out(
         _check_row(layout, input_ids, tokens_per_image, spec, num_image_embeddings, looks)
         return layout
     check_keys(params)
-    padded = params.cu_seqlens_q_padded
     return PackedLayout.build(
         input_ids, params.cu_seqlens_q, tokens_per_image, spec, space=space,
-        cu_seqlens_padded=None if padded is params.cu_seqlens_q else padded,
-        num_image_embeddings=num_image_embeddings,
+        cu_seqlens_padded=_padded_boundaries(params), num_image_embeddings=num_image_embeddings,
     )  # fmt: skip
 
 
 def _check_boundaries(layout: PackedLayout, params: PackedSeqParams, looks: bool) -> None:
     """Refuse boundaries that somebody changed since the layout made them: by their number, and
     where looking is free by their values."""
-    given = (
-        params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-    )
+    given = physical_boundaries(params)
     if given is None:
         return
     edges = layout.cu_seqlens_padded
@@ -341,15 +343,14 @@ def check_keys(params: PackedSeqParams) -> None:
     """Self-attention has one set of boundaries: those of the keys are those of the queries."""
     if params.cu_seqlens_q is None:
         raise PackingError("packed_seq_params are in thd format, but have no cu_seqlens_q")
-    for name in ("cu_seqlens", "cu_seqlens_{}_padded"):
-        names = [name.format(x) if "{}" in name else f"{name}_{x}" for x in ["q", "kv"]]
-        queries, keys = (getattr(params, name) for name in names)
+    for padded in ("", "_padded"):
+        queries, keys = (getattr(params, f"cu_seqlens_{x}{padded}") for x in ("q", "kv"))
         if keys is None or keys is queries or queries is None:
             continue
         if may_look(keys) and may_look(queries) and not torch.equal(keys, queries):
             raise PackingError(
-                f"{names[1]} differs from {names[0]}: {keys.tolist()} and {queries.tolist()}; "
-                f"LLaVA attends to itself, so give both the same boundaries"
+                f"cu_seqlens_kv{padded} differs from cu_seqlens_q{padded}: {keys.tolist()} and "
+                f"{queries.tolist()}; LLaVA attends to itself, so give both the same boundaries"
             )
 
 
@@ -386,10 +387,6 @@ def stage_layout(
             "space='expanded' if they are expanded"
         )
     check_keys(params)
-    padded = params.cu_seqlens_q_padded
     return PackedLayout.from_boundaries(
-        params.cu_seqlens_q,
-        length,
-        spec,
-        cu_seqlens_padded=None if padded is params.cu_seqlens_q else padded,
+        params.cu_seqlens_q, length, spec, cu_seqlens_padded=_padded_boundaries(params)
     )

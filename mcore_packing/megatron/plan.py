@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import inspect
 import threading
-import warnings
 from dataclasses import dataclass
 
 from megatron.core import __version__ as mcore_version
@@ -27,7 +26,7 @@ class Seen:
     Attributes:
         in_evaluation: whether one ran in evaluation mode.
         layout: of the last one.
-        input_ids: of the last one, where its layout was made elsewhere.
+        input_ids: of the last one, None on a stage without tokens.
     """
 
     in_evaluation: bool = False
@@ -46,11 +45,12 @@ class Plan:
         spec: what the model asks of a row.
         spec_of_calls: the same, with what ``install`` said of rows that do not fit.
         release: the Megatron-Core release whose expansion the model has, None if no known one.
-        replaces_expansion: whether the expansion is Megatron's own, of a known release.
+        why_kept: why the model's own expansion is not replaced, None where it is.
+        replaces_expansion: whether it is: Megatron's own, of a known release.
         parameters: the names of ``forward``'s positional parameters, in order.
         preprocess_parameters: likewise of ``_preprocess_data``.
         restarts_positions: whether position ids are looked up, so that they have to restart.
-        wants_seq_idx: True where Mamba layers read ``seq_idx``, else None.
+        wants_seq_idx: whether Mamba layers read ``seq_idx``.
         masks_padding: whether routers of experts take a mask of padding, which they count else.
         unpacked: in each thread, how many ``mp.unpacked`` are open, as ``depth``.
     """
@@ -86,20 +86,15 @@ class Plan:
                 "layers are captured as CUDA graphs, which take boundaries of one length only: say "
                 "with max_sequences= how many sequences a row has at most, the tail included"
             )
-        self.spec = spec_of(model, max_sequences)
-        self.spec_of_calls = dataclasses.replace(self.spec, on_overflow=on_overflow)
         self.release = release_of(type(model))
-        reason = why_not_ours(model)
-        self.replaces_expansion = reason is None
-        if reason is not None:
-            warnings.warn(
-                f"mcore_packing: {reason}; boundaries are moved, the expansion is left alone",
-                stacklevel=5,
-            )
+        self.why_kept = why_not_ours(model)
+        self.replaces_expansion = self.why_kept is None
+        self.spec = spec_of(model, max_sequences, self.replaces_expansion)
+        self.spec_of_calls = dataclasses.replace(self.spec, on_overflow=on_overflow)
         self.restarts_positions = (
             getattr(language_model, "position_embedding_type", None) == "learned_absolute"
         )
-        self.wants_seq_idx = True if isinstance(language_model, _HYBRIDS) else None
+        self.wants_seq_idx = isinstance(language_model, _HYBRIDS)
         self.masks_padding = wants_padding_mask(language_model)
         self.unpacked = threading.local()
         self.seen = Seen()
@@ -148,9 +143,11 @@ def _hybrid_classes() -> tuple[type, ...]:
         ("hybrid.hybrid_model", "HybridModel"),
     ):
         try:
-            found.append(getattr(importlib.import_module(f"megatron.core.models.{module}"), name))
+            module = importlib.import_module(f"megatron.core.models.{module}")
         except ImportError:
             continue
+        if hasattr(module, name):
+            found.append(getattr(module, name))
     return tuple(found)
 
 

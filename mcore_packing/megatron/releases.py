@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ..errors import PackingError
+from ..inputs import may_look
 
 # What every ``LLaVAModel._preprocess_data`` takes.
 _COMMON = frozenset({
@@ -24,7 +25,7 @@ _SOUND = frozenset({"sound_embeddings", "sound_embeddings_len", "sound_timestamp
 _PACKED = frozenset({"is_packed_dynamic_res"})
 _PER_TILE = frozenset({"imgs_sizes", "position_ids"})
 
-DynamicTokens = Callable[[LLaVAModel, Mapping[str, Any], Tensor], Tensor | None]
+DynamicTokens = Callable[[LLaVAModel, Mapping[str, Any], Tensor], tuple[Tensor, int | None] | None]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Release:
             synchronisation on a GPU, and rebuilds the parameters where it is larger.
         keeps_text_rows: whether a row with an empty ``num_image_tiles`` keeps its placeholders as
             text, and the length it has.
-        dynamic_tokens: positions of each image where images come in their own resolutions, or None
-            where this call is not such a one.
+        dynamic_tokens: positions of each image where images come in their own resolutions, and
+            their sum where the host knows it; None where this call is not such a one.
     """
 
     name: str
@@ -57,7 +58,7 @@ def _never_dynamic(model, given, num_image_tiles) -> None:
     return None
 
 
-def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
+def _packed_or_tubes(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
     """0.18 and 0.19: one placeholder for each entry of ``imgs_sizes``, or for each tubelet."""
     sizes, num_frames = given.get("imgs_sizes"), given.get("num_frames")
     if sizes is None or len(sizes) == 0:
@@ -66,7 +67,8 @@ def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
     if model.temporal_patch_dim > 1 and num_frames is not None:
         frames = num_frames.tolist() if isinstance(num_frames, Tensor) else list(num_frames)
         tubelets = sum(-(-count // model.temporal_patch_dim) for count in frames)
-        return torch.full((tubelets,), model.img_seq_len, device=device)
+        counts = torch.full((tubelets,), model.img_seq_len, device=device)
+        return counts, tubelets * model.img_seq_len
     if not model.add_encoder:
         raise PackingError(
             "this stage has no vision model, so it cannot tell what images of their own size "
@@ -74,26 +76,32 @@ def _packed_or_tubes(model, given, num_image_tiles) -> Tensor | None:
         )
     if given.get("vision_packed_seq_params") is None:
         return None
-    sizes = torch.as_tensor(sizes, device=device)
-    patches = (sizes // model.vision_model.patch_dim).prod(-1)
-    return patches // 4 if model._pixel_shuffle else patches
+    patches = (torch.as_tensor(sizes) // model.vision_model.patch_dim).prod(-1)
+    patches = patches // 4 if model._pixel_shuffle else patches
+    return patches.to(device, non_blocking=True), _known_sum(patches)
 
 
-def _per_tile(model, given, num_image_tiles) -> Tensor | None:
+def _known_sum(counts: Tensor) -> int | None:
+    return int(counts.sum()) if may_look(counts) else None
+
+
+def _per_tile(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
     """Main: an image becomes what its tiles do, each of its own size."""
     sizes = given.get("imgs_sizes")
     if sizes is None or not model._dynamic_resolution:
         return None
-    tokens = (torch.as_tensor(sizes, device=num_image_tiles.device) // model.patch_dim).prod(-1)
+    tokens = (torch.as_tensor(sizes) // model.patch_dim).prod(-1)
     if not model._drop_vision_class_token:
         tokens = tokens + model.vision_model.class_token_len
     for merges in (model._pixel_shuffle, model._conv_merging):
         tokens = tokens // 4 if merges else tokens
+    known = _known_sum(tokens)
+    tokens = tokens.to(num_image_tiles.device, non_blocking=True)
     if model._max_num_tiles > 1:
         ends = num_image_tiles.cumsum(0)
         before = torch.cat([tokens.new_zeros(1), tokens.cumsum(0)])
         tokens = before[ends] - before[ends - num_image_tiles]
-    return tokens
+    return tokens, known
 
 
 # fmt: off
@@ -137,8 +145,8 @@ def tokens_per_image(
     if release is not None:
         dynamic = release.dynamic_tokens(model, given, num_image_tiles)
         if dynamic is not None:
-            known = int(dynamic.sum()) if dynamic.device.type == "cpu" else None
-            return dynamic.to(input_ids.device, non_blocking=True), known
+            counts, known = dynamic
+            return counts.to(input_ids.device, non_blocking=True), known
     elif given.get("imgs_sizes") is not None:
         raise PackingError("mcore_packing does not know this LLaVAModel's dynamic resolution")
     known = None
@@ -157,7 +165,8 @@ def why_not_ours(model: LLaVAModel) -> str | None:
         names.append("_process_embedding_token_parallel")
     kind = type(model).__name__
     if changed := [name for name in names if not _is_megatrons(model, name)]:
-        return f"{' and '.join(changed)} of this {kind} are not Megatron's own"
+        verb = "is" if len(changed) == 1 else "are"
+        return f"{' and '.join(changed)} of this {kind} {verb} not Megatron's own"
     if release_of(type(model)) is None:
         takes = sorted(inspect.signature(model._preprocess_data).parameters)
         return f"_preprocess_data of this {kind} is of no known release (it takes {takes})"

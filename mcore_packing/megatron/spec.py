@@ -42,16 +42,18 @@ def row_spec(model, max_sequences: int | None = None) -> RowSpec:
     llavas = find_llavas(model)
     llava = next((llava for llava in llavas if llava.add_decoder), llavas[0])
     hook = hook_of(llava)
-    if hook is not None and max_sequences in (None, hook.plan.spec.max_sequences):
+    if hook is None:
+        return spec_of(llava, max_sequences, why_not_ours(llava) is None)
+    if max_sequences in (None, hook.plan.spec.max_sequences):
         return hook.plan.spec
-    return spec_of(llava, max_sequences)
+    return spec_of(llava, max_sequences, hook.plan.replaces_expansion)
 
 
-def spec_of(model: LLaVAModel, max_sequences: int | None = None) -> RowSpec:
-    """``row_spec`` of a model that is not installed."""
+def spec_of(model: LLaVAModel, max_sequences: int | None, replaces_expansion: bool) -> RowSpec:
+    """``row_spec`` of a model whose expansion is replaced, or not."""
     if not model.add_decoder:  # a stage that has no rows
         return RowSpec(image_token_id=model.image_token_index, img_seq_len=model.img_seq_len)
-    if why_not_ours(model) is not None:
+    if not replaces_expansion:
         return megatrons_spec(model)
     seq_multiple, total_multiple = _alignment(model, fp8_align_of(model.config))
     # Layers that are captured take no other length.

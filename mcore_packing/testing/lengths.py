@@ -6,8 +6,8 @@ import random
 def llava_mix(count: int, seed: int = 0) -> list[int]:
     """Expanded lengths like those of LLaVA-1.5's 665k instructions.
 
-    Of those 6 % are text only and up to 2,048 tokens long; all others have one image of 576 rows
-    and some 200 tokens of questions and answers.
+    Of those 6 % are text only and up to 2,048 tokens long; all others have one image of 576
+    positions and some 200 tokens of questions and answers.
     """
     rng = random.Random(seed)
     return [

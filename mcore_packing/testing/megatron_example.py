@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from . import sources
 
-IMAGE, ROWS_PER_TILE, SIZE = -200, 5, 28  # of tiny.llava_model(img_size=28)
+IMAGE, TOKENS_PER_TILE, SIZE = -200, 5, 28  # of tiny.llava_model(img_size=28)
 
 
 @dataclasses.dataclass
@@ -100,7 +100,7 @@ class Example:
         )
 
     def row(self, case: Case, seed: int):
-        """``input_ids`` ``[T]``, boundaries, rows of each image, and the model's maximum."""
+        """``input_ids`` ``[T]``, boundaries, positions of each image, and the model's maximum."""
         rng = random.Random(f"{seed} {case}")
         samples, data = self.data(case, rng)
         tokens, *_ = self.batch(data)
@@ -109,12 +109,12 @@ class Example:
             longest = int(boundaries[-1]) - rng.randint(1, len(samples[-1].tokens))
             boundaries = boundaries.clamp(max=longest)
         tiles = torch.tensor([tiles for sample in samples for tiles in sample.num_tiles])
-        return tokens[0], boundaries, tiles.long() * ROWS_PER_TILE, longest
+        return tokens[0], boundaries, tiles.long() * TOKENS_PER_TILE, longest
 
     def batch(self, data: dict) -> tuple:
         """What the example's ``get_batch`` makes of what its data loader gives."""
         with mock.patch.multiple(torch.cuda.nvtx, range_push=no_mark, range_pop=no_mark):
-            return self.made["get_batch"](iter([data]), IMAGE, ROWS_PER_TILE)
+            return self.made["get_batch"](iter([data]), IMAGE, TOKENS_PER_TILE)
 
     def data(self, case: Case, rng: random.Random) -> tuple[list, dict]:
         """The samples of a row, and what the example's data loader gives for it."""
@@ -134,7 +134,7 @@ class Example:
             args=self.arguments(),
         )
         encoder._get_total_seq_length = lambda tokens, tiles: (
-            len(tokens) + (ROWS_PER_TILE * tiles.sum() - (tokens == IMAGE).sum()).item()
+            len(tokens) + (TOKENS_PER_TILE * tiles.sum() - (tokens == IMAGE).sum()).item()
         )
         pack, batch = (
             self.made[f"TaskEncoder.{name}"] for name in ("pack_selected_samples", "batch")
@@ -149,14 +149,14 @@ class Example:
         places = rng.sample(range(len(tokens)), rng.randint(0, min(3, len(tokens) - 1)))
         tokens[places] = IMAGE
         tiles = [rng.randint(1, 4) for _ in places]
-        rows = sum(tiles) * ROWS_PER_TILE - len(tiles)
+        grown = sum(tiles) * TOKENS_PER_TILE - len(tiles)
         sample: Any = self.made["ImageTaskSample"].__new__(self.made["ImageTaskSample"])
         sample.__key__, sample.__subflavors__ = str(number), {}
         sample.tokens = tokens
         sample.labels = tokens.clone()
         sample.imgs = [torch.full((3, SIZE, SIZE), rng.random()) for _ in range(sum(tiles))]
         sample.num_tiles = tiles
-        sample.total_len = len(tokens) + (rows if self.case.space == "expanded" else 0)
+        sample.total_len = len(tokens) + (grown if self.case.space == "expanded" else 0)
         return sample
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference import IGNORE_INDEX
 from .tiny import IMAGE_TOKEN_ID
 
 PATCH = 14  # pixels, as the small model has them
@@ -20,7 +21,6 @@ COLOURS = {
 WORDS = ("<pad>", "<user>", "<assistant>", "<end>", "describe", "colour", *SHAPES, *COLOURS)
 TOKENS = {word: token for token, word in enumerate(WORDS)}
 VOCAB_SIZE = 32  # more than there are words: tensor parallelism divides it
-IGNORED = -100
 
 
 class Conversations(Sequence):
@@ -64,7 +64,7 @@ class Conversations(Sequence):
         size = rng.randint(1, 4)
         images = [*zip(rng.sample(SHAPES, size), rng.sample([*COLOURS], size), strict=True)]
         num_tiles = [rng.randint(1, 3) for _ in images]
-        ids, labels = [IMAGE_TOKEN_ID] * size, [IGNORED] * size
+        ids, labels = [IMAGE_TOKEN_ID] * size, [IGNORE_INDEX] * size
         for _ in images:
             shape, colour = rng.choice(images)
             question, answer = ["colour", shape], [shape, colour]
@@ -75,8 +75,10 @@ class Conversations(Sequence):
             said = [TOKENS[word] for word in (*answer, "<end>")]
             ids += asked + said
             if self.train_on == "colours":
-                said = [token if is_colour and i == 1 else IGNORED for i, token in enumerate(said)]
-            labels += [IGNORED] * len(asked) + said
+                said = [
+                    token if is_colour and i == 1 else IGNORE_INDEX for i, token in enumerate(said)
+                ]
+            labels += [IGNORE_INDEX] * len(asked) + said
         tiles = [
             PIXELS[image].repeat(n, 1, 2, 2) for image, n in zip(images, num_tiles, strict=True)
         ]

@@ -72,10 +72,10 @@ def llava_model(
     mamba_layer=IdentityOp,
     **kwargs,
 ) -> LLaVAModel:
-    """Build a ``LLaVAModel``: a vision tower (577 rows a tile), an MLP projector, a GPT.
+    """Build a ``LLaVAModel``: a vision tower (577 positions a tile), an MLP projector, a GPT.
 
     Weights are random, in fp32 on a CPU and in bf16 on a GPU. Where Megatron's process groups split
-    tensors or rows, this rank gets its part; ``llava_stage`` also splits layers.
+    tensors or positions, this rank gets its part; ``llava_stage`` also splits layers.
 
     Args:
         position_embedding_type: "learned_absolute" or "rope".
@@ -88,7 +88,7 @@ def llava_model(
         seed: of the weights.
         per_token_loss: weigh every trained token of a step alike (``calculate_per_token_loss``),
             as packed rows need it: they do not all hold the same number of them.
-        sequence_parallel: split rows over the tensor-parallel ranks.
+        sequence_parallel: split positions over the tensor-parallel ranks.
         language, vision: further ``TransformerConfig`` arguments of the GPT and the vision tower.
         hybrid_pattern: makes the language model a hybrid, of the layers that Megatron writes so:
             "*" attention, "-" MLP, "M" Mamba.
