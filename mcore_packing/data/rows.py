@@ -157,13 +157,7 @@ def split(row: Row) -> list[dict]:
     Raises:
         PackingError: the boundaries of the row are not those that it was packed with.
     """
-    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
-    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
-        if length != member.num_tokens:
-            raise PackingError(
-                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
-                f"sample {member.num_tokens}"
-            )
+    lengths = check_members(row)
     ids = row.input_ids[0].split(lengths)
     labels = row.columns["labels"][0].split(lengths) if "labels" in row.columns else None
     images = iter(row.images.split([m.tiles for m in row.members if m.tiles is not None]))
@@ -183,6 +177,26 @@ def split(row: Row) -> list[dict]:
             sample[name] = counts[name][index].to(dtype)
         samples.append(sample)
     return samples
+
+
+def check_members(row: Row) -> list[int]:
+    """How many tokens each sample of a row has.
+
+    Raises:
+        PackingError: the boundaries of the row are not those that it was packed with.
+    """
+    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
+    if len(lengths) != len(row.members):
+        raise PackingError(
+            f"the row has {len(lengths)} sequences, but was packed with {len(row.members)} samples"
+        )
+    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
+        if length != member.num_tokens:
+            raise PackingError(
+                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
+                f"sample {member.num_tokens}"
+            )
+    return lengths
 
 
 class _Size(NamedTuple):

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from ..data.rows import Row, get_packer, split
+from ..data.rows import Row, check_members, get_packer, split
 from ..errors import PackingError
 from ..layout import PackedLayout
 from ..reference import IGNORE_INDEX
+from ..spec import RowSpec
 
 EVERY = 4  # of so many tokens one stays, to be watched
 SEED = 20
@@ -21,15 +22,27 @@ def with_all_labels(row: Row) -> Row:
 
     Where nothing is trained it is the next token of the same sample, or 0 where that is none that a
     model could predict. What is trained, and the loss mask, stay.
+
+    Raises:
+        PackingError: a placeholder, or what is no token, is trained.
     """
-    ids, is_image = row.input_ids[0], row.layout.is_placeholder
+    ids, image = row.input_ids[0], row.layout.spec.image_token_id
+    is_image = ids == image
     ends = row.layout.cu_seqlens_collapsed[1:].long()
     has_next = torch.ones_like(is_image)
     has_next[ends[ends > 0] - 1] = False
     has_next[:-1] &= ~is_image[1:]
+    labels = row.labels[0]
+    trained = (labels != IGNORE_INDEX) & (row.loss_mask[0] > 0)
+    wrong = trained & ((labels < 0) | (labels == image))
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0])
+        raise PackingError(
+            f"label {token} of the row is {int(labels[token])} and trained, expected the id of a "
+            f"token that the model can predict"
+        )
     following = ids.roll(-1).where(has_next, 0)
-    trained = (row.labels[0] != IGNORE_INDEX) & (row.loss_mask[0] > 0)
-    return dataclasses.replace(row, labels=row.labels[0].where(trained, following)[None])
+    return dataclasses.replace(row, labels=labels.where(trained, following)[None])
 
 
 def one_by_one(row: Row, length: int | None = None) -> list[Row]:
@@ -45,16 +58,11 @@ def one_by_one(row: Row, length: int | None = None) -> list[Row]:
     spec = row.layout.spec
     if length is not None and spec.fixed_length is None:
         spec = dataclasses.replace(spec, fixed_length=length, max_length=None)
-    if len(row.members) != row.layout.num_seqs:
-        raise PackingError(
-            f"the row has {row.layout.num_seqs} sequences, but was packed with "
-            f"{len(row.members)} samples"
-        )
-    samples = split(row)
+    check_members(row)
     if not spec.expands:
-        return [_slice(row, sequence, spec) for sequence in range(len(samples))]
+        return [_slice(row, sequence, spec) for sequence in range(row.layout.num_seqs)]
     packer, rows = get_packer("concatenative", spec), []
-    for sequence, sample in enumerate(samples):
+    for sequence, sample in enumerate(split(row)):
         try:
             rows.append(packer.join([sample]))
         except PackingError as error:
@@ -64,19 +72,28 @@ def one_by_one(row: Row, length: int | None = None) -> list[Row]:
     return rows
 
 
-def _slice(row: Row, sequence: int, spec) -> Row:
-    """One sample of a row for a model that does not expand."""
+def _slice(row: Row, sequence: int, spec: RowSpec) -> Row:
+    """One sample of a row for a model that does not expand. Media are cut by entries (those of
+    ``images``) or by images (those of ``num_image_tiles``)."""
     begin, end = row.layout.cu_seqlens_collapsed[sequence : sequence + 2].tolist()
     part = {
         name: getattr(row, name)[:, begin:end] for name in ("input_ids", "labels", "loss_mask")
     }
     edges = row.layout.cu_seqlens_collapsed.new_tensor([0, end - begin])
     first, last = _entries(row)[sequence]
+    ends = row.num_image_tiles.cumsum(0)
+    is_ours = (ends > first) & (ends <= last)
+    num_entries, num_images = len(row.images), is_ours.numel()
+    media = {
+        name: value[first:last] if len(value) == num_entries != num_images else value[is_ours]
+        for name, value in row.media.items()
+        if len(value) in (num_entries, num_images)
+    }
     return dataclasses.replace(
         row,
         **part,
         columns={name: column[..., begin:end] for name, column in row.columns.items()},
-        media={**row.media, "images": row.images[first:last]},
+        media=media,
         layout=PackedLayout.build(part["input_ids"], edges, [], spec, space="collapsed"),
         indices=row.indices[sequence : sequence + 1],
         members=row.members[sequence : sequence + 1],
@@ -85,8 +102,7 @@ def _slice(row: Row, sequence: int, spec) -> Row:
 
 def _entries(row: Row) -> list[tuple[int, int]]:
     """Where the images of each sample begin and end in ``row.images``."""
-    counts = torch.tensor([0, *(member.tiles or 0 for member in row.members)]).cumsum(0).tolist()
-    return list(zip(counts[:-1], counts[1:], strict=True))
+    return list(pairwise(accumulate((member.tiles or 0 for member in row.members), initial=0)))
 
 
 def laid_out_anew(row: Row, cu_seqlens: Sequence[int], num_tokens: int | None = None) -> Row:
@@ -101,19 +117,12 @@ def laid_out_anew(row: Row, cu_seqlens: Sequence[int], num_tokens: int | None = 
         PackingError: what comes out does not fit the model.
     """
     layout = row.layout
-    part = {name: getattr(row, name)[:, :num_tokens] for name in ("input_ids", "labels")}
-    return dataclasses.replace(
-        row,
-        **part,
-        loss_mask=row.loss_mask[:, :num_tokens],
-        layout=PackedLayout.build(
-            part["input_ids"],
-            layout.cu_seqlens_collapsed.new_tensor(cu_seqlens),
-            layout.cu_image_embeddings.diff(),
-            layout.spec,
-            space="collapsed",
-        ),
-    )
+    names = "input_ids", "labels", "loss_mask"
+    part = {name: getattr(row, name)[:, :num_tokens] for name in names}
+    edges = layout.cu_seqlens_collapsed.new_tensor(cu_seqlens)
+    counts = layout.cu_image_embeddings.diff()
+    layout = PackedLayout.build(part["input_ids"], edges, counts, layout.spec, space="collapsed")
+    return dataclasses.replace(row, **part, layout=layout)
 
 
 def as_one_sequence(row: Row) -> Row:
@@ -130,24 +139,19 @@ def with_moved_boundaries(row: Row) -> Row | None:
         None where no such row fits the model.
     """
     edges = row.layout.cu_seqlens_collapsed.tolist()
-    for cut in range(min(2 * row.layout.spec.seq_multiple, _trailing_text(row))):
-        end = edges[-1] - cut
+    is_image = row.input_ids[0] == row.layout.spec.image_token_id
+    last_image = int(is_image.nonzero()[-1]) if bool(is_image.any()) else 0
+    room = edges[-1] - max(edges[-2], last_image)  # of text behind the last image
+    for cut in range(min(2 * row.layout.spec.seq_multiple, room)):
         for step in (1, -1):
+            end = edges[-1] - cut
             moved = [0, *(edge + step for edge in edges[1:-1]), end]
-            if len(edges) > 2 and all(a < b for a, b in pairwise(moved)):
+            if all(a < b for a, b in pairwise(moved)):
                 try:
                     return laid_out_anew(row, moved, end)
                 except PackingError:
                     continue
     return None
-
-
-def _trailing_text(row: Row) -> int:
-    """How many tokens its last sample has, behind its last image."""
-    is_image = row.input_ids[0] == row.layout.spec.image_token_id
-    begin = int(row.layout.cu_seqlens_collapsed[-2])
-    last_image = is_image.nonzero()[-1:].flatten().tolist()
-    return row.input_ids.numel() - max(begin, *last_image, 0)
 
 
 class Content:
@@ -162,11 +166,13 @@ class Content:
         keep_ids: further ids that stay.
 
     Attributes:
-        later: bool ``[positions]``, those that come after something of their sample that changes.
+        later: bool ``[real positions]``, those that come after something of their sample that
+            changes.
         watched: those of them whose own token stays.
     """
 
     def __init__(self, row: Row, keep_ids: Collection[int] = ()):
+        check_members(row)
         self.row, ids, layout = row, row.input_ids[0].cpu(), row.layout.to("cpu")
         is_image = ids == layout.spec.image_token_id
         fixed = is_image | torch.isin(ids, torch.tensor(list(keep_ids), dtype=ids.dtype))
@@ -174,33 +180,33 @@ class Content:
             fixed[1:] |= is_image[:-1]
             fixed[:-1] |= is_image[1:]
         self.pool = ids[~fixed & ~torch.isin(ids, ids[fixed])].unique()
-        changes = torch.isin(ids, self.pool) & (self.pool.numel() > 1)
-        starts = layout.cu_seqlens_collapsed.long()
-        token = torch.arange(ids.numel())
-        self.sample = torch.searchsorted(starts, token, right=True) - 1
+        can_change = torch.isin(ids, self.pool) & (self.pool.numel() > 1)
+        starts, token = layout.seq_start_collapsed.long(), torch.arange(ids.numel())
+        self.sample = torch.searchsorted(starts[:-1], token, right=True) - 1
         place = token - starts[self.sample]
-        is_last = torch.isin(token, starts - 1)
-        stays = changes & (place % EVERY == EVERY // 2) & ~is_last
-        self.changes = changes & ~stays
-        has_pixels = is_image & row.images.is_floating_point() & (row.images.numel() > 0)
-        after = _after_first(self.changes | has_pixels, starts, self.sample)
-        self.later = _at_positions(after, layout)
-        self.watched = _at_positions(after & stays, layout)
-        self.ids = self._new_ids(ids)
-        self.images = self._new_images()
+        stays = can_change & (place % EVERY == EVERY // 2) & ~torch.isin(token, starts - 1)
+        self.changes = can_change & ~stays
+        self.new_ids, self.new_images = self._new_ids(ids), self._new_images()
+        changes = self.changes | (is_image & (self.new_images is not row.images))
+        count = torch.nn.functional.pad(changes.cumsum(0), (1, 0))
+        later = count[1:] > count[starts[self.sample]]
+        real = int(layout.cu_seqlens_expanded[-1])
+        self.later, self.watched = (
+            torch.repeat_interleave(of_tokens, layout.expanded_start.diff())[:real]
+            for of_tokens in (later, later & stays)
+        )
 
     def changed(self, samples: Collection[int]) -> Row:
         """The row with other content in these samples."""
-        row, device = self.row, self.row.input_ids.device
-        ours = torch.isin(self.sample, torch.tensor(sorted(samples)))
-        ids = self.ids.where(ours & self.changes, row.input_ids[0].cpu()).to(device)
-        images = row.images.clone()
+        row = self.row
+        ours = torch.isin(self.sample, torch.tensor(sorted(samples))) & self.changes
+        ids = self.new_ids.where(ours, row.input_ids[0].cpu()).to(row.input_ids.device)
+        images, entries = row.images.clone(), _entries(row)
         for sample in samples:
-            first, last = _entries(row)[sample]
-            images[first:last] = self.images[first:last]
-        row = dataclasses.replace(
-            row, input_ids=ids[None], media={**row.media, "images": images}
-        )
+            first, last = entries[sample]
+            images[first:last] = self.new_images[first:last]
+        media = {**row.media, "images": images}
+        row = dataclasses.replace(row, input_ids=ids[None], media=media)
         return laid_out_anew(row, row.layout.cu_seqlens_collapsed.tolist())
 
     def _new_ids(self, ids: Tensor) -> Tensor:
@@ -220,18 +226,3 @@ class Content:
         known = images.float()
         spread = known.std(correction=0).clamp(min=0.1)
         return (noise.to(images.device) * spread + known.mean()).to(images.dtype)
-
-
-def _after_first(changes: Tensor, starts: Tensor, sample: Tensor) -> Tensor:
-    """Of each sample, everything from its first token that changes on."""
-    count = torch.nn.functional.pad(changes.cumsum(0), (1, 0))
-    return count[1:] > count[starts[sample]]
-
-
-def _at_positions(of_tokens: Tensor, layout: PackedLayout) -> Tensor:
-    """bool ``[S]`` of bool ``[T]``, False for padding."""
-    real = (~layout.padding_mask).nonzero().flatten()
-    widths = layout.expanded_start.diff()
-    found = torch.zeros(layout.num_expanded, dtype=torch.bool)
-    found[real] = torch.repeat_interleave(of_tokens, widths)[: real.numel()]
-    return found

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from .noise import Size, judge
+from .noise import Size, judge, stands_out
+from .verdict import INCONCLUSIVE, RIGHT
 
 # What a training loop hangs onto a config: none of it may see these gradients.
 _OF_TRAINING = (
@@ -32,7 +33,7 @@ class GradientError:
         relative_difference: the norm of the difference over that of the gradient one by one.
         cosine: of the angle between both.
         floor: the relative difference that rounding alone makes.
-        verdict: what that means.
+        verdict: what that means; inconclusive also where dropped boundaries would not be seen.
     """
 
     replica: int
@@ -57,6 +58,7 @@ class _Sums(NamedTuple):
     alone: float = 0.0
     product: float = 0.0
     noise: float = 0.0
+    dropped: float = 0.0
 
     def __add__(self, other: "_Sums") -> "_Sums":
         return _Sums(*(a + b for a, b in zip(self, other, strict=True)))
@@ -107,13 +109,13 @@ class Gradients:
         run()
         return [_whole(parameter) for _, parameter in self.parameters]
 
-    def sums(self, packed: list, alone: list, noise: list) -> dict[str, _Sums]:
+    def sums(self, packed: list, alone: list, noise: list, dropped: list) -> dict[str, _Sums]:
         """Of each part of the model, what this rank counts."""
         found = {}
-        for (part, parameter), *three in zip(self.parameters, packed, alone, noise, strict=True):
+        runs = zip(packed, alone, noise, dropped, strict=True)
+        for (part, parameter), (a, b, n, d) in zip(self.parameters, runs, strict=True):
             if _counts(parameter):
-                a, b, n = three
-                pairs = ((a - b, a - b), (a, a), (b, b), (a, b), (n - a, n - a))
+                pairs = ((a - b,) * 2, (a, a), (b, b), (a, b), (n - a,) * 2, (d - b,) * 2)
                 sums = _Sums(*((x.double() * y.double()).sum().item() for x, y in pairs))
                 found[part] = found.get(part, _Sums()) + sums
         return found
@@ -136,13 +138,18 @@ def _error(replica: int, part: str, total: _Sums) -> GradientError:
     tiny = torch.finfo(torch.float64).tiny
     difference = (total.difference / max(total.alone, tiny)) ** 0.5
     floor = (total.noise / max(total.packed, tiny)) ** 0.5
+    dropped = (total.dropped / max(total.alone, tiny)) ** 0.5
+    found = Size(difference, difference)
+    verdict = judge(found, Size(floor, floor))
+    if verdict == RIGHT and not stands_out(Size(dropped, dropped), found):
+        verdict = INCONCLUSIVE
     return GradientError(
         replica=replica,
         part=part,
         relative_difference=difference,
         cosine=total.product / max(total.packed * total.alone, tiny) ** 0.5,
         floor=floor,
-        verdict=judge(Size(difference, difference), Size(floor, floor)),
+        verdict=verdict,
     )
 
 

@@ -16,17 +16,17 @@ from torch import Tensor
 from ..errors import PackingError
 from ..expand import expand_labels
 from ..layout import PackedLayout
-from ..megatron.find import find_llavas
+from ..megatron.spec import row_spec
 from ..reference import local_positions
 from ..spec import round_up
 from .runs import evaluating, run_stage
 
 
 class Run(NamedTuple):
-    """What a rank of the last stage computed of a row, on the CPU.
+    """What the last stage computed of a row, on the CPU.
 
     Attributes:
-        logprobs: fp32 ``[positions of this rank]``, of the labels.
+        logprobs: fp32 ``[real positions]``, of the labels.
         mask: fp32, likewise: above 0 where a position is trained.
     """
 
@@ -34,12 +34,12 @@ class Run(NamedTuple):
     mask: Tensor
 
 
-def gather(value) -> list:
+def gather(value, group=None) -> list:
     """A value of every rank, by rank."""
     if not dist.is_initialized():
         return [value]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 
@@ -71,40 +71,73 @@ class Job:
 
     Args:
         model: a model, wrapped or not, or the list of its pipeline chunks on this rank.
-        forward: the step of a model that is no ``LLaVAModel``; see ``verify``.
+        row: what is to run on it.
+        forward: the step of a model that is no ``LLaVAModel``; see ``isolation``.
 
     Attributes:
+        row: on the model's device, its images in the model's precision.
         cp_size, cp_rank: context parallelism.
         replica: which data-parallel replica this rank belongs to.
+        rank: of all ranks.
 
     Raises:
-        PackingError: there is no ``LLaVAModel`` in it and no step, or no Megatron config.
+        PackingError: there is no ``LLaVAModel`` in it and no step, or no Megatron config; or the
+            row was laid out for another model.
     """
 
-    def __init__(self, model, forward: Callable | None = None):
+    def __init__(self, model, row, forward: Callable | None = None):
         self.chunks = list(model) if isinstance(model, list | tuple) else [model]
-        if forward is None:
-            find_llavas(self.chunks)
         self.forward = forward or run_stage
+        if forward is None:
+            row_spec(self.chunks).check(row.layout)
         self.config = _config_of(self.chunks[0])
-        self.weight = next(self.chunks[0].parameters())
+        weight = next(self.chunks[0].parameters())
+        self.row = row.to(weight.device, weight.dtype)
         self.cp_size = self.config.context_parallel_size
         self.cp_rank, self.cp_group = 0, None
         if self.cp_size > 1:
             self.cp_group = parallel_state.get_context_parallel_group()
             self.cp_rank = self.cp_group.rank()
         self.replica = parallel_state.get_data_parallel_rank()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     @torch.no_grad()
     def run(self, rows: Sequence) -> list[Run]:
-        """What this rank computes of every row: on the last pipeline stage, elsewhere nothing.
+        """What the model computes of every row: on ranks of the last stage, elsewhere nothing.
 
-        All ranks run as many rows: those that have fewer run their first one again.
+        All ranks run as many rows: those that have fewer run one more often.
         """
-        filled = [*rows, *[rows[0]] * (self._num_passes(len(rows)) - len(rows))]
+        filled = [*rows, *[self.row] * (self._num_passes(len(rows)) - len(rows))]
+        if not filled:
+            return []
         with evaluating(self.chunks):
-            runs = together(lambda: self._schedule(self._collect_step, filled, forward_only=True))
-        return runs[: len(rows)]
+            runs = together(lambda: self._forward(filled))[: len(rows)]
+        parts = gather(runs, self.cp_group) if self.cp_size > 1 else [runs]
+        return [
+            self._in_order(pieces, row.layout)
+            for *pieces, row in zip(*parts, rows if runs else [], strict=True)
+        ]
+
+    def _forward(self, rows: Sequence) -> list[Run]:
+        """This rank's part of every row. A loss that is no loss stops no schedule half-way."""
+        wrong = []
+
+        def step(iterator, chunk):
+            row = next(iterator)
+            output, mask = self._outputs(chunk, row)
+            return output, partial(collect, row, mask)
+
+        def collect(row, mask, loss, non_loss_data=True):
+            try:
+                loss, mask = self._loss_and_mask(row, loss, mask)
+            except PackingError as error:
+                wrong.append(error)
+            return Run(-loss.detach().float().cpu(), None if wrong else mask.float().cpu())
+
+        runs = self._schedule(step, rows, rows, forward_only=True)
+        if wrong:
+            raise wrong[0]
+        return runs
 
     def backward(self, rows: Sequence, weights: Sequence[Tensor | None]) -> None:
         """Add up the gradients of all rows, in evaluation mode.
@@ -112,7 +145,7 @@ class Job:
         Args:
             rows: what is run.
             weights: of each row, ``[real positions]``, how much the loss of each counts; on stages
-                before the last one nothing.
+                before the last one None.
         """
         count = self._num_passes(len(rows))
         pairs = [
@@ -120,21 +153,29 @@ class Job:
             for row, weight in zip(rows, weights, strict=True)
         ]
         row, weight = pairs[0]
-        filler = (row, None if weight is None else torch.zeros_like(weight))
-        pairs += [filler] * (count - len(pairs))
-        step = partial(self._backward_step, count)
+        pairs += [(row, None if weight is None else weight * 0)] * (count - len(pairs))
+
+        def step(iterator, chunk):
+            row, weight = next(iterator)
+            output, _ = self._outputs(chunk, row)
+
+            def loss_function(loss):
+                loss, _ = self._loss_and_mask(row, loss, weight)
+                total = (loss.float() * weight.to(loss.device)).sum()
+                return total * count / self.cp_size, {}  # the schedule takes the mean
+
+            return output, loss_function
+
         with evaluating(self.chunks), torch.enable_grad():
             together(lambda: self._schedule(step, rows, pairs, forward_only=False))
 
-    def _schedule(self, step: Callable, rows: Sequence, batches=None, *, forward_only: bool):
-        """Run rows as micro-batches of Megatron's schedule; what it collected."""
-        batches = rows if batches is None else batches
+    def _schedule(self, step: Callable, rows: Sequence, batches: Sequence, *, forward_only: bool):
+        """Run micro-batches through Megatron's schedule; what it collected."""
         iterators = [iter(batches) for _ in self.chunks]
-        is_interleaved = len(self.chunks) > 1
         with _with_model_type(self.chunks):
             return get_forward_backward_func()(
                 forward_step_func=step,
-                data_iterator=iterators if is_interleaved else iterators[0],
+                data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
                 model=self.chunks,
                 num_microbatches=len(batches),
                 seq_length=max(row.layout.num_expanded for row in rows),
@@ -143,17 +184,13 @@ class Job:
                 collect_non_loss_data=forward_only,
             )
 
-    def outputs(self, chunk, row) -> tuple[Tensor, Tensor | None]:
+    def _outputs(self, chunk, row) -> tuple[Tensor, Tensor | None]:
         """What the step gives for a row: losses or hidden states, and a mask if it knows one."""
         outputs = self.forward(chunk, row.inputs())
         return outputs if isinstance(outputs, tuple) else (outputs, None)
 
-    def loss_and_mask(self, row, loss: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[positions of this rank]`` each, of a step of the last stage.
-
-        Raises:
-            PackingError: the losses are not one for each position of this rank.
-        """
+    def _loss_and_mask(self, row, loss: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[positions of this rank]`` each, of a step of the last stage."""
         size = row.layout.num_expanded // self.cp_size
         if loss.numel() != size:
             raise PackingError(
@@ -164,32 +201,6 @@ class Job:
             places = {"cp_size": self.cp_size, "cp_rank": self.cp_rank}
             _, mask = expand_labels(row.layout, row.labels, row.loss_mask, **places)
         return loss.reshape(-1), mask.reshape(-1)
-
-    def _collect_step(self, iterator, chunk):
-        row = next(iterator)
-        output, mask = self.outputs(chunk, row)
-        return output, partial(self._collect, row, mask)
-
-    def _collect(self, row, mask, loss, non_loss_data=True) -> Run:
-        loss, mask = self.loss_and_mask(row, loss, mask)
-        return Run(-loss.float().cpu(), mask.float().cpu())
-
-    def _backward_step(self, count: int, iterator, chunk):
-        row, weight = next(iterator)
-        output, _ = self.outputs(chunk, row)
-
-        def loss_function(loss):
-            loss, _ = self.loss_and_mask(row, loss, weight)
-            total = (loss.float() * weight.to(loss.device)).sum()
-            return total * count / self.cp_size, {}  # the schedule divides by what is multiplied
-
-        return output, loss_function
-
-    def _share(self, values: Tensor, layout: PackedLayout) -> Tensor:
-        """This rank's ``[positions]`` of ``[real positions]``, 0 for padding."""
-        whole = torch.zeros(layout.num_expanded)
-        whole[~layout.padding_mask.cpu()] = values
-        return whole[self.positions(layout)]
 
     def _num_passes(self, wanted: int) -> int:
         """As many on all ranks, and what an interleaved schedule takes."""
@@ -204,30 +215,27 @@ class Job:
         is_pipeline = parallel_state.get_pipeline_model_parallel_world_size() > 1
         return is_pipeline and not self.config.variable_seq_lengths
 
-    def positions(self, layout: PackedLayout) -> Tensor:
-        """int64, the positions of the row that this rank has, in its order."""
-        edges = layout.cu_seqlens_padded.cpu()
-        return local_positions(edges, layout.num_expanded, self.cp_size, self.cp_rank)
-
-    def in_order(self, run: Run, layout: PackedLayout) -> Run:
-        """The whole row of a run on the last stage, without its padding: ``[real positions]``."""
-        parts = [run]
-        if self.cp_size > 1:
-            parts = [None] * self.cp_size
-            dist.all_gather_object(parts, run, group=self.cp_group)
-        order = torch.cat(self._places(layout)).argsort()[~layout.padding_mask.cpu()]
-        return Run(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
-
-    def owners(self, layout: PackedLayout) -> Tensor:
-        """int64 ``[real positions]``, the context-parallel rank that has each."""
-        found = torch.empty(layout.num_expanded, dtype=torch.int64)
-        for rank, places in enumerate(self._places(layout)):
-            found[places] = rank
+    def owned(self, layout: PackedLayout) -> Tensor:
+        """bool ``[real positions]``, those that this rank has."""
+        found = torch.zeros(layout.num_expanded, dtype=torch.bool)
+        found[self._places(layout, self.cp_rank)] = True
         return found[~layout.padding_mask.cpu()]
 
-    def _places(self, layout: PackedLayout) -> list[Tensor]:
-        edges, size = layout.cu_seqlens_padded.cpu(), layout.num_expanded
-        return [local_positions(edges, size, self.cp_size, rank) for rank in range(self.cp_size)]
+    def _share(self, values: Tensor, layout: PackedLayout) -> Tensor:
+        """This rank's ``[positions]`` of ``[real positions]``, 0 for padding."""
+        whole = torch.zeros(layout.num_expanded)
+        whole[~layout.padding_mask.cpu()] = values
+        return whole[self._places(layout, self.cp_rank)]
+
+    def _in_order(self, parts: Sequence[Run], layout: PackedLayout) -> Run:
+        """A whole row, without its padding, of what its ranks have."""
+        places = [self._places(layout, rank) for rank in range(self.cp_size)]
+        order = torch.cat(places).argsort()[~layout.padding_mask.cpu()]
+        return Run(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
+
+    def _places(self, layout: PackedLayout, rank: int) -> Tensor:
+        edges = layout.cu_seqlens_padded.cpu()
+        return local_positions(edges, layout.num_expanded, self.cp_size, rank)
 
 
 def _config_of(model) -> ModelParallelConfig:

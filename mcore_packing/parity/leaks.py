@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .content import Content, as_one_sequence, with_all_labels
-from .job import Job, Run, gather, together
-from .noise import Size, judge, largest, rounded_otherwise, stands_out
+from .job import Job, gather, together
+from .noise import Size, differences, judge, largest, rounded_otherwise, stands_out
 from .verdict import INCONCLUSIVE, RIGHT, WRONG, Blind, Finding, blind_lines
 
 NAMED = 16  # samples that are changed one at a time, once something leaks
@@ -121,18 +120,22 @@ def isolation(
     """
 
     def prepare() -> _Trial:
-        job = Job(model, forward)
-        moved = row.to(job.weight.device, job.weight.dtype)
-        return _Trial(job, Content(with_all_labels(moved), keep_ids))
+        job = Job(model, row, forward)
+        return _Trial(job, Content(with_all_labels(job.row), keep_ids))
 
     trial = together(prepare)
     trial.run(_patterns(trial.num_samples, exhaustive))
-    everyones = gather(trial.record)
-    if any(record.leaks(Size(0, 0)) for record in everyones):
-        trial.run([{sample} for sample in trial.suspects(everyones)], names=True)
+    if any(gather(bool(trial.leaking()))):  # bit by bit, that is
         trial.measure_floor()
-        everyones = gather(trial.record)
-    return _conclude(everyones)
+        trial.run([{sample} for sample in trial.suspects()], names=True)
+    found = gather((trial.leaks(), trial.blind(), trial.floor.max, trial.num_passes))
+    leaks, blind, floors, num_passes = zip(*found, strict=True)
+    return Isolation(
+        leaks=tuple(leak for theirs in leaks for leak in theirs),
+        blind=tuple(dict.fromkeys(one for theirs in blind for one in theirs)),
+        floor=max(floors),
+        num_passes=max(num_passes),
+    )
 
 
 def _patterns(num_samples: int, exhaustive: bool) -> list[set[int]]:
@@ -147,192 +150,126 @@ def _patterns(num_samples: int, exhaustive: bool) -> list[set[int]]:
     ]
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A sequence in a pass, on one rank, against the row as it is.
-
-    Attributes:
-        size: of its differences.
-        position: the first that differs, counted from its start.
-        control: the size of differences where its own change must show, None if nowhere.
-    """
-
-    size: Size
-    position: int
-    control: Size | None
-
-
-@dataclass
-class _Record:
-    """What a rank has seen.
-
-    Attributes:
-        replica, rank: which rank it is.
-        num_samples: of its row.
-        passes: the samples that changed in each pass.
-        cells: of each pass and sequence; empty where the rank has no log-probabilities.
-        names: the passes that say who is seen.
-        repeat: differences between two runs of the same row.
-        rounds: whether experts or scales of a whole tensor round by what other samples hold.
-        floor: of rounding, where it was measured.
-        dropped: of each sequence, differences with all boundaries dropped, where it was measured.
-        is_finite: whether all log-probabilities are.
-        num_passes: how often rows were run.
-    """
-
-    replica: int
-    rank: int
-    num_samples: int
-    rounds: bool
-    passes: list[set[int]]
-    cells: list[list[_Cell]]
-    names: list[int]
-    repeat: Size = Size(0, 0)
-    floor: Size = Size(0, 0)
-    dropped: list[Size] | None = None
-    is_finite: bool = True
-    num_passes: int = 2
-
-    def leaks(self, floor: Size) -> list[int]:
-        """The sequences that differ by more than rounding though they were not changed."""
-        return [s for s in range(self.num_samples) if self.worst(s, floor) == WRONG]
-
-    def worst(self, sequence: int, floor: Size) -> str:
-        return judge(self.untouched(sequence), floor)
-
-    def untouched(self, sequence: int) -> Size:
-        """The largest differences of a sequence in passes that did not change it."""
-        return largest(row[sequence].size for row in self._others(sequence))
-
-    def _others(self, sequence: int) -> list[list[_Cell]]:
-        pairs = zip(self.passes, self.cells, strict=False)
-        return [cells for changed, cells in pairs if sequence not in changed]
-
-    def sees(self, sequence: int, floor: Size) -> tuple[int, ...]:
-        """Whose change alone changes a sequence."""
-        found = set()
-        for index in self.names:
-            if sequence in self.passes[index]:
-                continue
-            if judge(self.cells[index][sequence].size, floor) == WRONG:
-                found |= self.passes[index]
-        return tuple(sorted(found))
-
-    def leak(self, sequence: int, floor: Size) -> Leak:
-        cells = [cells[sequence] for cells in self._others(sequence)]
-        first = min(cell.position for cell in cells if judge(cell.size, floor) == WRONG)
-        size = self.untouched(sequence)
-        return Leak(self.rank, sequence, self.sees(sequence, floor), size.max, first)
-
-    def hidden(self, floor: Size) -> list[tuple[int | None, str]]:
-        """What this rank could not have seen."""
-        if self.num_samples < 2:
-            return [(None, "a row of one sample has nobody to see")]
-        found = [] if self.is_finite else [(None, "log-probabilities are not finite")]
-        for sequence in range(self.num_samples):
-            pairs = zip(self.passes, self.cells, strict=False)
-            own = [cells[sequence].control for changed, cells in pairs if sequence in changed]
-            if any(size is not None and not stands_out(size, floor) for size in own):
-                found.append((sequence, "its own change makes no difference behind it"))
-            dropped, size = (self.dropped or [None] * self.num_samples)[sequence], None
-            if dropped is not None and sequence:
-                size = self.untouched(sequence)
-                if judge(size, floor) == INCONCLUSIVE or not stands_out(dropped, size):
-                    found.append((sequence, "a leak could hide in the rounding"))
-        return found
-
-
 class _Trial:
-    """The passes of one check on this rank."""
+    """The passes of one check, and what this rank reads from them.
+
+    Attributes:
+        passes: for each, the samples that changed, and how far every real position moved; empty
+            before the last pipeline stage.
+        names: those that say who is seen.
+        floor: of rounding, where samples may round by others; else 0.
+        dropped: how far every real position moves without boundaries, where rounding was measured.
+    """
 
     def __init__(self, job: Job, content: Content):
         self.job, self.content, self.row = job, content, content.row
-        self.num_samples = self.row.layout.num_seqs
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self.record = _Record(job.replica, rank, self.num_samples, _rounds(job.config), [], [], [])
-        self.base = None
-        layout = self.row.layout.to("cpu")
-        positions, edges = job.positions(layout), layout.cu_seqlens_padded.long()
-        real = ~layout.padding_mask[positions]
-        self.sequence = (torch.searchsorted(edges, positions, right=True) - 1).where(real, -1)
-        self.place = positions - edges[self.sequence]
-        watched, later = content.watched[positions], content.later[positions]
-        self.controls = [self._control(sequence, watched, later) for sequence in range(len(edges))]
+        edges = self.row.layout.cu_seqlens_expanded.tolist()
+        self.spans = [slice(*ends) for ends in pairwise(edges)]
+        self.num_samples, self.owned = len(self.spans), job.owned(self.row.layout)
+        self.base = self.repeat = self.dropped = None
+        self.passes: list[tuple[set[int], Tensor]] = []
+        self.names: list[tuple[set[int], Tensor]] = []
+        self.floor, self.num_passes = Size(), 0
 
-    def _control(self, sequence: int, watched: Tensor, later: Tensor) -> Tensor:
-        """Where a change of a sequence must show on this rank."""
-        ours = self.sequence == sequence
-        return ours & watched if bool((ours & watched).any()) else ours & later
-
-    def run(self, passes: Sequence[set[int]], names: bool = False) -> None:
+    def run(self, patterns: Sequence[set[int]], names: bool = False) -> None:
         """Run the row with other content in each set of samples; the first time also as it is."""
-        record, first = self.record, self.base is None
-        rows = [self.row] * 2 if first else []
-        rows += [self.content.changed(samples) for samples in passes]
-        runs = self.job.run(rows or [self.row])
-        record.num_passes = len(rows) if first else record.num_passes + len(rows)
-        if names:
-            record.names = [*range(len(record.passes), len(record.passes) + len(passes))]
-        record.passes += passes
-        if not runs:
-            self.base = ()
-            return
-        if first:
-            self.base, again, *runs = runs
-            record.repeat = Size.of(self._differences(again))
-            record.is_finite = bool(self.base.logprobs.isfinite().all())
-        record.cells += [self._cells(run) for run in runs[: len(passes)]]
+        rows = [self.row] * 2 if self.base is None else []
+        rows += [self.content.changed(samples) for samples in patterns]
+        runs = self._moved(rows)
+        if self.repeat is None and runs:
+            self.repeat = runs[1]
+        found = list(zip(patterns, runs[len(rows) - len(patterns) :], strict=bool(runs)))
+        self.passes += found
+        self.names += found if names else []
 
-    def _differences(self, run: Run) -> Tensor:
-        """``[positions of this rank]``; what is nan in both is the same."""
-        ours, theirs = self.base.logprobs, run.logprobs
-        differences = (ours - theirs).abs()
-        return differences.masked_fill((ours == theirs) | (ours.isnan() & theirs.isnan()), 0)
-
-    def _cells(self, run: Run) -> list[_Cell]:
-        differences = self._differences(run)
-        return [self._cell(differences, sequence) for sequence in range(self.num_samples)]
-
-    def _cell(self, differences: Tensor, sequence: int) -> _Cell:
-        ours, control = self.sequence == sequence, self.controls[sequence]
-        found = differences[ours]
-        places = self.place[ours][found != 0]
-        return _Cell(
-            Size.of(found),
-            int(places.min()) if places.numel() else -1,
-            Size.of(differences[control]) if bool(control.any()) else None,
-        )
-
-    def suspects(self, everyones: Sequence[_Record]) -> list[int]:
-        """The samples nearest to the first of this replica's sequences that leaks."""
-        ours = [record for record in everyones if record.replica == self.job.replica]
-        leaks = sorted({s for record in ours for s in record.leaks(Size(0, 0))})
-        if not leaks:
-            return []
-        return sorted(range(self.num_samples), key=lambda s: (abs(s - leaks[0]), s))[:NAMED]
+    def _moved(self, rows: Sequence) -> list[Tensor]:
+        """How far every real position is from the first run."""
+        runs = self.job.run(rows)
+        self.num_passes += len(rows)
+        if self.base is None:
+            self.base = runs[0].logprobs if runs else ()
+        return [differences(run.logprobs, self.base) for run in runs]
 
     def measure_floor(self) -> None:
-        """What rounding alone makes, and what all boundaries dropped make; where it is needed."""
-        record, job = self.record, self.job
-        if not any(gather(record.rounds or record.repeat.max > 0)):
+        """What rounding alone makes, and boundaries dropped; where samples may round by others."""
+        repeats = self.repeat is None or not self.repeat.any()
+        if not any(gather(not repeats or _rounds(self.job.config))):
             return
-        with rounded_otherwise(job.chunks, job.config):
-            noise = job.run([self.row])
-        one = as_one_sequence(self.row)
-        runs = job.run([one])
-        record.num_passes += 2
-        if not runs:
-            return
-        floor = Size.of(self._differences(noise[0]))
-        if record.rounds or record.repeat.max > 0:
-            record.floor = largest([floor, record.repeat])
-        found = job.in_order(runs[0], one.layout).logprobs
-        known = job.in_order(self.base, self.row.layout).logprobs
-        edges = self.row.layout.cu_seqlens_expanded.tolist()
-        record.dropped = [
-            Size.of((found - known)[begin:end].abs())
-            for begin, end in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        with rounded_otherwise(self.job.chunks, self.job.config):
+            noise = self._moved([self.row])
+        dropped = self._moved([as_one_sequence(self.row)])
+        if noise:
+            self.floor = largest([Size.of(noise[0]), Size.of(self.repeat)])
+            self.dropped = dropped[0]
+
+    def suspects(self) -> list[int]:
+        """The samples nearest to the first of this replica's sequences that leaks."""
+        known = gather((self.job.replica, self.leaking()))
+        leaking = [sequence for replica, theirs in known if replica == self.job.replica
+                   for sequence in theirs]  # fmt: skip
+        if not leaking:
+            return []
+        return sorted(range(self.num_samples), key=lambda s: (abs(s - min(leaking)), s))[:NAMED]
+
+    def leaking(self) -> list[int]:
+        """The sequences that moved on this rank though they were not changed."""
+        return [s for s in range(self.num_samples) if judge(self._untouched(s), self.floor) == WRONG]
+
+    def _untouched(self, sequence: int) -> Size:
+        """The largest differences in passes that did not change a sequence."""
+        return largest(Size.of(moved) for moved in self._others(sequence, self.passes))
+
+    def _others(self, sequence: int, passes: Sequence) -> list[Tensor]:
+        """What a sequence did in passes that did not change it: its positions on this rank."""
+        span = self.spans[sequence]
+        ours = self.owned[span]
+        return [moved[span][ours] for changed, moved in passes if sequence not in changed]
+
+    def leaks(self) -> list[Leak]:
+        found = []
+        for sequence in self.leaking():
+            sees = set()
+            for changed, moved in self.names:
+                for part in self._others(sequence, [(changed, moved)]):
+                    if judge(Size.of(part), self.floor) == WRONG:
+                        sees |= changed
+            at = self.owned[self.spans[sequence]].nonzero().flatten()
+            first = min(
+                int(at[part.nonzero()[0]])
+                for part in self._others(sequence, self.passes)
+                if judge(Size.of(part), self.floor) == WRONG
+            )
+            size = self._untouched(sequence).max
+            found.append(Leak(self.job.rank, sequence, tuple(sorted(sees)), size, first))
+        return found
+
+    def blind(self) -> list[Blind]:
+        """What the replica could not have seen."""
+        found = []
+        if self.num_samples < 2:
+            found.append((None, "a row of one sample has nobody to see"))
+        elif len(self.base):
+            if not bool(self.base.isfinite().all()):
+                found.append((None, "log-probabilities are not finite"))
+            for sequence in range(self.num_samples):
+                if not self._shows_its_change(sequence):
+                    found.append((sequence, "its own change makes no difference behind it"))
+                if self.dropped is not None and sequence and self._could_hide(sequence):
+                    found.append((sequence, "a leak could hide in the rounding"))
+        return [Blind(self.job.replica, *one) for one in found]
+
+    def _shows_its_change(self, sequence: int) -> bool:
+        """Whether a sample that is changed moves its own later positions."""
+        span = self.spans[sequence]
+        watched, later = self.content.watched[span], self.content.later[span]
+        places = watched if bool(watched.any()) else later
+        own = [Size.of(moved[span][places]) for who, moved in self.passes if sequence in who]
+        return all(stands_out(size, self.floor) for size in own)
+
+    def _could_hide(self, sequence: int) -> bool:
+        found = self._untouched(sequence)
+        dropped = Size.of(self.dropped[self.spans[sequence]])
+        return judge(found, self.floor) == INCONCLUSIVE or not stands_out(dropped, found)
 
 
 def _rounds(config) -> bool:
@@ -344,27 +281,3 @@ def _rounds(config) -> bool:
         return str(getattr(config, "fp8_recipe", "")).endswith(("delayed", "tensorwise"))
     has_experts = getattr(config, "num_moe_experts", None) is not None
     return has_experts and getattr(config, "moe_expert_capacity_factor", None) is None
-
-
-def _conclude(everyones: Sequence[_Record]) -> Isolation:
-    floors = {
-        replica: largest(r.floor for r in everyones if r.replica == replica)
-        for replica in {record.replica for record in everyones}
-    }
-    with_results = [record for record in everyones if record.cells or record.num_samples < 2]
-    leaks = [
-        record.leak(sequence, floors[record.replica])
-        for record in with_results
-        for sequence in record.leaks(floors[record.replica])
-    ]
-    blind = {
-        Blind(record.replica, *found): None
-        for record in with_results
-        for found in record.hidden(floors[record.replica])
-    }
-    return Isolation(
-        leaks=tuple(leaks),
-        blind=tuple(blind),
-        floor=max(floor.max for floor in floors.values()),
-        num_passes=max(record.num_passes for record in everyones),
-    )

@@ -1,12 +1,12 @@
 """How far a result moves by rounding alone, and what stands out from that."""
 
 import contextlib
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from .verdict import INCONCLUSIVE, RIGHT, WRONG
@@ -18,13 +18,13 @@ FP8_EPS = 2**-4
 class Size(NamedTuple):
     """How large differences are: the largest, and their root mean square."""
 
-    max: float
-    rms: float
+    max: float = 0.0
+    rms: float = 0.0
 
     @classmethod
     def of(cls, differences: Tensor) -> "Size":
         if not differences.numel():
-            return cls(0.0, 0.0)
+            return cls()
         return cls(differences.max().item(), differences.square().mean().sqrt().item())
 
     def exceeds(self, other: "Size", times: float = 1) -> bool:
@@ -46,14 +46,19 @@ def stands_out(control: Size, found: Size) -> bool:
 
 def largest(sizes: Iterable[Size]) -> Size:
     """The largest of each."""
-    sizes = [Size(0.0, 0.0), *sizes]
+    sizes = [Size(), *sizes]
     return Size(max(size.max for size in sizes), max(size.rms for size in sizes))
+
+
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    """``|a - b|``; what is nan in both, or the same infinity, is the same."""
+    return (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0)
 
 
 @contextlib.contextmanager
 def rounded_otherwise(chunks, config):
-    """Models whose language model rounds otherwise: what its embedding and each of its layers give
-    is off by one unit in the last place, up or down at random, the same on all ranks.
+    """Models that round otherwise: what their embedding and each of their layers give is off by one
+    unit in the last place, up or down at random, the same on all ranks.
 
     Another order of summation, another kernel or another batch does no more than that.
     """
@@ -67,10 +72,10 @@ def rounded_otherwise(chunks, config):
 
     with contextlib.ExitStack() as stack:
         for chunk in chunks:
-            for module in chunk.modules():
-                if isinstance(module, LanguageModelEmbedding | TransformerLayer):
-                    handle = module.register_forward_hook(disturb)
-                    stack.callback(handle.remove)
+            for name, module in chunk.named_modules():
+                is_layer = re.search(r"\blayers\.\d+$", name)
+                if is_layer or isinstance(module, LanguageModelEmbedding):
+                    stack.callback(module.register_forward_hook(disturb).remove)
         yield
 
 

@@ -1,6 +1,7 @@
 """What a check answers: right, wrong, or that it could not have told."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,7 @@ class Finding:
 
     def to_dict(self) -> dict:
         """Everything that is a number or text, for logs."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {name: _plain(value) for name, value in fields.items() if _is_plain(value)}
-        return plain | {"verdict": self.verdict, "is_right": self.is_right}
+        return {**_plain(self), "verdict": self.verdict, "is_right": self.is_right}
 
 
 @dataclass(frozen=True)
@@ -40,38 +39,32 @@ class Blind:
     reason: str
 
 
-
-def blind_lines(blind) -> list[str]:
+def blind_lines(blind: Iterable[Blind]) -> list[str]:
     """A line for each reason, with the sequences of each replica."""
     places = {}
     for one in blind:
         places.setdefault((one.replica, one.reason), []).append(one.sequence)
-    return [
-        f"replica {replica}: {reason}" + _where(sequences)
-        for (replica, reason), sequences in places.items()
-    ]
+    lines = []
+    for (replica, reason), sequences in places.items():
+        named = ", ".join(str(sequence) for sequence in sequences if sequence is not None)
+        lines.append(f"replica {replica}: {reason}" + (f" (sequences {named})" if named else ""))
+    return lines
 
 
-def _where(sequences: list) -> str:
-    named = ", ".join(str(sequence) for sequence in sequences if sequence is not None)
-    return f" (sequences {named})" if named else ""
-
-
-def worst(verdicts) -> str:
+def worst(verdicts: Iterable[str]) -> str:
     """One verdict for several: wrong if one is, right only if all are."""
     verdicts = set(verdicts)
     return next((v for v in (WRONG, INCONCLUSIVE) if v in verdicts), RIGHT)
 
 
-def _is_plain(value) -> bool:
-    return not isinstance(value, torch.Tensor) and not hasattr(value, "cu_seqlens_expanded")
-
-
 def _plain(value):
+    """Of dataclasses, lists and dicts what is plain; tensors and layouts are left out."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return value
+        return {
+            name: _plain(one)
+            for name, one in value.items()
+            if not isinstance(one, torch.Tensor) and not hasattr(one, "cu_seqlens_expanded")
+        }
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -6,8 +6,6 @@ from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from ..data.rows import Row
 from ..errors import PackingError
@@ -16,7 +14,7 @@ from .content import as_one_sequence, one_by_one, with_all_labels, with_moved_bo
 from .gradients import GradientError, Gradients, compare_sums
 from .job import Job, Run, gather, together
 from .metric import token_mult_prob_error
-from .noise import Size, judge, rounded_otherwise, stands_out
+from .noise import Size, differences, judge, rounded_otherwise, stands_out
 from .verdict import INCONCLUSIVE, RIGHT, WRONG, Blind, Finding, blind_lines, worst
 
 _OLD = {"tolerance": "verify measures how far results move by rounding, and compares with that"}
@@ -158,8 +156,8 @@ def verify(
     job, rows = together(lambda: _prepare(model, row, forward))
     runs = job.run(rows.all)
     with rounded_otherwise(job.chunks, job.config):
-        noise = job.run([rows.packed])
-    comparison = _Comparison(job, rows, [*runs, *noise]) if runs else None
+        runs += job.run([rows.packed])
+    comparison = together(lambda: _Comparison(job, rows, runs) if runs else None)
     mine = ([], [], 0.0) if comparison is None else comparison.judged()
     apart = _gradients(job, rows, comparison) if gradients else ()
     sequences, blind, floors = zip(*gather(mine), strict=True)
@@ -183,8 +181,8 @@ class _Rows(NamedTuple):
 
 
 def _prepare(model, row, forward) -> tuple[Job, _Rows]:
-    job = Job(model, forward)
-    row = row.to(job.weight.device, job.weight.dtype)
+    job = Job(model, row, forward)
+    row = job.row
     length = row.layout.num_expanded if job.pads_rows else None
     alone = [with_all_labels(sample) for sample in one_by_one(row, length)]
     row, faulty = with_all_labels(row), {}
@@ -198,19 +196,18 @@ def _prepare(model, row, forward) -> tuple[Job, _Rows]:
 
 def _gradients(job: Job, rows: _Rows, comparison) -> tuple[GradientError, ...]:
     """Of what trains both packed and alone."""
-    alone = [None] * len(rows.alone)
-    packed = None
+    whole, parts = None, [None] * len(rows.alone)
     if comparison is not None:
-        packed = comparison.trained
-        alone = [packed[span] for span in comparison.spans]
+        whole = comparison.trained
+        parts = [whole[span] for span in comparison.spans]
     gradients = Gradients(job.chunks, job.config)
+    packed = lambda: job.backward([rows.packed], [whole])  # noqa: E731
     with gradients.borrowed():
-        found = [
-            gradients.of(lambda: job.backward([rows.packed], [packed])),
-            gradients.of(lambda: job.backward(rows.alone, alone)),
-        ]
+        found = [gradients.of(packed), gradients.of(lambda: job.backward(rows.alone, parts))]
         with rounded_otherwise(job.chunks, job.config):
-            found.append(gradients.of(lambda: job.backward([rows.packed], [packed])))
+            found.append(gradients.of(packed))
+        one = as_one_sequence(rows.packed)
+        found.append(gradients.of(lambda: job.backward([one], [whole])))
     return compare_sums(gather((job.replica, gradients.sums(*found))))
 
 
@@ -218,18 +215,15 @@ class _Comparison:
     """The runs of a replica side by side, position by position of the row without its padding."""
 
     def __init__(self, job: Job, rows: _Rows, runs: Sequence[Run]):
-        self.job, self.rows = job, rows
-        layouts = [row.layout for row in (*rows.all, rows.packed)]
-        whole = [job.in_order(run, layout) for run, layout in zip(runs, layouts, strict=True)]
-        count = len(rows.alone)
-        self.packed, self.noise = whole[0], whole[-1]
-        self.alone = Run(*(torch.cat(parts) for parts in zip(*whole[1 : count + 1], strict=True)))
-        self.faulty = dict(zip(rows.faulty, whole[count + 1 : -1], strict=True))
-        self.owner = job.owners(rows.packed.layout)
+        self.job, count = job, len(rows.alone)
+        self.packed, self.noise = runs[0], runs[-1]
+        self.alone = Run(*(torch.cat(parts) for parts in zip(*runs[1 : count + 1], strict=True)))
+        self.faulty = dict(zip(rows.faulty, runs[count + 1 : -1], strict=True))
+        self.owned = job.owned(rows.packed.layout)
         edges = rows.packed.layout.cu_seqlens_expanded.tolist()
-        self.spans = [slice(begin, end) for begin, end in pairwise(edges)]
+        self.spans = [slice(*ends) for ends in pairwise(edges)]
         self.trained = ((self.packed.mask > 0) & (self.alone.mask > 0)).float()
-        self.floor = Size.of((self.noise.logprobs - self.packed.logprobs).abs())
+        self.floor = Size.of(differences(self.noise.logprobs, self.packed.logprobs))
 
     def judged(self) -> tuple[list[SequenceError], list[Blind], float]:
         """What this rank found in its positions, what the replica is blind for, and the floor."""
@@ -239,24 +233,22 @@ class _Comparison:
 
     def _sequence(self, index: int, span: slice) -> SequenceError | None:
         """This rank's positions of a sequence, None where it has none."""
-        ours = self.owner[span] == self.job.cp_rank
+        ours = self.owned[span]
         if not bool(ours.any()):
             return None
-        (packed, mask), (alone, mask_alone) = (
-            (x[span][ours] for x in run) for run in (self.packed, self.alone)
-        )
+        packed, mask, alone, mask_alone = (x[span][ours] for x in (*self.packed, *self.alone))
         both, unmatched = mask * mask_alone, int(((mask > 0) != (mask_alone > 0)).sum())
-        differences = (packed - alone).abs()
-        at = int(differences.argmax())
+        apart = differences(packed, alone)
+        at = int(apart.argmax())
         return SequenceError(
-            rank=dist.get_rank() if dist.is_initialized() else 0,
+            rank=self.job.rank,
             sequence=index,
             token_mult_prob_error=token_mult_prob_error(packed, alone, both).item(),
-            max_difference=differences[at].item(),
+            max_difference=apart[at].item(),
             position=int(ours.nonzero()[at]),
             unmatched_labels=unmatched,
             num_compared=int((both > 0).sum()),
-            verdict=WRONG if unmatched else judge(Size.of(differences), self.floor),
+            verdict=WRONG if unmatched else judge(Size.of(apart), self.floor),
         )
 
     def _blind(self) -> list[tuple[int | None, str]]:
@@ -267,13 +259,13 @@ class _Comparison:
         if len(self.faulty) < 2:
             found.append((None, "no row with moved boundaries fits the model"))
         for fault, run in self.faulty.items():
-            for index, span in list(enumerate(self.spans))[1:]:
-                size = Size.of(self._differences(self.packed, span))
-                if not stands_out(Size.of(self._differences(run, span)), size):
+            for index, span in enumerate(self.spans[1:], 1):
+                known = self._apart(self.packed, span)
+                if not stands_out(self._apart(run, span), known):
                     found.append((index, f"{fault} would not be seen"))
         return found
 
-    def _differences(self, run: Run, span: slice) -> Tensor:
-        """From the samples alone; a row with a fault may have lost some text at its end."""
-        known = self.alone.logprobs[span]
-        return (run.logprobs[span] - known[: run.logprobs[span].numel()]).abs()
+    def _apart(self, run: Run, span: slice) -> Size:
+        """How far a run is from the samples alone; one with a fault may have lost its end."""
+        logprobs = run.logprobs[span]
+        return Size.of(differences(logprobs, self.alone.logprobs[span][: logprobs.numel()]))
