@@ -76,9 +76,7 @@ def _slice(row: Row, sequence: int, spec: RowSpec) -> Row:
     """One sample of a row for a model that does not expand. Media are cut by entries (those of
     ``images``) or by images (those of ``num_image_tiles``)."""
     begin, end = row.layout.cu_seqlens_collapsed[sequence : sequence + 2].tolist()
-    part = {
-        name: getattr(row, name)[:, begin:end] for name in ("input_ids", "labels", "loss_mask")
-    }
+    part = {name: getattr(row, name)[:, begin:end] for name in ("input_ids", "labels", "loss_mask")}
     edges = row.layout.cu_seqlens_collapsed.new_tensor([0, end - begin])
     first, last = _entries(row)[sequence]
     ends = row.num_image_tiles.cumsum(0)

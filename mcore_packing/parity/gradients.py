@@ -82,8 +82,9 @@ class Gradients:
     def borrowed(self):
         """Nothing of the training loop runs, and nothing is reduced, inside of this."""
         hung = {name: getattr(self.config, name) for name in _OF_TRAINING}
-        before = [(p, getattr(p, "main_grad", None), p.grad) for _, p in self.parameters]
-        kept = [None if main is None else main.clone() for _, main, _ in before]
+        before = [(p, p.grad, getattr(p, "main_grad", None)) for _, p in self.parameters]
+        kept = [None if main is None else main.clone() for *_, main in before]
+        fused = [getattr(p, "grad_added_to_main_grad", None) for _, p in self.parameters]
         with contextlib.ExitStack() as stack:
             for name in _OF_TRAINING:
                 setattr(self.config, name, None)
@@ -95,10 +96,12 @@ class Gradients:
             finally:
                 for name, value in hung.items():
                     setattr(self.config, name, value)
-                for (parameter, main, grad), copy in zip(before, kept, strict=True):
+                for (parameter, grad, main), copy, flag in zip(before, kept, fused, strict=True):
                     parameter.grad = grad
                     if main is not None:
                         main.copy_(copy)
+                    if flag is not None:
+                        parameter.grad_added_to_main_grad = flag
 
     def of(self, run: Callable) -> list[Tensor]:
         """What a forward and backward pass gives, fp32, summed over the ranks of one row."""

@@ -213,7 +213,9 @@ class _Trial:
 
     def leaking(self) -> list[int]:
         """The sequences that moved on this rank though they were not changed."""
-        return [s for s in range(self.num_samples) if judge(self._untouched(s), self.floor) == WRONG]
+        return [
+            s for s in range(self.num_samples) if judge(self._untouched(s), self.floor) == WRONG
+        ]
 
     def _untouched(self, sequence: int) -> Size:
         """The largest differences in passes that did not change a sequence."""

@@ -14,13 +14,17 @@ from ..megatron.hook import unpacked
 from ..megatron.params import LaidOutParams
 
 
-def collate(samples: Sequence[dict]) -> dict:
+def collate(samples: Sequence[dict], image_token_id: int = -200) -> dict:
     """One collapsed row from samples, as a collate function makes it that knows no layouts.
 
     The tensors of ``mp.data.pack``, but position ids that run on over the whole row, and
     ``cu_seqlens`` with the ``space`` that those count.
+
+    Args:
+        samples: as ``mp.data.pack`` takes them.
+        image_token_id: the placeholder of the model, which nothing is trained to predict.
     """
-    row = concatenate(samples)
+    row = concatenate(samples, image_token_id)
     lengths = torch.tensor([0] + [sample["input_ids"].numel() for sample in samples])
     ids = row["input_ids"]
     return {
@@ -73,8 +77,11 @@ def logprobs(model, row: dict) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def run_alone(model, samples: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities and loss mask, fp32 ``[S_i]`` each, of every sample by itself, unpacked."""
+    image = find_llava(model).image_token_index
     with unpacked(model):
-        return [logprobs(model, {**collate([sample]), "cu_seqlens": None}) for sample in samples]
+        return [
+            logprobs(model, {**collate([sample], image), "cu_seqlens": None}) for sample in samples
+        ]
 
 
 @contextlib.contextmanager
