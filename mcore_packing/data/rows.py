@@ -89,8 +89,11 @@ class Row:
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 ``[1, T]``, restarting in every sample."""
-        return self.layout.position_ids_collapsed.unsqueeze(0)
+        """int64 ``[1, T]``, restarting in every sample; ``[1, S]`` for a model that does not
+        expand."""
+        layout = self.layout
+        ids = layout.position_ids_collapsed if layout.spec.expands else layout.position_ids
+        return ids.unsqueeze(0)
 
     @property
     def packed_seq_params(self):
@@ -100,11 +103,11 @@ class Row:
         return packed_seq_params(self.layout)
 
     def inputs(self) -> dict:
-        """Keyword arguments of ``LLaVAModel.forward``: ``model(**row.inputs())``."""
-        names = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
-        return {name: getattr(self, name) for name in (*names, "packed_seq_params")} | {
-            "attention_mask": None
-        }
+        """Keyword arguments of ``LLaVAModel.forward``: ``model(**row.inputs())``; and whatever else
+        there is in ``media``."""
+        names = ("input_ids", "position_ids", "labels", "loss_mask", "packed_seq_params")
+        own = {name: getattr(self, name) for name in names}
+        return {**self.media, **own, "attention_mask": None}
 
     def to(self, device=None, dtype=None, non_blocking: bool | None = None) -> "Row":
         """The same row elsewhere.

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,35 @@ EVERY = 4  # of so many tokens one stays, to be watched
 SEED = 20
 
 
+class _Tokens(NamedTuple):
+    """What a row has for each of its tokens, ``[T]``: without the padding that the rows of a model
+    have which does not expand."""
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+
+    @classmethod
+    def of(cls, row: Row) -> "_Tokens":
+        found = (getattr(row, name)[0] for name in cls._fields)
+        if row.layout.spec.expands:
+            return cls(*found)
+        return cls(*(column[~row.layout.padding_mask] for column in found))
+
+    def in_row(self, row: Row, layout: PackedLayout, **changes) -> Row:
+        """The row with these tokens, laid out like that."""
+        tokens = self
+        if not layout.spec.expands:
+            real = (~layout.padding_mask).nonzero().flatten()
+            fills = layout.spec.pad_token_id, IGNORE_INDEX, 0
+            tokens = (
+                column.new_full([layout.num_expanded], fill).scatter(0, real, column)
+                for column, fill in zip(self, fills, strict=True)
+            )
+        named = {name: column[None] for name, column in zip(self._fields, tokens, strict=True)}
+        return dataclasses.replace(row, layout=layout, **named, **changes)
+
+
 def with_all_labels(row: Row) -> Row:
     """The row with a label at every token, so that a log-probability of each can be compared.
 
@@ -26,14 +56,13 @@ def with_all_labels(row: Row) -> Row:
     Raises:
         PackingError: a placeholder, or what is no token, is trained.
     """
-    ids, image = row.input_ids[0], row.layout.spec.image_token_id
+    (ids, labels, mask), image = _Tokens.of(row), row.layout.spec.image_token_id
     is_image = ids == image
     ends = row.layout.cu_seqlens_collapsed[1:].long()
     has_next = torch.ones_like(is_image)
     has_next[ends[ends > 0] - 1] = False
     has_next[:-1] &= ~is_image[1:]
-    labels = row.labels[0]
-    trained = (labels != IGNORE_INDEX) & (row.loss_mask[0] > 0)
+    trained = (labels != IGNORE_INDEX) & (mask > 0)
     wrong = trained & ((labels < 0) | (labels == image))
     if bool(wrong.any()):
         token = int(wrong.nonzero()[0])
@@ -42,7 +71,7 @@ def with_all_labels(row: Row) -> Row:
             f"token that the model can predict"
         )
     following = ids.roll(-1).where(has_next, 0)
-    return dataclasses.replace(row, labels=labels.where(trained, following)[None])
+    return _Tokens(ids, labels.where(trained, following), mask).in_row(row, row.layout)
 
 
 def one_by_one(row: Row, length: int | None = None) -> list[Row]:
@@ -76,23 +105,20 @@ def _slice(row: Row, sequence: int, spec: RowSpec) -> Row:
     """One sample of a row for a model that does not expand. Media are cut by entries (those of
     ``images``) or by images (those of ``num_image_tiles``)."""
     begin, end = row.layout.cu_seqlens_collapsed[sequence : sequence + 2].tolist()
-    part = {name: getattr(row, name)[:, begin:end] for name in ("input_ids", "labels", "loss_mask")}
+    tokens = _Tokens(*(column[begin:end] for column in _Tokens.of(row)))
     edges = row.layout.cu_seqlens_collapsed.new_tensor([0, end - begin])
     first, last = _entries(row)[sequence]
     ends = row.num_image_tiles.cumsum(0)
     is_ours = (ends > first) & (ends <= last)
     num_entries, num_images = len(row.images), is_ours.numel()
-    media = {
-        name: value[first:last] if len(value) == num_entries != num_images else value[is_ours]
-        for name, value in row.media.items()
-        if len(value) in (num_entries, num_images)
-    }
-    return dataclasses.replace(
+    return tokens.in_row(
         row,
-        **part,
-        columns={name: column[..., begin:end] for name, column in row.columns.items()},
-        media=media,
-        layout=PackedLayout.build(part["input_ids"], edges, [], spec, space="collapsed"),
+        PackedLayout.build(tokens.input_ids, edges, [], spec, space="collapsed"),
+        columns={},
+        media={
+            name: value[first:last] if len(value) == num_entries != num_images else value[is_ours]
+            for name, value in row.media.items()
+        },
         indices=row.indices[sequence : sequence + 1],
         members=row.members[sequence : sequence + 1],
     )
@@ -114,13 +140,11 @@ def laid_out_anew(row: Row, cu_seqlens: Sequence[int], num_tokens: int | None = 
     Raises:
         PackingError: what comes out does not fit the model.
     """
-    layout = row.layout
-    names = "input_ids", "labels", "loss_mask"
-    part = {name: getattr(row, name)[:, :num_tokens] for name in names}
+    layout, tokens = row.layout, _Tokens(*(column[:num_tokens] for column in _Tokens.of(row)))
     edges = layout.cu_seqlens_collapsed.new_tensor(cu_seqlens)
     counts = layout.cu_image_embeddings.diff()
-    layout = PackedLayout.build(part["input_ids"], edges, counts, layout.spec, space="collapsed")
-    return dataclasses.replace(row, **part, layout=layout)
+    anew = PackedLayout.build(tokens.input_ids, edges, counts, layout.spec, space="collapsed")
+    return tokens.in_row(row, anew)
 
 
 def as_one_sequence(row: Row) -> Row:
@@ -137,7 +161,7 @@ def with_moved_boundaries(row: Row) -> Row | None:
         None where no such row fits the model.
     """
     edges = row.layout.cu_seqlens_collapsed.tolist()
-    is_image = row.input_ids[0] == row.layout.spec.image_token_id
+    is_image = _Tokens.of(row).input_ids == row.layout.spec.image_token_id
     last_image = int(is_image.nonzero()[-1]) if bool(is_image.any()) else 0
     room = edges[-1] - max(edges[-2], last_image)  # of text behind the last image
     for cut in range(min(2 * row.layout.spec.seq_multiple, room)):
@@ -171,7 +195,8 @@ class Content:
 
     def __init__(self, row: Row, keep_ids: Collection[int] = ()):
         check_members(row)
-        self.row, ids, layout = row, row.input_ids[0].cpu(), row.layout.to("cpu")
+        self.row, layout = row, row.layout.to("cpu")
+        self.ids = ids = _Tokens.of(row).input_ids.cpu()
         is_image = ids == layout.spec.image_token_id
         fixed = is_image | torch.isin(ids, torch.tensor(list(keep_ids), dtype=ids.dtype))
         if not layout.spec.expands:
@@ -180,7 +205,7 @@ class Content:
         self.pool = ids[~fixed & ~torch.isin(ids, ids[fixed])].unique()
         can_change = torch.isin(ids, self.pool) & (self.pool.numel() > 1)
         starts, token = layout.seq_start_collapsed.long(), torch.arange(ids.numel())
-        self.sample = torch.searchsorted(starts[:-1], token, right=True) - 1
+        self.sample = torch.searchsorted(starts[:-1], token, right=True) - 1  # the tail's is B
         place = token - starts[self.sample]
         stays = can_change & (place % EVERY == EVERY // 2) & ~torch.isin(token, starts - 1)
         self.changes = can_change & ~stays
@@ -196,15 +221,17 @@ class Content:
 
     def changed(self, samples: Collection[int]) -> Row:
         """The row with other content in these samples."""
-        row = self.row
+        row, (ids, labels, mask) = self.row, _Tokens.of(self.row)
         ours = torch.isin(self.sample, torch.tensor(sorted(samples))) & self.changes
-        ids = self.new_ids.where(ours, row.input_ids[0].cpu()).to(row.input_ids.device)
+        ids = self.new_ids.where(ours, self.ids).to(ids.device)
         images, entries = row.images.clone(), _entries(row)
         for sample in samples:
             first, last = entries[sample]
             images[first:last] = self.new_images[first:last]
         media = {**row.media, "images": images}
-        row = dataclasses.replace(row, input_ids=ids[None], media=media)
+        row = _Tokens(ids, labels, mask).in_row(row, row.layout, media=media)
+        if not row.layout.spec.expands:  # nothing of its layout depends on its ids
+            return row
         return laid_out_anew(row, row.layout.cu_seqlens_collapsed.tolist())
 
     def _new_ids(self, ids: Tensor) -> Tensor:

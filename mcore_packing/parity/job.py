@@ -90,6 +90,12 @@ class Job:
         self.forward = forward or run_stage
         if forward is None:
             row_spec(self.chunks).check(row.layout)
+        num_tokens, size = row.input_ids.numel(), row.layout.num_expanded
+        if not row.layout.spec.expands and num_tokens != size:
+            raise PackingError(
+                f"the row has {num_tokens} tokens, but its layout {size} positions: a row for a "
+                f"model that does not expand is filled up as its boundaries say"
+            )
         self.config = _config_of(self.chunks[0])
         weight = next(self.chunks[0].parameters())
         self.row = row.to(weight.device, weight.dtype)
@@ -197,7 +203,9 @@ class Job:
                 f"the last stage gave {list(loss.shape)}, expected the loss of each of its {size} "
                 f"positions, [1, {size}]; were boundaries other than the row's used?"
             )
-        if mask is None:
+        if mask is None and not row.layout.spec.expands:
+            mask = row.loss_mask[0].cpu()[self._places(row.layout, self.cp_rank)]
+        elif mask is None:
             places = {"cp_size": self.cp_size, "cp_rank": self.cp_rank}
             _, mask = expand_labels(row.layout, row.labels, row.loss_mask, **places)
         return loss.reshape(-1), mask.reshape(-1)

@@ -89,7 +89,6 @@ def one_rank_is_deaf(model) -> None:
 EXPERTS = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
-    "moe_token_dispatcher_type": "alltoall",
     "moe_router_load_balancing_type": "none",
     "add_bias_linear": False,
 }
