@@ -110,6 +110,7 @@ def build(vp_stage: int | None = None, chunks: int | None = None) -> PatchVLM:
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
         pipeline_model_parallel_size=pp_size, pipeline_dtype=torch.float32,
         virtual_pipeline_model_parallel_size=chunks,
+        overlap_p2p_comm=chunks is not None, batch_p2p_comm=chunks is None,  # as Megatron asks
     )  # fmt: skip
     return PatchVLM(config, vp_stage)
 
