@@ -78,9 +78,7 @@ def step(model, inputs: dict):
     of_tokens = {"input_ids": ids, "position_ids": inputs["position_ids"], "image_at": image_at,
                  "labels": inputs["labels"]}  # fmt: skip
     of_rank = {name: tensor[:, here] for name, tensor in of_tokens.items()}
-    return model(
-        **of_rank, images=inputs["images"], packed_seq_params=inputs["packed_seq_params"]
-    )
+    return model(**of_rank, images=inputs["images"], packed_seq_params=inputs["packed_seq_params"])
 
 
 def without_boundaries(model, inputs: dict):

@@ -45,8 +45,9 @@ class GradientError:
 
     def __str__(self) -> str:
         return (
-            f"gradient of {self.part}: relative difference {self.relative_difference:.2e}, cosine "
-            f"{self.cosine:.6f}; rounding makes {self.floor:.2e}"
+            f"gradient of {self.part} in replica {self.replica}: relative difference "
+            f"{self.relative_difference:.2e}, cosine {self.cosine:.6f}; rounding makes "
+            f"{self.floor:.2e}"
         )
 
 
@@ -76,6 +77,9 @@ class Gradients:
 
     def __init__(self, chunks: Sequence, config):
         self.chunks, self.config = chunks, config
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            if hasattr(module, "reshard"):  # FSDP2: else some of its parameters are not the job's
+                module.reshard()
         self.parameters = list(_parameters(chunks))
 
     @contextlib.contextmanager
