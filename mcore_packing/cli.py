@@ -184,8 +184,11 @@ def _isolate(options) -> int:
                 hook = install(model)
             if not isinstance(row, data.Row):
                 row = data.get_packer("concatenative", row_spec(model)).join(row)
-            with hook:
-                found.append(parity.isolation(model, row, step, exhaustive=options.exhaustive))
+            try:
+                with hook:
+                    found.append(parity.isolation(model, row, step, exhaustive=options.exhaustive))
+            except (RuntimeError, TypeError, AttributeError) as error:  # the model's, or the step's
+                raise UserError(f"the model raises {type(error).__name__}: {error}") from error
             print(found[-1], flush=True)
     if any(result.verdict == "wrong" for result in found):
         print("FAILED: samples see each other", file=sys.stderr)

@@ -139,7 +139,9 @@ def compare(
     )
     size = layout.num_expanded
     alone, mask_alone = (torch.cat(parts) for parts in zip(*alone, strict=True))
-    found, noise, without, mask = (x[:size] for x in (found, noise, without, mask))
+    found, noise, without, mask = (  # where a row is cut, nothing is trained behind
+        torch.nn.functional.pad(x, (0, size - x.numel())) for x in (found, noise, without, mask)
+    )
     both = mask * mask_alone
     if not both.any():
         raise PackingError(

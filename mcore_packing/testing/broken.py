@@ -117,11 +117,10 @@ def _edit_boundaries(
 
     def attend(module, args, kwargs):
         params = kwargs["packed_seq_params"]
-        given = (
-            params.cu_seqlens_q
-            if params.cu_seqlens_q_padded is None
-            else params.cu_seqlens_q_padded
-        )
+        if params is None:
+            return None
+        padded = params.cu_seqlens_q_padded
+        given = params.cu_seqlens_q if padded is None else padded
         edges = sorted({*given.tolist()})
         if len(edges) - 2 < at_least:
             return None
