@@ -122,7 +122,7 @@ def test_compare_has_a_verdict():
 def test_compare_refuses_unknown_words_and_models_that_are_split():
     model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(2, img_size=SIZE)
     for word in ("expanded", "dropped", ""):
-        with pytest.raises(mp.PackingError, match="boundaries is .*, expected 'collapsed'"):
+        with pytest.raises(mp.PackingError, match=r"boundaries is .*, expected 'collapsed'"):
             parity.compare(model, samples, boundaries=word)
     for name, value in (("context_parallel_lm", 2), ("post_process", False)):
         split = tiny.llava_model(img_size=SIZE)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 import mcore_packing as mp
