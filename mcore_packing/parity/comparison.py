@@ -16,7 +16,7 @@ from ..layout import PackedLayout
 from ..megatron.find import find_llava
 from ..megatron.hook import unpacked
 from ..spec import RowSpec
-from .gradients import GradientError, Gradients, compare_sums
+from .gradients import Found, GradientError, Gradients, compare_sums
 from .metric import token_mult_prob_error
 from .noise import Size, differences, judge, rounded_otherwise, stands_out
 from .runs import collate, evaluating, logprobs, run_alone
@@ -154,6 +154,9 @@ def compare(
     )
     edges = layout.cu_seqlens_expanded.tolist()
     spans = [slice(*ends) for ends in pairwise(edges)]
+    of_parts = ()
+    if gradients:
+        of_parts = _gradients(model, llava, samples, told, dropped, both, edges[:-1])
     worst_at = int(apart.argmax())
     sequence = next(s for s, span in enumerate(spans) if worst_at < span.stop)
     return Comparison(
@@ -176,7 +179,7 @@ def compare(
         differences=apart.cpu(),
         compared=(both > 0).cpu(),
         layout=layout.to("cpu"),
-        gradients=_gradients(model, llava, samples, told, dropped, both) if gradients else (),
+        gradients=of_parts,
     )  # fmt: skip
 
 
@@ -199,7 +202,7 @@ def _judge(sequence: int, count: int, found: Size, control: Size, floor: Size) -
     return verdict
 
 
-def _gradients(model, llava, samples, told, dropped, both) -> tuple[GradientError, ...]:
+def _gradients(model, llava, samples, told, dropped, both, begins) -> tuple[GradientError, ...]:
     """Of what trains both packed and alone."""
     parts = [
         _Row({**collate([sample], llava.image_token_index), "cu_seqlens": None}, True)
@@ -207,20 +210,26 @@ def _gradients(model, llava, samples, told, dropped, both) -> tuple[GradientErro
     ]
     gradients = Gradients([model], llava.config)
 
-    def backward(rows: Sequence[_Row]) -> None:
-        done = 0
-        for row in rows:
-            found, _ = row.run(model)
-            weight = both[done : done + found.numel()]
-            (found[: weight.numel()] * weight).sum().backward()
-            done += weight.numel()
+    def backward(row: _Row, begin: int) -> None:
+        found, _ = row.run(model)
+        weight = both[begin : begin + found.numel()]
+        (found[: weight.numel()] * weight).sum().backward()
+
+    def alone() -> list:
+        return gradients.of(
+            *(lambda row=row, begin=begin: backward(row, begin)
+              for row, begin in zip(parts, begins, strict=True))
+        )  # fmt: skip
+
+    def packed() -> list:
+        return gradients.of(lambda: backward(told, 0))
 
     with evaluating(model), gradients.borrowed(), torch.enable_grad():
-        runs = [gradients.of(lambda rows=rows: backward(rows)) for rows in ([told], parts)]
+        as_they_are = [packed(), alone()]
         with rounded_otherwise([model], llava.config):
-            runs.append(gradients.of(lambda: backward([told])))
-        runs.append(gradients.of(lambda: backward([dropped])))
-    return compare_sums([(0, gradients.sums(*runs))])
+            noise = [packed(), alone()]
+        found = Found(*as_they_are, *noise, gradients.of(lambda: backward(dropped, 0)))
+    return compare_sums([(0, gradients.sums(found))])
 
 
 def _refuse_split(llava) -> None:

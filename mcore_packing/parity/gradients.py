@@ -58,7 +58,8 @@ class _Sums(NamedTuple):
     packed: float = 0.0
     alone: float = 0.0
     product: float = 0.0
-    noise: float = 0.0
+    packed_noise: float = 0.0
+    alone_noise: float = 0.0
     dropped: float = 0.0
 
     def __add__(self, other: "_Sums") -> "_Sums":
@@ -68,7 +69,7 @@ class _Sums(NamedTuple):
 class Gradients:
     """The gradients of a model, borrowed: afterwards they are what they were.
 
-    Takes a copy of all of them, and one for every run that is kept.
+    Takes a copy of all of them, one more for what a run adds up, and on the CPU one for every run.
 
     Args:
         chunks: of the model.
@@ -107,25 +108,49 @@ class Gradients:
                     if flag is not None:
                         parameter.grad_added_to_main_grad = flag
 
-    def of(self, run: Callable) -> list[Tensor]:
-        """What a forward and backward pass gives, fp32, summed over the ranks of one row."""
-        for _, parameter in self.parameters:
-            parameter.grad = None
-            if getattr(parameter, "main_grad", None) is not None:
-                parameter.main_grad.zero_()
-        run()
-        return [_whole(parameter) for _, parameter in self.parameters]
+    def of(self, *runs: Callable) -> list[Tensor]:
+        """What forward and backward passes give, added up in fp32, over the ranks of one row too;
+        on the CPU."""
+        total = [torch.zeros(()) for _ in self.parameters]
+        for run in runs:
+            for _, parameter in self.parameters:
+                parameter.grad = None
+                if getattr(parameter, "main_grad", None) is not None:
+                    parameter.main_grad.zero_()
+            run()
+            found = (_local(parameter) for _, parameter in self.parameters)
+            total = [sum_ + one for sum_, one in zip(total, found, strict=True)]
+        return [_whole(p, grad).cpu() for (_, p), grad in zip(self.parameters, total, strict=True)]
 
-    def sums(self, packed: list, alone: list, noise: list, dropped: list) -> dict[str, _Sums]:
+    def sums(self, found: "Found") -> dict[str, _Sums]:
         """Of each part of the model, what this rank counts."""
-        found = {}
-        runs = zip(packed, alone, noise, dropped, strict=True)
-        for (part, parameter), (a, b, n, d) in zip(self.parameters, runs, strict=True):
+        sums = {}
+        for (part, parameter), *five in zip(self.parameters, *found, strict=True):
             if _counts(parameter):
-                pairs = ((a - b,) * 2, (a, a), (b, b), (a, b), (n - a,) * 2, (d - b,) * 2)
-                sums = _Sums(*((x.double() * y.double()).sum().item() for x, y in pairs))
-                found[part] = found.get(part, _Sums()) + sums
-        return found
+                a, b, n, m, d = (gradient.double() for gradient in five)
+                # A gradient is rounded itself, before anybody adds it up.
+                own = torch.finfo(parameter.dtype).eps ** 2 * b.square()
+                one = _Sums(
+                    difference=(a - b).square().sum().item(),
+                    packed=a.square().sum().item(),
+                    alone=b.square().sum().item(),
+                    product=(a * b).sum().item(),
+                    packed_noise=((n - a).square() + own).sum().item(),
+                    alone_noise=((m - b).square() + own).sum().item(),
+                    dropped=(d - b).square().sum().item(),
+                )
+                sums[part] = sums.get(part, _Sums()) + one
+        return sums
+
+
+class Found(NamedTuple):
+    """Gradients of every run: as ``Gradients.of`` gives them."""
+
+    packed: list
+    alone: list
+    packed_noise: list
+    alone_noise: list
+    dropped: list
 
 
 def compare_sums(everyones: Iterable[tuple[int, dict[str, _Sums]]]) -> tuple[GradientError, ...]:
@@ -144,7 +169,7 @@ def compare_sums(everyones: Iterable[tuple[int, dict[str, _Sums]]]) -> tuple[Gra
 def _error(replica: int, part: str, total: _Sums) -> GradientError:
     tiny = torch.finfo(torch.float64).tiny
     difference = (total.difference / max(total.alone, tiny)) ** 0.5
-    floor = (total.noise / max(total.packed, tiny)) ** 0.5
+    floor = (max(total.packed_noise, total.alone_noise) / max(total.packed, tiny)) ** 0.5
     dropped = (total.dropped / max(total.alone, tiny)) ** 0.5
     found = Size(difference, difference)
     verdict = judge(found, Size(floor, floor))
@@ -170,15 +195,19 @@ def _parameters(chunks) -> Iterator[tuple[str, torch.nn.Parameter]]:
                 yield name.partition(".")[0], parameter
 
 
-def _whole(parameter) -> Tensor:
-    """A gradient, as DDP and ``finalize_model_grads`` would sum it over the ranks of one row."""
+def _local(parameter) -> Tensor:
+    """The gradient that this rank has, fp32."""
     gradient = getattr(parameter, "main_grad", None)
     gradient = parameter.grad if gradient is None else gradient
     if gradient is None:
         gradient = torch.zeros_like(parameter.data)  # others may have one
     if hasattr(gradient, "to_local"):  # FSDP2
         gradient = gradient.to_local()
-    gradient = gradient.detach().float().clone()
+    return gradient.detach().float()
+
+
+def _whole(parameter, gradient: Tensor) -> Tensor:
+    """A gradient, as DDP and ``finalize_model_grads`` would sum it over the ranks of one row."""
     is_shared = getattr(parameter, "allreduce", True)  # not that of an expert
     if is_shared and parallel_state.get_context_parallel_world_size() > 1:
         dist.all_reduce(gradient, group=parallel_state.get_context_parallel_group())

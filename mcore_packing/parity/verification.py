@@ -11,7 +11,7 @@ from ..data.rows import Row
 from ..errors import PackingError
 from ..inputs import refuse_old
 from .content import as_one_sequence, one_by_one, with_all_labels, with_moved_boundaries
-from .gradients import GradientError, Gradients, compare_sums
+from .gradients import Found, GradientError, Gradients, compare_sums
 from .job import Job, Run, gather, together
 from .metric import token_mult_prob_error
 from .noise import Size, differences, judge, rounded_otherwise, stands_out
@@ -142,7 +142,8 @@ def verify(
     Args:
         model, row, forward: as ``isolation`` takes them.
         gradients: also compare the gradients of the same targets, part by part of the model. It
-            takes as many backward passes, and the memory of the gradients four times.
+            takes two backward passes a sample, and three of the row; the memory of the gradients
+            twice, and five times on the host.
 
     Returns:
         A ``Verification``: the error on every rank, and which sequences are wrong.
@@ -200,15 +201,23 @@ def _gradients(job: Job, rows: _Rows, comparison) -> tuple[GradientError, ...]:
     if comparison is not None:
         whole = comparison.trained
         parts = [whole[span] for span in comparison.spans]
-    gradients = Gradients(job.chunks, job.config)
-    packed = lambda: job.backward([rows.packed], [whole])  # noqa: E731
+    alone = list(zip(rows.alone, parts, strict=True))
+    row, weight = alone[0]
+    nothing = row, None if weight is None else weight * 0  # all ranks run as many rows
+    alone += [nothing] * (max(gather(len(alone))) - len(alone))
+
+    def run(*pairs) -> list:
+        return gradients.of(
+            *(lambda row=row, weight=weight: job.backward([row], [weight]) for row, weight in pairs)
+        )
+
+    gradients, packed = Gradients(job.chunks, job.config), (rows.packed, whole)
     with gradients.borrowed():
-        found = [gradients.of(packed), gradients.of(lambda: job.backward(rows.alone, parts))]
+        as_they_are = [run(packed), run(*alone)]
         with rounded_otherwise(job.chunks, job.config):
-            found.append(gradients.of(packed))
-        one = as_one_sequence(rows.packed)
-        found.append(gradients.of(lambda: job.backward([one], [whole])))
-    return compare_sums(gather((job.replica, gradients.sums(*found))))
+            noise = [run(packed), run(*alone)]
+        found = Found(*as_they_are, *noise, run((as_one_sequence(rows.packed), whole)))
+    return compare_sums(gather((job.replica, gradients.sums(found))))
 
 
 class _Comparison:
