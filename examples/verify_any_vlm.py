@@ -83,11 +83,15 @@ def step(model, inputs: dict):
 
 def without_boundaries(model, inputs: dict):
     """The same, where nobody passes the boundaries on."""
-    params = inputs["packed_seq_params"]
+    params = one_sequence(inputs["packed_seq_params"])
+    return step(model, {**inputs, "packed_seq_params": params})
+
+
+def one_sequence(params):
+    """Parameters that know the ends of a row only."""
     ends = params.cu_seqlens_q[[0, -1]]
     names = "cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"
-    params = dataclasses.replace(params, **dict.fromkeys(names, ends))
-    return step(model, {**inputs, "packed_seq_params": params})
+    return dataclasses.replace(params, **dict.fromkeys(names, ends))
 
 
 def without_restart(model, inputs: dict):
@@ -125,39 +129,49 @@ def row_spec() -> mp.RowSpec:
     )  # fmt: skip
 
 
-def make_row(count: int, spec: mp.RowSpec, seed: int = 0) -> mp.data.Row:
-    """A row of samples with one image each, ids as a processor expands them."""
+def make_samples(count: int, seed: int = 0) -> list[dict]:
+    """Samples with one image each, ids as a processor expands them."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for index in range(count):
         length = int(torch.randint(16, 48, (), generator=generator))
         ids = torch.randint(10, VOCAB, (length,), generator=generator)
-        begin = 3 * (index % 3)  # the second sample's image is not its first token
+        begin = 3 * (index % 3)
         ids[begin : begin + PER_IMAGE] = IMAGE
-        samples.append(ids)
-    lengths = torch.tensor([0, *map(len, samples)])
-    ids = torch.cat(samples)
+        image = torch.randn(1, 3, 2 * PATCH, 2 * PATCH, generator=generator)
+        samples.append({"input_ids": ids, "images": image})
+    return samples
+
+
+def make_row(samples: list[dict], spec: mp.RowSpec, **media) -> mp.data.Row:
+    """A row of such samples: filled up as its boundaries say; ``media`` is what else the step
+    gets, and how many entries of ``images`` each image has (``num_image_tiles``, by default 1)."""
+    lengths = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)])
+    ids = torch.cat([sample["input_ids"] for sample in samples])
     layout = mp.PackedLayout.build(ids, lengths.cumsum(0).int(), [], spec, space="collapsed")
-    labels = torch.cat([torch.nn.functional.pad(x[1:], (0, 1), value=-100) for x in samples])
-    labels = labels.masked_fill(labels == IMAGE, -100)
+    labels = [sample["input_ids"][1:] for sample in samples]
+    labels = torch.cat([torch.nn.functional.pad(x, (0, 1), value=-100) for x in labels])
+    labels = labels.masked_fill(labels == spec.image_token_id, -100)
+    images = torch.cat([sample["images"] for sample in samples if "images" in sample])
 
     def physical(values, fill):
         out = values.new_full((1, layout.num_expanded), fill)
         out[0, ~layout.padding_mask] = values
         return out
 
+    tiles = torch.ones(len(images), dtype=torch.int32)
     return mp.data.Row(
         input_ids=physical(ids, spec.pad_token_id),
         labels=physical(labels, -100),
         loss_mask=physical((labels != -100).float(), 0),
-        media={
-            "images": torch.randn(count, 3, 2 * PATCH, 2 * PATCH, generator=generator),
-            "num_image_tiles": torch.ones(count, dtype=torch.int32),
-        },
+        media={"images": images, "num_image_tiles": tiles, **media},
         columns={},
         layout=layout,
-        indices=tuple(range(count)),
-        members=tuple(Member(len(x), {}, 1, {}, False) for x in samples),
+        indices=tuple(range(len(samples))),
+        members=tuple(
+            Member(len(sample["input_ids"]), {}, len(sample.get("images", ())), {}, False)
+            for sample in samples
+        ),
     )
 
 
@@ -179,7 +193,8 @@ def main():
     }
     with tiny.megatron(**sizes):
         model = [build(stage, options.vp) for stage in range(options.vp or 1)]
-        row = make_row(6, row_spec(), seed=parallel_state.get_data_parallel_rank())
+        samples = make_samples(6, seed=parallel_state.get_data_parallel_rank())
+        row = make_row(samples, row_spec())
         said = []
         for run in (step, without_boundaries, without_restart):
             said += [run.__name__, mp.parity.isolation(model, row, run),

@@ -10,9 +10,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 import mcore_packing as mp
-from mcore_packing.testing import tiny
+from mcore_packing.testing import sources, tiny
 
 WORKER = Path(__file__).parent / "verify_worker.py"
+BRIDGE_WORKER = WORKER.with_name("bridge_verify_worker.py")
 EXAMPLE = Path(__file__).parent.parent / "examples/verify_any_vlm.py"
 SIZE = 28
 PARTS = {"language_model", "vision_model", "vision_projection"}
@@ -79,6 +80,24 @@ def test_a_model_that_is_no_llava_in_one_process():
         [sys.executable, "-W", "ignore", str(EXAMPLE)], capture_output=True, text=True, check=True
     )
     check_example(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_qwen25_vl_of_bridge(tp):
+    bridge = pytest.importorskip("mcore_packing.testing.bridge")
+    if not sources.BRIDGE.has("main"):
+        pytest.skip(f"no sources of Megatron-Bridge. {sources.BRIDGE.how}")
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", tp, str(BRIDGE_WORKER), "--tp", tp]
+    done = subprocess.run(
+        command, env=bridge.environment("main"), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    right, dropped = done.stdout.split("without_boundaries\n")
+    assert "isolation: right, bit by bit" in right and "one by one: right" in right
+    assert "RIGHT: gradient of language_model" in right and "RIGHT: gradient of visual" in right
+    assert "sequence 4 sees 0, 1, 2, 3 (" in dropped and "one by one: wrong" in dropped
 
 
 def check_example(said: str):
