@@ -1,4 +1,4 @@
-"""``mcore-packing parity | doctor | show``."""
+"""``mcore-packing parity | isolate | doctor | show``."""
 
 import argparse
 import contextlib
@@ -60,18 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     parity = commands.add_parser("parity", help="run a LLaVAModel packed and one by one")
-    parity.add_argument(
-        "--model",
-        metavar="MODULE:FUNCTION",
-        help="a function that returns a model and a list of samples for parity.compare; the "
-        "current folder is searched first; by default a small model with random weights",
-    )
+    _add_model(parity, "a model and a list of samples for parity.compare")
     parity.add_argument("--samples", type=_count, nargs="+", metavar="N",
                         help="samples of the small model in a row, by default 1 4 16")  # fmt: skip
-    parity.add_argument("--without-hook", action="store_true", help="leave the model as it is")
-    parity.add_argument("--threshold", type=float, help="the error to fail above; by default "
-                        "1.00001, 1.05 in 16-bit precision")  # fmt: skip
+    parity.add_argument("--threshold", type=float, help="also fail where the error is above this")
     parity.set_defaults(run=_parity)
+
+    isolate = commands.add_parser(
+        "isolate", help="change other samples of a row: a sample must give the same, bit by bit"
+    )
+    _add_model(isolate, "a model and a list of samples; or a model, a row and a step, as "
+                        "parity.isolation takes them")  # fmt: skip
+    isolate.add_argument("--samples", type=_count, nargs="+", metavar="N",
+                         help="samples of the small model in a row, by default 6")  # fmt: skip
+    isolate.add_argument("--exhaustive", action="store_true", help="so that no pair hides")
+    isolate.set_defaults(run=_isolate)
 
     doctor = commands.add_parser("doctor", help="say what this machine has, and what is missing")
     doctor.set_defaults(run=_doctor)
@@ -96,6 +99,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
+def _add_model(parser: Parser, returned: str) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help=f"a function that returns {returned}; the current folder is searched first; by "
+        f"default a small model with random weights",
+    )
+    parser.add_argument("--without-hook", action="store_true", help="leave the model as it is")
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text}")
@@ -115,12 +128,7 @@ def _silent_megatron():
 
 
 def _parity(options) -> int:
-    if options.model and options.samples:
-        raise UserError("--samples is for the small model; the function of --model brings its own")
-    try:
-        from .testing import tiny
-    except ImportError as error:
-        raise UserError(f"it needs megatron-core ({error}): pip install megatron-core") from error
+    tiny = _room_with_models(options)
     from . import parity
     from .megatron.hook import install
 
@@ -132,31 +140,76 @@ def _parity(options) -> int:
         else:
             model = tiny.llava_model()
             batches = [tiny.samples(count) for count in options.samples or (1, 4, 16)]
-        threshold = options.threshold
-        if threshold is None:
-            threshold = 1.00001 if next(model.parameters()).dtype == torch.float32 else 1.05
         for samples in batches:
             alone = parity.run_alone(model, samples)
-            if options.without_hook:
-                try:
+            hook = contextlib.nullcontext()
+            if not options.without_hook:
+                hook = install(model, space="collapsed")
+            try:
+                with hook:
                     result = parity.compare(model, samples, alone)
-                except RuntimeError as error:
-                    said = str(error).splitlines()[0]
-                    print(f"{len(samples)} samples: Megatron raises {type(error).__name__}: {said}")
-                    failed = True
-                    continue
-            else:
-                with install(model, space="collapsed"):
-                    result = parity.compare(model, samples, alone)
+            except RuntimeError as error:
+                if not options.without_hook:
+                    raise
+                said = str(error).splitlines()[0]
+                print(f"{len(samples)} samples: Megatron raises {type(error).__name__}: {said}")
+                failed = True
+                continue
             print(result, flush=True)
-            failed |= not result.token_mult_prob_error <= threshold  # nan fails too
+            failed |= result.verdict == "wrong"
+            if options.threshold is not None:
+                failed |= not result.token_mult_prob_error <= options.threshold  # nan fails too
     if failed:
-        print(f"FAILED: above {threshold}", file=sys.stderr)
+        above = "" if options.threshold is None else f", or above {options.threshold}"
+        print(f"FAILED: wrong{above}", file=sys.stderr)
     return int(failed)
 
 
-def _build(name: str):
-    """The model and the samples that ``MODULE:FUNCTION`` returns."""
+def _isolate(options) -> int:
+    tiny = _room_with_models(options)
+    from . import data, parity
+    from .megatron.find import find_llavas
+    from .megatron.hook import hook_of, install
+    from .megatron.spec import row_spec
+
+    with tiny.megatron():
+        trials = [(tiny.llava_model(), tiny.samples(n), None) for n in options.samples or (6,)]
+        if options.model:
+            trials = [_build(options.model, with_step=True)]
+        found = []
+        for model, row, step in trials:
+            hook = contextlib.nullcontext()
+            is_bare = step is None and hook_of(find_llavas(model)[0]) is None
+            if is_bare and not options.without_hook:
+                hook = install(model)
+            if not isinstance(row, data.Row):
+                row = data.get_packer("concatenative", row_spec(model)).join(row)
+            try:
+                with hook:
+                    found.append(parity.isolation(model, row, step, exhaustive=options.exhaustive))
+            except (RuntimeError, TypeError, AttributeError) as error:  # the model's, or the step's
+                raise UserError(f"the model raises {type(error).__name__}: {error}") from error
+            print(found[-1], flush=True)
+    if any(result.verdict == "wrong" for result in found):
+        print("FAILED: samples see each other", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _room_with_models(options):
+    """``testing.tiny``, which needs Megatron."""
+    if options.model and options.samples:
+        raise UserError("--samples is for the small model; the function of --model brings its own")
+    try:
+        from .testing import tiny
+    except ImportError as error:
+        raise UserError(f"it needs megatron-core ({error}): pip install megatron-core") from error
+    return tiny
+
+
+def _build(name: str, with_step: bool = False) -> tuple:
+    """The model and the samples that ``MODULE:FUNCTION`` returns; or ``with_step`` what
+    ``parity.isolation`` takes, the step being None where there is none."""
     from .megatron.find import find_llava
 
     module, _, function = name.partition(":")
@@ -170,6 +223,8 @@ def _build(name: str):
         theirs = Path(place.filename).is_file() and place.filename != __file__
         where = f" ({Path(place.filename).name}, line {place.lineno})" if theirs else ""
         raise UserError(f"--model {name}: {type(error).__name__}: {error}{where}") from error
+    if with_step and isinstance(found, tuple) and len(found) == 3:
+        return found
     if not isinstance(found, tuple) or len(found) != 2:
         raise UserError(f"--model {name} returned {_kind(found)}, expected (model, samples)")
     model, samples = found
@@ -182,7 +237,7 @@ def _build(name: str):
                 f"--model {name}: sample {index} is {_kind(sample)}, expected a dict with a tensor "
                 f"input_ids, see mcore_packing.parity.compare"
             )
-    return model, samples
+    return (model, samples, None) if with_step else (model, samples)
 
 
 def _kind(value) -> str:

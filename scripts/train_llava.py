@@ -259,19 +259,13 @@ class Training:
         self.optimizer.step_with_ready_grads()
 
     def verify(self, row: Row) -> None:
-        found = mp.parity.verify(self.model, row)
-        if self.is_logger:
-            say(f"step {self.step:5}  {found}")
-        if not found.is_right:
-            raise SystemExit(1)
-        isolation = getattr(mp.parity, "isolation", None)
-        if isolation is None:
-            return
-        found = isolation(self.model, row)
-        if self.is_logger:
-            say(f"step {self.step:5}  {found}")
-        if found.verdict == "wrong":
-            raise SystemExit(1)
+        """Stop where a check says wrong; where it could not have told, its line is the warning."""
+        for check in (mp.parity.isolation, mp.parity.verify):
+            found = check(self.model, row)
+            if self.is_logger:
+                say(f"step {self.step:5}  {found}")
+            if found.verdict == "wrong":
+                raise SystemExit(1)
 
     # What is said
 
@@ -454,7 +448,8 @@ def parse() -> argparse.Namespace:
     add("--evaluate-every", type=int, default=20, metavar="N")
     add("--save-every", type=int, default=50, metavar="N")
     add("--verify-packing", type=int, default=0, metavar="N",
-        help="at the start and every N steps, compare a row with its samples alone",
+        help="at the start and every N steps, check that samples of a row do not see each other, "
+        "and are what they are alone",
     )  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--seed", type=int, default=0, help="of the weights")
@@ -463,6 +458,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.cp * options.tp * options.pp > 1 and options.packing != ["hook"]:
         parser.error("--cp, --tp and --pp need --packing hook: the others are not padded for them")
+    if options.verify_packing and options.packing != ["hook"]:
+        parser.error("--verify-packing needs --packing hook: the others do not run packed rows so")
     if options.steps < 2:
         parser.error("--steps must be at least 2")
     return options

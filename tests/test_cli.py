@@ -31,7 +31,21 @@ FILES = {
     "    from mcore_packing.testing import tiny\n"
     "    return tiny.llava_model('rope', img_size=28), tiny.samples(3, img_size=28)\n"
     "def empty(): return build()[0], []\n"
-    "def strange(): return build()[0], [{'ids': [1]}]\n",
+    "def strange(): return build()[0], [{'ids': [1]}]\n"
+    "def masks():\n"
+    "    model, samples = build()\n"
+    "    mask = lambda m, args, out: (out[0], out[1] * (out[1].cumsum(1) < 100))\n"
+    "    model.register_forward_hook(mask)\n"
+    "    return model, samples\n"
+    "def deaf():\n"
+    "    import mcore_packing as mp\n"
+    "    from mcore_packing.testing import broken\n"
+    "    model, samples = build()\n"
+    "    mp.install(model)\n"
+    "    broken.deaf(model)\n"
+    "    row = mp.data.get_packer('concatenative', mp.row_spec(model)).join(samples)\n"
+    "    return model, row, lambda model, inputs: model(**inputs)\n"
+    "def bad_step(): return *deaf()[:2], lambda model, inputs: model(1)\n",
 }
 # What a user can get wrong, and the one line that answers it.
 ERRORS = {
@@ -64,6 +78,8 @@ ERRORS = {
     "parity --model mine:no_llava": ".*LLaVAModel.*",
     "parity --model mine:empty": "--model mine:empty: samples is empty, expected a list of samples",
     "parity --model mine:strange": "--model .*: sample 0 is a dict with ids, expected .*",
+    "isolate --model mine:nothing": r"--model .* returned None, expected \(model, samples\)",
+    "isolate --model mine:bad_step": "the model raises TypeError: .*",
 }
 
 
@@ -139,12 +155,12 @@ def test_parity_passes_with_the_hook():
 
 def test_parity_fails_without_the_hook(capsys):
     status, _, error = answer("parity --samples 2 --without-hook", capsys)
-    assert status == 1 and error == "FAILED: above 1.00001\n"
+    assert status == 1 and error == "FAILED: wrong\n"
 
 
 def test_a_threshold_of_zero_counts(capsys):
     status, _, error = answer("parity --samples 1 --threshold 0", capsys)
-    assert status == 1 and error == "FAILED: above 0.0\n"
+    assert status == 1 and error == "FAILED: wrong, or above 0.0\n"
 
 
 def test_parity_of_a_model_in_the_current_folder(capsys):
@@ -152,6 +168,22 @@ def test_parity_of_a_model_in_the_current_folder(capsys):
     assert status == 0 and out.startswith("3 samples, 4 images")
     status, out, _ = answer("parity --model mine:build --without-hook", capsys)
     assert status == 1 and out.startswith("3 samples: Megatron raises RuntimeError: ")
+
+
+def test_parity_fails_where_labels_are_lost(capsys):
+    status, out, _ = answer("parity --model mine:masks", capsys)
+    assert status == 1 and re.search(r"; [1-9]\d* labels lost", out), out
+
+
+def test_isolate(capsys):
+    status, out, error = answer("isolate --samples 3 --exhaustive", capsys)
+    assert status == 0 and error == "" and out == "isolation: right, bit by bit, 6 passes\n"
+    status, out, _ = answer("isolate --samples 1", capsys)
+    assert status == 0 and out.startswith("isolation: inconclusive")
+    status, out, error = answer("isolate --model mine:deaf", capsys)
+    assert status == 1 and error == "FAILED: samples see each other\n"
+    assert "WRONG on rank 0: sequence 2 sees 0, 1 (" in out
+    assert answer("isolate --model mine:build", capsys)[0] == 0
 
 
 def test_doctor():

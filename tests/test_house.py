@@ -26,7 +26,15 @@ ROOMS = [
 ]  # fmt: skip
 # Imported inside a function, because what they need may be missing, or is not wanted: {room: what}.
 LATE = {
-    "cli": {"parity", "plot", "testing", "megatron.find", "megatron.hook"},
+    "cli": {
+        "data",
+        "parity",
+        "plot",
+        "testing",
+        "megatron.find",
+        "megatron.hook",
+        "megatron.spec",
+    },
     "data": {"megatron.params"},  # rows are packed without Megatron
 }
 

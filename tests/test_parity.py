@@ -96,3 +96,58 @@ def test_compare_refuses_malformed_samples(change, message):
     samples = [] if change is None else [samples[0], samples[1] | change]
     with pytest.raises(mp.PackingError, match=message):
         parity.compare(model, samples)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_compare_has_a_verdict():
+    model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
+    with mp.install(model, space="collapsed"):
+        found = parity.compare(model, samples, gradients=True)
+        assert found.verdict == "right" and found.verdicts == ("right",) * 4, str(found)
+        assert {error.part for error in found.gradients} == {
+            "language_model", "vision_model", "vision_projection",
+        }  # fmt: skip
+        assert max(error.relative_difference for error in found.gradients) < 1e-6
+        dropped = parity.compare(model, samples, boundaries=None, gradients=True)
+        assert dropped.verdict == "wrong" and "WRONG: sequences 1, 2, 3" in str(dropped)
+        assert all(error.verdict == "wrong" for error in dropped.gradients)
+        one = parity.compare(model, samples[:1])
+        assert one.verdict == "inconclusive" and "INCONCLUSIVE: sequences 0" in str(one)
+        alone = parity.run_alone(model, samples)
+        alone[0][1][alone[0][1].nonzero()[0]] = 0
+        assert parity.compare(model, samples, alone).verdict == "wrong"  # a label gained
+
+
+@pytest.mark.usefixtures("megatron")
+def test_compare_refuses_unknown_words_and_models_that_are_split():
+    model, samples = tiny.llava_model(img_size=SIZE), tiny.samples(2, img_size=SIZE)
+    for word in ("expanded", "dropped", ""):
+        with pytest.raises(mp.PackingError, match=r"boundaries is .*, expected 'collapsed'"):
+            parity.compare(model, samples, boundaries=word)
+    for name, value in (("context_parallel_lm", 2), ("post_process", False)):
+        split = tiny.llava_model(img_size=SIZE)
+        setattr(split, name, value)
+        with pytest.raises(mp.PackingError, match=r"mp.parity.verify\(model, row\) runs on the"):
+            parity.compare(split, samples)
+    split = tiny.llava_model(img_size=SIZE)
+    split.sequence_parallel_lm, split.tensor_model_parallel_size_lm = True, 2
+    with pytest.raises(mp.PackingError, match="without context or sequence parallelism"):
+        parity.compare(split, samples)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_the_placeholder_is_the_models():
+    samples, others = (tiny.samples(3, img_size=SIZE) for _ in range(2))
+    for sample in (*samples, *others):
+        sample["input_ids"][sample["input_ids"] == 7] = 8
+    for sample in others:
+        sample["input_ids"][sample["input_ids"] == tiny.IMAGE_TOKEN_ID] = 7
+    assert 7 in parity.collate(others)["labels"]
+    assert 7 not in parity.collate(others, 7)["labels"]
+    found = []
+    for image, of_model in ((tiny.IMAGE_TOKEN_ID, samples), (7, others)):
+        model = tiny.llava_model("rope", img_size=SIZE, image_token_index=image)
+        with mp.install(model, space="collapsed"):
+            found.append(parity.compare(model, of_model))
+    assert [result.verdict for result in found] == ["right", "right"]
+    assert torch.equal(*(result.compared for result in found))

@@ -80,6 +80,12 @@ def test_every_packing_trains_alike(tmp_path):
     assert losses(tmp_path, "dropped") != pytest.approx(alone, rel=1e-3)
 
 
+def test_packings_that_are_not_verified_are_refused(tmp_path):
+    words = command(tmp_path, "--packing", "dropped", "--verify-packing", "2")
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 2 and "--verify-packing needs --packing hook" in done.stderr
+
+
 def test_killed_and_resumed(reference, tmp_path):
     train_and_kill(tmp_path)
     assert 5 <= len(losses(tmp_path)) < STEPS

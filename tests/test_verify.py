@@ -1,6 +1,5 @@
-"""``parity.verify`` on real parallel jobs, and checkpoints of a model that has the hook."""
+"""``isolation`` and ``verify`` on real parallel jobs, and checkpoints of a model with the hook."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,20 +10,21 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 import mcore_packing as mp
-from mcore_packing.testing import tiny
+from mcore_packing.testing import sources, tiny
 
 WORKER = Path(__file__).parent / "verify_worker.py"
+BRIDGE_WORKER = WORKER.with_name("bridge_verify_worker.py")
+EXAMPLE = Path(__file__).parent.parent / "examples/verify_any_vlm.py"
 SIZE = 28
-MOVED = 2
+PARTS = {"language_model", "vision_model", "vision_projection"}
 
 
-def verify_in_processes(*sizes: str) -> dict:
+def in_processes(script: Path, *sizes: str) -> str:
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(WORKER), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0])
+    command = [*launcher, "--nproc-per-node", "2", str(script), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -33,55 +33,83 @@ def verify_in_processes(*sizes: str) -> dict:
         pytest.param(("--cp", "2"), "01", 1, id="cp2"),
         pytest.param(("--tp", "2"), "01", 2, id="tp2sp"),
         pytest.param(("--pp", "2"), "1", 1, id="pp2"),
+        pytest.param((), "01", None, id="dp2"),
+        pytest.param(("--fsdp",), "01", None, id="fsdp2"),
     ],
 )
-def test_verify_on_every_rank(sizes, ranks, copies):
-    found = verify_in_processes(*sizes)
-    assert found["is_right"] and sorted(found["by_rank"]) == list(ranks)
+def test_checks_on_every_rank(sizes, ranks, copies):
+    (line,) = (x for x in in_processes(WORKER, *sizes).splitlines() if x.startswith("{"))
+    found = json.loads(line)
+    assert found["verdicts"] == ["right", "right", "wrong", "wrong"] and found["all_agree"]
+    assert sorted(found["by_rank"]) == list(ranks)
     assert all(error == pytest.approx(1, abs=1e-6) for error in found["by_rank"].values())
-    assert found["num_compared"] == found["num_trained"] * copies
-    assert found["all_agree"] and found["is_training"] and not found["has_gradients"]
-    wrong = {sequence for _, sequence in found["wrong"]}
-    assert MOVED in wrong and wrong <= {MOVED - 1, MOVED}, found["says"]  # beside the boundary
-    assert f"sequence {MOVED} (" in found["says"]
+    if copies is not None:  # else replicas have rows of their own
+        assert found["num_compared"] == found["num_trained"] * copies
+    assert {part for part, _, _ in found["gradients"]} == PARTS
+    assert all(error < 1e-6 and said == "right" for _, error, said in found["gradients"])
+    # Modes, gradients, random numbers, what the hook saw, the training loop's functions.
+    assert found["left_behind"] == [[], []]
+    leaking = {sequence for _, sequence in found["leaks"]}
+    assert {1, 2, 3, 4, 5} <= leaking  # under context parallelism the first one, too
+    assert {sequence for _, sequence in found["wrong"]} == leaking
+    assert {rank for rank, _ in found["leaks"]} == {*map(int, ranks)}
+    # A row that cannot be run, on the last replica only: an error on all ranks, at once.
+    count = found["num_samples"][-1]
+    for errors in found["errors"]:
+        for said, seconds in errors:
+            assert said.endswith(f"has {count - 1} sequences, but was packed with {count} samples")
+            assert seconds < 20
 
 
-def make_row(model, **options):
-    packer = mp.data.get_packer("concatenative", mp.row_spec(model), **options)
-    return packer.join(tiny.samples(4, img_size=SIZE))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(("--cp", "2"), id="cp2"),
+        pytest.param(("--tp", "2"), id="tp2sp"),
+        pytest.param(("--pp", "2", "--vp", "2"), id="pp2vp2"),
+        pytest.param(("--pp", "2"), id="pp2", marks=pytest.mark.slow),
+        pytest.param((), id="dp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_that_is_no_llava(sizes):
+    check_example(in_processes(EXAMPLE, *sizes))
 
 
-@pytest.mark.usefixtures("megatron")
-def test_verify_finds_a_layer_that_ignores_boundaries():
-    model = tiny.llava_model("rope", img_size=SIZE)
-    mp.install(model)
-    row = make_row(model)
-    assert mp.parity.verify(model, row).is_right
-    attention = model.language_model.decoder.layers[0].self_attention.core_attention
-
-    def ignore_boundaries(module, args, kwargs):
-        params = kwargs["packed_seq_params"]
-        whole = params.cu_seqlens_q_padded[[0, -1]]
-        params = dataclasses.replace(params, cu_seqlens_q=whole, cu_seqlens_q_padded=whole)
-        return args, {**kwargs, "packed_seq_params": params}
-
-    attention.register_forward_pre_hook(ignore_boundaries, with_kwargs=True)
-    found = mp.parity.verify(model, row)
-    assert {error.sequence for error in found.wrong} == {1, 2, 3}  # the first sees no other
-    assert found.token_mult_prob_error > 1.001
+def test_a_model_that_is_no_llava_in_one_process():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(EXAMPLE)], capture_output=True, text=True, check=True
+    )
+    check_example(done.stdout)
 
 
-@pytest.mark.usefixtures("megatron")
-def test_verify_refuses_a_row_that_is_not_its_samples():
-    model = tiny.llava_model("rope", img_size=SIZE)
-    samples = tiny.samples(4, img_size=SIZE)
-    samples = [{**sample, "labels": sample["input_ids"]} for sample in samples]
-    row = mp.data.get_packer("concatenative", mp.row_spec(model)).join(samples)
-    row.layout.cu_seqlens_collapsed[3] += 1
-    with pytest.raises(mp.PackingError, match="sequence 2 of the row is not its sample"):
-        mp.parity.verify(model, row)
-    with pytest.raises(mp.PackingError, match="interleaved"):
-        mp.parity.verify([model, model], row)
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_qwen25_vl_of_bridge(tp):
+    bridge = pytest.importorskip("mcore_packing.testing.bridge")
+    if not sources.BRIDGE.has("main"):
+        pytest.skip(f"no sources of Megatron-Bridge. {sources.BRIDGE.how}")
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", tp, str(BRIDGE_WORKER), "--tp", tp]
+    done = subprocess.run(
+        command, env=bridge.environment("main"), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    right, dropped = done.stdout.split("without_boundaries\n")
+    assert "isolation: right, bit by bit" in right and "one by one: right" in right
+    assert "RIGHT: gradient of language_model" in right and "RIGHT: gradient of visual" in right
+    assert "sequence 4 sees 0, 1, 2, 3 (" in dropped and "one by one: wrong" in dropped
+
+
+def check_example(said: str):
+    begin = said.index("step\nisolation")
+    right, dropped = said[begin:].split("without_boundaries\n")
+    dropped, run_on = dropped.split("without_restart\n")
+    assert "isolation: right, bit by bit" in right and "one by one: right" in right
+    assert "RIGHT: gradient of language_model" in right and "RIGHT: gradient of patches" in right
+    assert "isolation: wrong" in dropped and "one by one: wrong" in dropped
+    assert "sequence 5 sees 0, 1, 2, 3, 4 (" in dropped
+    assert "isolation: right" in run_on and "one by one: wrong" in run_on
+    assert all(f": sequence {sequence} (" in run_on for sequence in range(1, 6))
 
 
 @pytest.mark.usefixtures("megatron")

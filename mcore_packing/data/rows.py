@@ -89,8 +89,11 @@ class Row:
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 ``[1, T]``, restarting in every sample."""
-        return self.layout.position_ids_collapsed.unsqueeze(0)
+        """int64 ``[1, T]``, restarting in every sample; ``[1, S]`` for a model that does not
+        expand."""
+        layout = self.layout
+        ids = layout.position_ids_collapsed if layout.spec.expands else layout.position_ids
+        return ids.unsqueeze(0)
 
     @property
     def packed_seq_params(self):
@@ -100,11 +103,11 @@ class Row:
         return packed_seq_params(self.layout)
 
     def inputs(self) -> dict:
-        """Keyword arguments of ``LLaVAModel.forward``: ``model(**row.inputs())``."""
-        names = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
-        return {name: getattr(self, name) for name in (*names, "packed_seq_params")} | {
-            "attention_mask": None
-        }
+        """Keyword arguments of ``LLaVAModel.forward``: ``model(**row.inputs())``; and whatever else
+        there is in ``media``."""
+        names = ("input_ids", "position_ids", "labels", "loss_mask", "packed_seq_params")
+        own = {name: getattr(self, name) for name in names}
+        return {**self.media, **own, "attention_mask": None}
 
     def to(self, device=None, dtype=None, non_blocking: bool | None = None) -> "Row":
         """The same row elsewhere.
@@ -157,13 +160,7 @@ def split(row: Row) -> list[dict]:
     Raises:
         PackingError: the boundaries of the row are not those that it was packed with.
     """
-    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
-    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
-        if length != member.num_tokens:
-            raise PackingError(
-                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
-                f"sample {member.num_tokens}"
-            )
+    lengths = check_members(row)
     ids = row.input_ids[0].split(lengths)
     labels = row.columns["labels"][0].split(lengths) if "labels" in row.columns else None
     images = iter(row.images.split([m.tiles for m in row.members if m.tiles is not None]))
@@ -183,6 +180,26 @@ def split(row: Row) -> list[dict]:
             sample[name] = counts[name][index].to(dtype)
         samples.append(sample)
     return samples
+
+
+def check_members(row: Row) -> list[int]:
+    """How many tokens each sample of a row has.
+
+    Raises:
+        PackingError: the boundaries of the row are not those that it was packed with.
+    """
+    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
+    if len(lengths) != len(row.members):
+        raise PackingError(
+            f"the row has {len(lengths)} sequences, but was packed with {len(row.members)} samples"
+        )
+    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
+        if length != member.num_tokens:
+            raise PackingError(
+                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
+                f"sample {member.num_tokens}"
+            )
+    return lengths
 
 
 class _Size(NamedTuple):

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from ..data.rows import concatenate
@@ -13,13 +14,17 @@ from ..megatron.hook import unpacked
 from ..megatron.params import LaidOutParams
 
 
-def collate(samples: Sequence[dict]) -> dict:
+def collate(samples: Sequence[dict], image_token_id: int = -200) -> dict:
     """One collapsed row from samples, as a collate function makes it that knows no layouts.
 
     The tensors of ``mp.data.pack``, but position ids that run on over the whole row, and
     ``cu_seqlens`` with the ``space`` that those count.
+
+    Args:
+        samples: as ``mp.data.pack`` takes them.
+        image_token_id: the placeholder of the model, which nothing is trained to predict.
     """
-    row = concatenate(samples)
+    row = concatenate(samples, image_token_id)
     lengths = torch.tensor([0] + [sample["input_ids"].numel() for sample in samples])
     ids = row["input_ids"]
     return {
@@ -72,27 +77,59 @@ def logprobs(model, row: dict) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def run_alone(model, samples: Sequence[dict]) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities and loss mask, fp32 ``[S_i]`` each, of every sample by itself, unpacked."""
+    image = find_llava(model).image_token_index
     with unpacked(model):
-        return [logprobs(model, {**collate([sample]), "cu_seqlens": None}) for sample in samples]
+        return [
+            logprobs(model, {**collate([sample], image), "cu_seqlens": None}) for sample in samples
+        ]
 
 
 @contextlib.contextmanager
 def evaluating(model):
     """The model in evaluation mode for as long as the context is open; afterwards every module is
-    in the mode that it was in, and the hook has seen nothing."""
-    modes = [(module, module.training) for module in model.modules()]
-    plans = [hook.plan for module in model.modules() if (hook := hook_of(module)) is not None]
+    in the mode that it was in, buffers and random numbers are where they were, and the hook has
+    seen nothing.
+
+    Args:
+        model: or a list of pipeline chunks.
+    """
+    chunks = model if isinstance(model, list | tuple) else [model]
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    modes = [(module, module.training) for module in modules]
+    plans = [hook.plan for module in modules if (hook := hook_of(module)) is not None]
     seen = [plan.seen for plan in plans]
+    # By hand: DDP has another thing called buffers.
+    buffers = [buffer for module in modules for buffer in module._buffers.values()]
+    buffers = [(buffer, buffer.clone()) for buffer in buffers if buffer is not None]
     for plan in plans:
         plan.seen = copy.copy(plan.seen)
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     try:
-        yield
+        with _same_random_numbers():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
         for plan, before in zip(plans, seen, strict=True):
             plan.seen = before
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
+
+
+@contextlib.contextmanager
+def _same_random_numbers():
+    """Afterwards every generator goes on as if nothing had been drawn."""
+    tracker = get_cuda_rng_tracker()
+    states, of_cpu = tracker.get_states(), torch.get_rng_state()
+    of_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_cpu)
+        if of_gpu is not None:
+            torch.cuda.set_rng_state(of_gpu)
+        tracker.set_states(states)
 
 
 def run_stage(model, inputs: dict) -> tuple[Tensor, Tensor | None]:

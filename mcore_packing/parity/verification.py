@@ -1,21 +1,23 @@
 """A row of the running job against its samples, on every rank."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
-from ..data.rows import get_packer, split
+from ..data.rows import Row
 from ..errors import PackingError
-from ..layout import PackedLayout
-from ..megatron.find import find_llava
-from ..megatron.spec import row_spec
-from ..reference import local_positions
+from ..inputs import refuse_old
+from .content import as_one_sequence, one_by_one, with_all_labels, with_moved_boundaries
+from .gradients import Found, GradientError, Gradients, compare_sums
+from .job import Job, Run, gather, together
 from .metric import token_mult_prob_error
-from .runs import evaluating, run_stage
+from .noise import Size, differences, judge, rounded_otherwise, stands_out
+from .verdict import INCONCLUSIVE, RIGHT, WRONG, Blind, Finding, blind_lines, worst
+
+_OLD = {"tolerance": "verify measures how far results move by rounding, and compares with that"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class SequenceError:
         rank: the process that computed it.
         sequence: its place in the row.
         token_mult_prob_error: over its trained tokens on this rank; 1.0 is perfect.
-        max_difference: the largest absolute difference of a log-probability.
+        max_difference: the largest absolute difference of a log-probability, at any position.
         position: where that is, counted from the sequence's start.
         unmatched_labels: positions that train either packed or alone, but not both.
         num_compared: positions that train in both.
+        verdict: what that means beside rounding.
     """
 
     rank: int
@@ -39,6 +42,7 @@ class SequenceError:
     position: int
     unmatched_labels: int
     num_compared: int
+    verdict: str
 
     def __str__(self) -> str:
         return (
@@ -49,30 +53,35 @@ class SequenceError:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Finding):
     """What ``verify`` found, the same on every rank.
 
     Attributes:
-        sequences: one entry for each sequence that a rank has trained tokens of.
-        tolerance: how much more than 1.0 the error of a sequence may be.
+        sequences: one entry for each sequence that a rank has positions of.
+        blind: which faults it could not have seen.
+        floor: how far log-probabilities move by rounding alone.
+        gradients: one entry for each part of the model, where they were asked for.
     """
 
     sequences: tuple[SequenceError, ...]
-    tolerance: float
+    blind: tuple[Blind, ...]
+    floor: float
+    gradients: tuple[GradientError, ...] = ()
 
     @property
     def wrong(self) -> tuple[SequenceError, ...]:
         """The sequences that are not, packed, what their samples are alone."""
-        return tuple(
-            found
-            for found in self.sequences
-            if found.unmatched_labels
-            or not found.token_mult_prob_error <= 1 + self.tolerance  # NaN too
-        )
+        return tuple(found for found in self.sequences if found.verdict == WRONG)
 
     @property
-    def is_right(self) -> bool:
-        return not self.wrong
+    def unclear(self) -> tuple[SequenceError, ...]:
+        """Those that differ by more than rounding should, but could be rounded all the same."""
+        return tuple(found for found in self.sequences if found.verdict not in (WRONG, RIGHT))
+
+    @property
+    def verdict(self) -> str:
+        verdicts = [found.verdict for found in (*self.sequences, *self.gradients)]
+        return worst([*verdicts, *([INCONCLUSIVE] if self.blind else [])])
 
     @property
     def by_rank(self) -> dict[int, float]:
@@ -90,8 +99,15 @@ class Verification:
 
     def __str__(self) -> str:
         ranks = ", ".join(f"{error:.6f} on rank {rank}" for rank, error in self.by_rank.items())
-        lines = [f"packed against one by one: token_mult_prob_error {ranks}"]
+        lines = [
+            f"packed against one by one: {self.verdict}, token_mult_prob_error {ranks}; rounding "
+            f"makes {self.floor:.2e}"
+        ]
         lines += [f"  WRONG on rank {found.rank}: {found}" for found in self.wrong]
+        lines += [f"  {found.verdict.upper()}: {found}" for found in self.gradients]
+        if self.verdict != WRONG:
+            lines += [f"  INCONCLUSIVE on rank {found.rank}: {found}" for found in self.unclear]
+            lines += [f"  INCONCLUSIVE: {line}" for line in blind_lines(self.blind)]
         return "\n".join(lines)
 
 
@@ -102,116 +118,163 @@ def _mean(found: Iterable[SequenceError]) -> float:
     return total / count if count else 1.0
 
 
-def verify(model, row, tolerance: float | None = None) -> Verification:
+def verify(
+    model, row, forward: Callable | None = None, *, gradients: bool = False, **old: NoReturn
+) -> Verification:
     """Check a row of the running job: packed, every sample must be what it is alone.
 
     Splits the row into its samples, runs it and each sample in a row of its own through Megatron's
-    schedule, and compares the log-probabilities of their labels. The model stays as it is: wrapped,
-    with its own attention, on its tensor, sequence, context and pipeline parallel ranks. It costs
-    one forward pass a sample, and leaves no gradients.
+    schedule, and compares the log-probabilities of all positions, and which of them are trained.
+    How far those move by rounding alone is measured: the row runs again with every layer of the
+    language model off by one unit in the last place. And two rows with a known fault are run, every
+    boundary off by one token, and no boundary: where one would make no more than what was found,
+    the verdict is "inconclusive".
 
-    Every rank must call it, and gets the same answer. Data-parallel replicas bring a row each; the
-    ranks of a replica all bring the same one.
+    ``isolation`` sees any dependence on other samples, without a tolerance. This here sees what
+    else can be wrong: positions, labels, embeddings in the wrong place. It costs a forward pass a
+    sample, and four of the row.
+
+    The model stays as it is: wrapped, on its tensor, sequence, context and pipeline parallel ranks;
+    modes, random numbers and gradients are afterwards what they were. Every rank must call it, and
+    gets the same answer. Data-parallel replicas bring a row each; the ranks of a replica all bring
+    the same one.
 
     Args:
-        model: as ``install`` takes it, installed or not, of one chunk.
-        row: of ``mp.data``, packed for ``mp.row_spec(model)``.
-        tolerance: how much more than 1.0 the ``token_mult_prob_error`` of a sequence may be; by
-            default 1e-4 in fp32 and 0.05 in lower precision.
+        model, row, forward: as ``isolation`` takes them.
+        gradients: also compare the gradients of the same targets, part by part of the model. It
+            takes two backward passes a sample, and three of the row; the memory of the gradients
+            twice, and five times on the host.
 
     Returns:
         A ``Verification``: the error on every rank, and which sequences are wrong.
 
     Raises:
         PackingError: the row does not split into samples, so its boundaries are not those it was
-            packed with; nothing in it is trained; or the pipeline is an interleaved one.
+            packed with; nothing in it is trained; or it cannot be run. On all ranks, where that is
+            known before.
     """
-    if isinstance(model, list | tuple):
-        if len(model) > 1:
-            raise PackingError(
-                "verify knows no interleaved pipelines: pass the one chunk of a stage"
-            )
-        (model,) = model
-    weight = next(model.parameters())
-    if tolerance is None:
-        tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
-    row = row.to(weight.device, weight.dtype)
-    runs = _run_rows(model, [row, *_alone(model, row)])
-    mine = _compare_sequences(find_llava(model), row.layout, *runs) if runs else []
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    found = tuple(found for theirs in everyones for found in theirs)
-    if not any(sequence.num_compared for sequence in found):
+    refuse_old("mp.parity.verify", old, _OLD)
+    job, rows = together(lambda: _prepare(model, row, forward))
+    runs = job.run(rows.all)
+    with rounded_otherwise(job.chunks, job.config):
+        runs += job.run([rows.packed])
+    comparison = together(lambda: _Comparison(job, rows, runs) if runs else None)
+    mine = ([], [], 0.0) if comparison is None else comparison.judged()
+    apart = _gradients(job, rows, comparison) if gradients else ()
+    sequences, blind, floors = zip(*gather(mine), strict=True)
+    sequences = tuple(found for theirs in sequences for found in theirs)
+    if not any(sequence.num_compared for sequence in sequences):
         raise PackingError("no token is trained both packed and alone: there is nothing to verify")
-    return Verification(found, tolerance)
+    blind = dict.fromkeys(found for theirs in blind for found in theirs)
+    return Verification(sequences, tuple(blind), max(floors), apart)
 
 
-def _alone(model, row) -> list:
-    """Every sample of a row in a row of its own."""
-    spec = replace(row_spec(model), seq_multiple=row.layout.spec.seq_multiple)
-    packer = get_packer("concatenative", spec)
-    rows = []
-    for sequence, sample in enumerate(split(row)):
-        try:
-            rows.append(packer.join([sample]))
-        except PackingError as error:
-            raise PackingError(
-                f"sequence {sequence} of the row is not its sample: {error}"
-            ) from error
-    return rows
+class _Rows(NamedTuple):
+    """What is run: the row, its samples, and rows with a known fault, ``{fault: row}``."""
+
+    packed: Row
+    alone: list[Row]
+    faulty: dict[str, Row]
+
+    @property
+    def all(self) -> list[Row]:
+        return [self.packed, *self.alone, *self.faulty.values()]
 
 
-@torch.no_grad()
-def _run_rows(model, rows: list) -> list[tuple[Tensor, Tensor]]:
-    """This rank's log-probabilities and loss mask of every row, on the last pipeline stage."""
+def _prepare(model, row, forward) -> tuple[Job, _Rows]:
+    job = Job(model, row, forward)
+    row = job.row
+    length = row.layout.num_expanded if job.pads_rows else None
+    alone = [with_all_labels(sample) for sample in one_by_one(row, length)]
+    row, faulty = with_all_labels(row), {}
+    if len(alone) > 1:
+        faulty = {
+            "every boundary off by one token": with_moved_boundaries(row),
+            "no boundary at all": as_one_sequence(row),
+        }
+    return job, _Rows(row, alone, {name: row for name, row in faulty.items() if row is not None})
 
-    def step(iterator, model):
-        output, mask = run_stage(model, next(iterator).inputs())
-        return output, lambda loss, non_loss_data: (-loss[0].float(), mask[0].float())
 
-    with evaluating(model):
-        return get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(rows),
-            model=[model],
-            num_microbatches=len(rows),
-            seq_length=find_llava(model)._language_max_sequence_length,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
+def _gradients(job: Job, rows: _Rows, comparison) -> tuple[GradientError, ...]:
+    """Of what trains both packed and alone."""
+    whole, parts = None, [None] * len(rows.alone)
+    if comparison is not None:
+        whole = comparison.trained
+        parts = [whole[span] for span in comparison.spans]
+    alone = list(zip(rows.alone, parts, strict=True))
+    row, weight = alone[0]
+    nothing = row, None if weight is None else weight * 0  # all ranks run as many rows
+    alone += [nothing] * (max(gather(len(alone))) - len(alone))
+
+    def run(*pairs) -> list:
+        return gradients.of(
+            *(lambda row=row, weight=weight: job.backward([row], [weight]) for row, weight in pairs)
         )
 
+    gradients, packed = Gradients(job.chunks, job.config), (rows.packed, whole)
+    with gradients.borrowed():
+        as_they_are = [run(packed), run(*alone)]
+        with rounded_otherwise(job.chunks, job.config):
+            noise = [run(packed), run(*alone)]
+        found = Found(*as_they_are, *noise, run((as_one_sequence(rows.packed), whole)))
+    return compare_sums(gather((job.replica, gradients.sums(found))))
 
-def _compare_sequences(llava, layout: PackedLayout, packed, *alone) -> list[SequenceError]:
-    """Context parallelism cuts every sequence by itself: a rank has the same piece of it in either
-    run, and in one piece."""
-    size, rank = llava.context_parallel_lm, 0
-    if size > 1:
-        rank = llava.cp_group.rank()
-    edges = layout.cu_seqlens_padded
-    positions = local_positions(edges, layout.num_expanded, size, rank)
-    edges, found = edges.tolist(), []
-    for sequence, run in enumerate(alone):
-        begin, end = edges[sequence] // size, edges[sequence + 1] // size
-        (logprobs, mask), (logprobs_alone, mask_alone) = (
-            (x[begin:end] for x in packed),
-            (x[: end - begin] for x in run),
+
+class _Comparison:
+    """The runs of a replica side by side, position by position of the row without its padding."""
+
+    def __init__(self, job: Job, rows: _Rows, runs: Sequence[Run]):
+        self.job, count = job, len(rows.alone)
+        self.packed, self.noise = runs[0], runs[-1]
+        self.alone = Run(*(torch.cat(parts) for parts in zip(*runs[1 : count + 1], strict=True)))
+        self.faulty = dict(zip(rows.faulty, runs[count + 1 : -1], strict=True))
+        self.owned = job.owned(rows.packed.layout)
+        edges = rows.packed.layout.cu_seqlens_expanded.tolist()
+        self.spans = [slice(*ends) for ends in pairwise(edges)]
+        self.trained = ((self.packed.mask > 0) & (self.alone.mask > 0)).float()
+        self.floor = Size.of(differences(self.noise.logprobs, self.packed.logprobs))
+
+    def judged(self) -> tuple[list[SequenceError], list[Blind], float]:
+        """What this rank found in its positions, what the replica is blind for, and the floor."""
+        sequences = [self._sequence(index, span) for index, span in enumerate(self.spans)]
+        blind = [Blind(self.job.replica, *found) for found in self._blind()]
+        return [found for found in sequences if found is not None], blind, self.floor.max
+
+    def _sequence(self, index: int, span: slice) -> SequenceError | None:
+        """This rank's positions of a sequence, None where it has none."""
+        ours = self.owned[span]
+        if not bool(ours.any()):
+            return None
+        packed, mask, alone, mask_alone = (x[span][ours] for x in (*self.packed, *self.alone))
+        both, unmatched = mask * mask_alone, int(((mask > 0) != (mask_alone > 0)).sum())
+        apart = differences(packed, alone)
+        at = int(apart.argmax())
+        return SequenceError(
+            rank=self.job.rank,
+            sequence=index,
+            token_mult_prob_error=token_mult_prob_error(packed, alone, both).item(),
+            max_difference=apart[at].item(),
+            position=int(ours.nonzero()[at]),
+            unmatched_labels=unmatched,
+            num_compared=int((both > 0).sum()),
+            verdict=WRONG if unmatched else judge(Size.of(apart), self.floor),
         )
-        both = mask * mask_alone
-        differences = (logprobs - logprobs_alone).abs().masked_fill(both == 0, 0.0)
-        num_compared, lost = int((both > 0).sum()), int(((mask > 0) != (mask_alone > 0)).sum())
-        if not num_compared + lost:
-            continue
-        worst = int(differences.argmax())
-        found.append(
-            SequenceError(
-                rank=dist.get_rank(),
-                sequence=sequence,
-                token_mult_prob_error=token_mult_prob_error(logprobs, logprobs_alone, both).item(),
-                max_difference=differences[worst].item(),
-                position=int(positions[begin + worst]) - edges[sequence],
-                unmatched_labels=lost,
-                num_compared=num_compared,
-            )
-        )
-    return found
+
+    def _blind(self) -> list[tuple[int | None, str]]:
+        """The faults that would make no more than what was found."""
+        if len(self.spans) < 2:
+            return [(None, "a row of one sample has no boundary to get wrong")]
+        found = []
+        if len(self.faulty) < 2:
+            found.append((None, "no row with moved boundaries fits the model"))
+        for fault, run in self.faulty.items():
+            for index, span in enumerate(self.spans[1:], 1):
+                known = self._apart(self.packed, span)
+                if not stands_out(self._apart(run, span), known):
+                    found.append((index, f"{fault} would not be seen"))
+        return found
+
+    def _apart(self, run: Run, span: slice) -> Size:
+        """How far a run is from the samples alone; one with a fault may have lost its end."""
+        logprobs = run.logprobs[span]
+        return Size.of(differences(logprobs, self.alone.logprobs[span][: logprobs.numel()]))
