@@ -3,8 +3,10 @@
 from importlib import import_module
 
 from .algorithms import ALGORITHMS
+from .packer import Packer, Rows, get_packer, pack
 from .report import Refused, Report
-from .rows import EmptySample, Packer, Row, Rows, SampleTooLong, get_packer, pack, split
+from .rows import Row, split
+from .samples import EmptySample, SampleTooLong
 
 __all__ = [
     "ALGORITHMS",

@@ -27,8 +27,9 @@ from megatron.energon.savable_loader import (
 from megatron.energon.state import FlexState
 
 from ..errors import PackingError
+from .packer import Packer
 from .report import SHOWN
-from .rows import Packer, Row
+from .rows import Row
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.rows import get_packer
+from ..data import get_packer
 from ..errors import PackingError
 from ..layout import PackedLayout
 from ..megatron.find import find_llava

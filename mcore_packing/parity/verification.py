@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ..data.rows import get_packer, split
+from ..data import get_packer, split
 from ..errors import PackingError
 from ..layout import PackedLayout
 from ..megatron.find import find_llava

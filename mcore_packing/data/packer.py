@@ -1,0 +1,316 @@
+"""Many samples into rows: which go together, and what becomes of those that fit nowhere."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
+
+from torch.utils.data import IterableDataset
+
+from ..errors import INT32_MAX, PackingError
+from ..inputs import as_choice, as_int, refuse_old
+from ..spec import RowSpec, as_spec, round_up
+from .algorithms import check_algorithm, place
+from .report import Refused, Report, name_of
+from .rows import Row, join
+from .samples import Sample, SampleTooLong, look, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packer:
+    """The settings of ``pack``, which explains them, to pack with again and again."""
+
+    spec: RowSpec
+    capacity: int | None = None
+    algorithm: str = "fullest"
+    on_refused: str = "report"
+    keep_order: bool = False
+    balance: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        as_spec(self.spec)
+        check_algorithm(self.algorithm)
+        as_choice(self.on_refused, "on_refused", ("report", "raise"))
+        longest = INT32_MAX if self.spec.longest is None else self.spec.longest
+        if self.capacity is None:
+            object.__setattr__(self, "capacity", longest)
+        if as_int(self.capacity, "capacity") > longest:
+            raise PackingError(
+                f"capacity is {self.capacity}, but the model takes rows of at most {longest}"
+            )
+        if self.capacity < self.spec.total_multiple:
+            raise PackingError(
+                f"capacity is {self.capacity}, expected at least {self.spec.total_multiple}: rows "
+                f"are padded to multiples of that"
+            )
+
+    @cached_property
+    def usable(self) -> int:
+        """What the aligned lengths of a row may add up to, so that the row fits when padded."""
+        return self.capacity // self.spec.total_multiple * self.spec.total_multiple
+
+    @property
+    def max_sequences(self) -> int | None:
+        """How many samples a row may have: captured layers have room for the tail besides."""
+        most = self.spec.max_sequences
+        return None if most is None else most - 1
+
+    @cached_property
+    def row_spec(self) -> RowSpec:
+        """What a row is laid out for: the model, and this capacity."""
+        if self.spec.fixed_length is not None:
+            return self.spec
+        return dataclasses.replace(self.spec, max_length=self.usable)
+
+    def place(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Bins of expanded lengths: indices into ``lengths``, which are aligned here."""
+        return place(
+            [round_up(length, self.spec.seq_multiple) for length in lengths],
+            self.usable,
+            self.algorithm,
+            max_members=self.max_sequences,
+            keep_order=self.keep_order,
+            balance=self.balance,
+            seed=self.seed,
+        )
+
+    def num_positions(self, sample: dict) -> int:
+        """How many positions a sample becomes, without alignment.
+
+        Raises:
+            PackingError: what is wrong with the sample, as ``pack`` would report it.
+        """
+        return self._read(sample).num_positions
+
+    def measure(
+        self,
+        samples: Sequence[dict],
+        refuse: Callable[[int, PackingError], None],
+        left_out: Counter | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """The lengths of the samples that can be packed, not aligned, and which ones these are.
+
+        ``refuse`` is told the index of every other one, and what is wrong with it; ``left_out``
+        counts what samples have that is in no row.
+        """
+        lengths, kept, form = [], [], None
+        for index in range(len(samples)):
+            try:
+                sample = self._read(samples[index])
+                form = _check_form(sample, form)
+            except PackingError as error:
+                refuse(index, error)
+            else:
+                lengths.append(sample.num_positions)
+                kept.append(index)
+                if left_out is not None:
+                    left_out.update(sample.left_out)
+        return lengths, kept
+
+    def _read(self, sample: dict) -> Sample:
+        found = read(sample, self.spec)
+        look([found], found.ids, found.labels, self.spec)
+        self.check_length(found)
+        return found
+
+    def check_length(self, sample: Sample) -> None:
+        """Refuse a sample that no row has room for."""
+        length = sample.num_positions
+        aligned = round_up(length, self.spec.seq_multiple)
+        if aligned > self.usable:
+            padded = "" if aligned == length else f", {aligned} when aligned"
+            raise SampleTooLong(
+                f"{length} positions{padded}, but a row has room for {self.usable}; cut it "
+                f"(mp.media.truncate) or raise the capacity"
+            )
+
+    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
+        """As the function ``pack`` does."""
+        if isinstance(samples, Mapping):
+            raise PackingError("samples are one mapping, expected a list of samples")
+        if isinstance(samples, IterableDataset) or not hasattr(samples, "__getitem__"):
+            samples = list(iter(samples))
+        refused = []
+
+        def refuse(index: int, error: PackingError) -> None:
+            sample = samples[index]
+            key = sample.get("__key__") if isinstance(sample, dict) else None
+            if self.on_refused == "raise":
+                error.args = (f"{name_of(index, key)}: {error}",)
+                raise error
+            refused.append(Refused(index, key, type(error).__name__, str(error)))
+
+        left_out = Counter()
+        lengths, kept = self.measure(samples, refuse, left_out)
+        bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
+        num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in lengths)
+        capacity = self.capacity
+        if capacity == INT32_MAX:  # no limit: one row, as long as it needs to be
+            capacity = round_up(num_aligned, self.spec.total_multiple)
+        report = Report(
+            num_samples=len(samples),
+            num_rows=len(bins),
+            capacity=capacity,
+            num_real=sum(lengths),
+            num_aligned=num_aligned,
+            refused=tuple(refused),
+            left_out=dict(left_out),
+        )
+        return Rows(self, samples, bins), report
+
+    def stream(self, samples: Iterable[dict], buffer_size: int) -> Iterator[tuple["Rows", Report]]:
+        """Rows and the report of every ``buffer_size`` samples, and of what is left at the end."""
+        if type(buffer_size) is not int or buffer_size < 1:
+            raise PackingError(f"buffer_size is {buffer_size!r}, expected a positive int")
+        buffer = []
+        for sample in samples:
+            buffer.append(sample)
+            if len(buffer) == buffer_size:
+                yield self.pack(buffer)
+                buffer = []
+        if buffer:
+            yield self.pack(buffer)
+
+    def join(self, samples: Sequence[dict], indices: Sequence[int] | None = None) -> Row:
+        """One row of these samples, in this order.
+
+        Raises:
+            PackingError: they do not fit, or what is wrong with one.
+        """
+        parts = [read(sample, self.spec) for sample in samples]
+        for part in parts:
+            self.check_length(part)
+        return join(parts, self.row_spec, indices)
+
+
+class Rows(Sequence):
+    """Packed rows, each made when it is asked for: of a list of samples, or of a map-style dataset.
+
+    It is a map-style dataset itself: ``DataLoader(rows, batch_size=None)`` makes rows in workers.
+
+    Attributes:
+        bins: the samples of each row, as indices into what was packed.
+    """
+
+    def __init__(self, packer: Packer, samples: Sequence[dict], bins: list[list[int]]):
+        self.packer, self.samples, self.bins = packer, samples, bins
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Rows(self.packer, self.samples, self.bins[index])
+        members = self.bins[index]
+        return self.packer.join([self.samples[i] for i in members], members)
+
+
+_RENAMED = dict.fromkeys(
+    ("image_token_id", "img_seq_len", "seq_multiple", "total_multiple", "num_padded_rows",
+     "max_expanded", "space", "on_overflow"),
+    "spec=mp.row_spec(model), or mp.RowSpec(...), says it",
+)  # fmt: skip
+
+
+def pack(
+    samples: Sequence[dict] | Iterable[dict],
+    spec: RowSpec,
+    capacity: int | None = None,
+    algorithm: str = "fullest",
+    *,
+    on_refused: str = "report",
+    keep_order: bool = False,
+    balance: bool = False,
+    seed: int = 0,
+    **old: NoReturn,
+) -> tuple[Rows, Report]:
+    """Pack samples into rows that fit the model, each with its layout.
+
+    A sample is a dict of
+
+    - ``input_ids``: int64 ``[t]``, one placeholder per image.
+    - ``images``: ``[tiles, 3, h, w]``, or None.
+    - ``num_image_tiles``: ``[n]``, by default one tile per image; or ``tokens_per_image``: ``[n]``,
+      the positions of each image where they are not ``spec.img_seq_len`` per tile.
+    - ``labels``: int64 ``[t]``, optional: what each token itself is trained as, not shifted, -100
+      where it is not trained, as Hugging Face has it. By default every token that is no image.
+    - whatever else is plain (numbers, text, lists and dicts of them): ``split`` gives it back, and
+      reports name a sample by its ``__key__``. Other tensors go into no row, and are counted in
+      ``report.left_out``.
+
+    Labels are shifted here, inside each sample, so that no sample predicts the next one's start.
+
+    Args:
+        samples: a list, a map-style dataset, or anything that can be iterated over.
+        spec: what the model asks of a row: ``mp.row_spec(model)``. Every sample is padded to its
+            ``seq_multiple`` and the row to its ``total_multiple``.
+        capacity: positions that a row may have. By default the longest row of the spec; where it
+            has none, one row takes all samples.
+        algorithm: "fullest", "first_fit_decreasing", "first_fit", "first_fit_shuffle" or
+            "concatenative"; see docs/data.md.
+        on_refused: "report" leaves out a sample that cannot be packed and reports it, "raise"
+            raises its error.
+        keep_order, balance, seed: as ``algorithms.place`` has them.
+
+    Returns:
+        The rows, and a report. Every sample is in exactly one of both.
+
+    Raises:
+        PackingError: options that contradict each other; with ``on_refused="raise"`` also a sample
+            that is empty (``EmptySample``), too long (``SampleTooLong``), whose placeholders and
+            images differ in number (``PlaceholderMismatch``), or that is malformed.
+        TypeError: an unknown option; no ``spec.img_seq_len`` where it is needed.
+
+    Example:
+        >>> ids = [torch.tensor(x) for x in ([1, -200, 2, 3], [4, 5, 6], [7, 8], [])]
+        >>> samples = [{"input_ids": x} for x in ids]
+        >>> samples[0]["images"] = torch.zeros(1, 3, 28, 28)
+        >>> rows, report = pack(samples, RowSpec(img_seq_len=4, seq_multiple=2), capacity=8)
+        >>> print(report)
+        3 of 4 samples in 2 rows of 8: 75.0% filled, 87.5% with alignment; wasted: 12.5% alignment, 12.5% row tails
+        refused 1: 1 EmptySample
+          sample 3: input_ids are empty
+        >>> rows[0].input_ids.tolist(), rows[0].layout.cu_seqlens_padded.tolist()
+        ([[1, -200, 2, 3]], [0, 8, 8])
+        >>> rows[1].labels.tolist()
+        [[5, 6, -100, 8, -100]]
+    """  # noqa: E501
+    refuse_old("mp.data.pack", old, _RENAMED)
+    options = {"on_refused": on_refused, "keep_order": keep_order, "balance": balance, "seed": seed}
+    packer = get_packer(algorithm, spec, capacity, **options)
+    return packer.pack(samples)
+
+
+def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **options) -> Packer:
+    """A packer with the options of ``pack``, for streams and for lengths alone.
+
+    Example:
+        >>> packer = get_packer("first_fit_decreasing", RowSpec(seq_multiple=2), capacity=8)
+        >>> packer.place([5, 1, 2, 3])
+        [[0, 1], [3, 2]]
+        >>> samples = ({"input_ids": torch.arange(n)} for n in (5, 1, 2, 3))
+        >>> for rows, report in packer.stream(samples, buffer_size=3):
+        ...     print([row.indices for row in rows], report.num_samples)
+        [(0, 1), (2,)] 3
+        [(0,)] 1
+    """
+    old = {name: options[name] for name in options if name in _RENAMED}
+    refuse_old("mp.data.get_packer", old, _RENAMED)
+    return Packer(algorithm=algorithm, spec=spec, capacity=capacity, **options)
+
+
+def _check_form(sample: Sample, form: tuple | None) -> tuple | None:
+    """Images of one row are one tensor: all of them have the form of the first."""
+    images = sample.images
+    if images is None or images.shape[0] == 0:
+        return form
+    found = images.dtype, images.shape[1:]
+    if form not in (None, found):
+        raise PackingError(
+            f"images are {found[0]} {list(found[1])} each, but those before are {form[0]} "
+            f"{list(form[1])}: rows hold images of one size"
+        )
+    return found
