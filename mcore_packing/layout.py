@@ -287,7 +287,11 @@ class PackedLayout:
 
     def _shrink(self) -> None:
         """Count what is cut; and leave to the tail only what it needs, and the row's multiple."""
-        edges, starts = self.cu_seqlens_padded.tolist(), self.seq_start_expanded.tolist()
+        (first, size), (second, _) = (
+            self._parts[name] for name in ("cu_seqlens_padded", "seq_start_expanded")
+        )
+        front = self.tensor[: second + size].tolist()  # one read for both
+        edges, starts = front[first : first + size], front[second:]
         sequences = zip(pairwise(starts), pairwise(edges), strict=True)
         is_whole = all(end - start <= b - a for (start, end), (a, b) in sequences)
         self.num_cut = 0 if is_whole else int(self.is_cut.sum())
@@ -296,8 +300,11 @@ class PackedLayout:
             needed = round_up(last + tail, self.spec.total_multiple)
             self.num_expanded = min(needed, self.num_expanded)
         self.has_tail = self.num_expanded > last
-        edges[-1] = self.cu_seqlens_padded[-1] = self.num_expanded
-        self.max_seqlen = self.status[4] = max(b - a for a, b in pairwise(edges))
+        if edges[-1] != self.num_expanded:
+            edges[-1] = self.cu_seqlens_padded[-1] = self.num_expanded
+        longest = max(b - a for a, b in pairwise(edges))
+        if longest != self.max_seqlen:
+            self.max_seqlen = self.status[4] = longest
 
     # Between devices and processes
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PackingError
-from ..reference import IGNORE_INDEX
+from ..reference import IGNORE_INDEX, steps_of
 
 
 class Tokens(NamedTuple):
@@ -62,7 +62,7 @@ def look_at(
         ids,
         bounds,
         placeholders,
-        np.diff(placeholders.searchsorted(bounds)).tolist(),
+        steps_of(placeholders.searchsorted(bounds)).tolist(),
         labels,
         trains,
         np.add.reduceat(trains, starts, dtype=np.int64).tolist(),
