@@ -299,7 +299,7 @@ WRONG = {
     "tiles": ({"num_image_tiles": [2]}, "PackingError", "[2] are 2 tiles, but images hold 1"),
     "no tile": ({"num_image_tiles": [0]}, "PackingError", "[0], expected positive ints"),
     "floats": ({"num_image_tiles": torch.tensor([1.0])}, "PackingError", "expected positive ints"),
-    "pixels": ({"images": torch.zeros(1, 3, 2, 2)}, "PackingError", "[3, 2, 2] each, but those"),
+    "pixels": ({"images": torch.zeros(1, 3, 2, 2)}, "PackingError", "[3, 2, 2] each, but rows"),
     "a path": ({"images": "cat.jpg"}, "PackingError", "images: found str, expected a tensor"),
     "tokens without images": (
         {"images": None, "num_image_tiles": None, "tokens_per_image": [4]},

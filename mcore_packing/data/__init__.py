@@ -3,13 +3,15 @@
 from importlib import import_module
 
 from .algorithms import ALGORITHMS
+from .columns import Column
 from .packer import Packer, Rows, get_packer, pack
 from .report import Refused, Report
 from .rows import Row, split
-from .samples import EmptySample, SampleTooLong
+from .samples import EmptySample, SampleTooLong, UntrainedSample
 
 __all__ = [
     "ALGORITHMS",
+    "Column",
     "EmptySample",
     "Packer",
     "Refused",
@@ -17,6 +19,7 @@ __all__ = [
     "Row",
     "Rows",
     "SampleTooLong",
+    "UntrainedSample",
     "get_packer",
     "pack",
     "split",

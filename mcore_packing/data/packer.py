@@ -5,17 +5,36 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from torch.utils.data import IterableDataset
 
 from ..errors import INT32_MAX, PackingError
 from ..inputs import as_choice, as_int, refuse_old
+from ..media.families import Family
 from ..spec import RowSpec, as_spec, round_up
 from .algorithms import check_algorithm, place
-from .report import Refused, Report, name_of
+from .columns import Tokens
+from .media import Form, as_forms, check_forms, commonest_forms
+from .report import Refused, Report, key_of, name_of
 from .rows import Row, join
-from .samples import Sample, SampleTooLong, look, read
+from .samples import Contents, Sample, SampleTooLong, UntrainedSample, look, read
+
+
+class Measured(NamedTuple):
+    """What packing asks of samples that can be packed.
+
+    Attributes:
+        kept: which ones these are, as indices into all.
+        lengths: of each, in positions, not aligned.
+        trained: how many tokens of each are trained.
+        left_out: what samples have that is in no row, by name, and how many have it.
+    """
+
+    kept: list[int]
+    lengths: list[int]
+    trained: list[int]
+    left_out: Counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +44,11 @@ class Packer:
     spec: RowSpec
     capacity: int | None = None
     algorithm: str = "fullest"
+    family: str | Family | None = None
+    columns: Mapping | None = None
+    forms: Mapping[str, Form] | None = None
     on_refused: str = "report"
+    refuse_untrained: bool = False
     keep_order: bool = False
     balance: bool = False
     seed: int = 0
@@ -34,6 +57,7 @@ class Packer:
         as_spec(self.spec)
         check_algorithm(self.algorithm)
         as_choice(self.on_refused, "on_refused", ("report", "raise"))
+        object.__setattr__(self, "forms", as_forms(self.forms))
         longest = INT32_MAX if self.spec.longest is None else self.spec.longest
         if self.capacity is None:
             object.__setattr__(self, "capacity", longest)
@@ -46,6 +70,7 @@ class Packer:
                 f"capacity is {self.capacity}, expected at least {self.spec.total_multiple}: rows "
                 f"are padded to multiples of that"
             )
+        _ = self.contents  # refuses a family or columns that there are not
 
     @cached_property
     def usable(self) -> int:
@@ -65,6 +90,11 @@ class Packer:
             return self.spec
         return dataclasses.replace(self.spec, max_length=self.usable)
 
+    @cached_property
+    def contents(self) -> Contents:
+        """What a row takes of its samples."""
+        return Contents.of(self.row_spec, self.family, self.columns)
+
     def place(self, lengths: Sequence[int]) -> list[list[int]]:
         """Bins of expanded lengths: indices into ``lengths``, which are aligned here."""
         return place(
@@ -83,38 +113,54 @@ class Packer:
         Raises:
             PackingError: what is wrong with the sample, as ``pack`` would report it.
         """
-        return self._read(sample).num_positions
+        found = read(sample, self.contents)
+        self._look(found)
+        return found.num_positions
 
     def measure(
-        self,
-        samples: Sequence[dict],
-        refuse: Callable[[int, PackingError], None],
-        left_out: Counter | None = None,
-    ) -> tuple[list[int], list[int]]:
-        """The lengths of the samples that can be packed, not aligned, and which ones these are.
-
-        ``refuse`` is told the index of every other one, and what is wrong with it; ``left_out``
-        counts what samples have that is in no row.
-        """
-        lengths, kept, form = [], [], None
+        self, samples: Sequence[dict], refuse: Callable[[int, PackingError], None]
+    ) -> Measured:
+        """Look at samples; ``refuse`` is told the index of every one that cannot be packed, and
+        what is wrong with it."""
+        measured, wrong, forms = Measured([], [], [], Counter()), {}, {}
         for index in range(len(samples)):
             try:
-                sample = self._read(samples[index])
-                form = _check_form(sample, form)
+                sample = read(samples[index], self.contents)
+                (trained,) = self._look(sample).trained_per_sample
             except PackingError as error:
-                refuse(index, error)
+                wrong[index] = error
             else:
-                lengths.append(sample.num_positions)
-                kept.append(index)
-                if left_out is not None:
-                    left_out.update(sample.left_out)
-        return lengths, kept
+                forms[index] = sample.forms
+                measured.kept.append(index)
+                measured.lengths.append(sample.num_positions)
+                measured.trained.append(trained)
+                measured.left_out.update(sample.left_out)
+        self._refuse_rare_forms(measured, wrong, forms)
+        for index in sorted(wrong):
+            refuse(index, wrong[index])
+        return measured
 
-    def _read(self, sample: dict) -> Sample:
-        found = read(sample, self.spec)
-        look([found], found.ids, found.labels, self.spec)
-        self.check_length(found)
-        return found
+    def _refuse_rare_forms(self, measured: Measured, wrong: dict, forms: dict) -> None:
+        """Media of a row are one tensor. What most samples have says what it holds, so that one
+        strange sample does not refuse all others; or ``forms`` does."""
+        wanted = commonest_forms(forms.values()) | self.forms
+        for index, found in forms.items():
+            try:
+                check_forms(found, wanted)
+            except PackingError as error:
+                wrong[index] = error
+        if not wrong:
+            return
+        kept = [at for at, index in enumerate(measured.kept) if index not in wrong]
+        for values in measured[:3]:
+            values[:] = [values[at] for at in kept]
+
+    def _look(self, sample: Sample) -> Tokens:
+        tokens = look([sample], sample.ids, sample.columns.get("labels"), self.contents)
+        if self.refuse_untrained and not tokens.trained_per_sample[0]:
+            raise UntrainedSample("no token of it is trained: all labels are -100")
+        self.check_length(sample)
+        return tokens
 
     def check_length(self, sample: Sample) -> None:
         """Refuse a sample that no row has room for."""
@@ -136,17 +182,16 @@ class Packer:
         refused = []
 
         def refuse(index: int, error: PackingError) -> None:
-            sample = samples[index]
-            key = sample.get("__key__") if isinstance(sample, dict) else None
+            key = key_of(samples[index])
             if self.on_refused == "raise":
                 error.args = (f"{name_of(index, key)}: {error}",)
                 raise error
             refused.append(Refused(index, key, type(error).__name__, str(error)))
 
-        left_out = Counter()
-        lengths, kept = self.measure(samples, refuse, left_out)
-        bins = [[kept[i] for i in bin_] for bin_ in self.place(lengths)]
-        num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in lengths)
+        found = self.measure(samples, refuse)
+        bins = [[found.kept[i] for i in bin_] for bin_ in self.place(found.lengths)]
+        num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in found.lengths)
+        untrained = [i for i, trained in zip(found.kept, found.trained, strict=True) if not trained]
         capacity = self.capacity
         if capacity == INT32_MAX:  # no limit: one row, as long as it needs to be
             capacity = round_up(num_aligned, self.spec.total_multiple)
@@ -154,10 +199,11 @@ class Packer:
             num_samples=len(samples),
             num_rows=len(bins),
             capacity=capacity,
-            num_real=sum(lengths),
+            num_real=sum(found.lengths),
             num_aligned=num_aligned,
             refused=tuple(refused),
-            left_out=dict(left_out),
+            left_out=dict(found.left_out),
+            untrained=tuple((index, key_of(samples[index])) for index in untrained),
         )
         return Rows(self, samples, bins), report
 
@@ -180,10 +226,10 @@ class Packer:
         Raises:
             PackingError: they do not fit, or what is wrong with one.
         """
-        parts = [read(sample, self.spec) for sample in samples]
+        parts = [read(sample, self.contents) for sample in samples]
         for part in parts:
             self.check_length(part)
-        return join(parts, self.row_spec, indices)
+        return join(parts, self.contents, indices)
 
 
 class Rows(Sequence):
@@ -221,7 +267,11 @@ def pack(
     capacity: int | None = None,
     algorithm: str = "fullest",
     *,
+    family: str | Family | None = None,
+    columns: Mapping | None = None,
+    forms: Mapping[str, Form] | None = None,
     on_refused: str = "report",
+    refuse_untrained: bool = False,
     keep_order: bool = False,
     balance: bool = False,
     seed: int = 0,
@@ -237,6 +287,7 @@ def pack(
       the positions of each image where they are not ``spec.img_seq_len`` per tile.
     - ``labels``: int64 ``[t]``, optional: what each token itself is trained as, not shifted, -100
       where it is not trained, as Hugging Face has it. By default every token that is no image.
+    - ``attention_mask``: ``[t]``, optional: zeros at either end are padding, and are left out.
     - whatever else is plain (numbers, text, lists and dicts of them): ``split`` gives it back, and
       reports name a sample by its ``__key__``. Other tensors go into no row, and are counted in
       ``report.left_out``.
@@ -251,8 +302,15 @@ def pack(
             has none, one row takes all samples.
         algorithm: "fullest", "first_fit_decreasing", "first_fit", "first_fit_shuffle" or
             "concatenative"; see docs/data.md.
+        family: whose processor made the samples, where the model does not expand images.
+        columns: ``{name: mp.data.Column}`` of what samples have for each token, or of what such a
+            column is filled with.
+        forms: ``{"images": (dtype, shape of a tile)}``: what rows take. By default what most of
+            these samples have.
         on_refused: "report" leaves out a sample that cannot be packed and reports it, "raise"
             raises its error.
+        refuse_untrained: whether to refuse samples without a trained token too; by default they are
+            packed, and ``report.untrained`` names them.
         keep_order, balance, seed: as ``algorithms.place`` has them.
 
     Returns:
@@ -279,8 +337,11 @@ def pack(
         [[5, 6, -100, 8, -100]]
     """  # noqa: E501
     refuse_old("mp.data.pack", old, _RENAMED)
-    options = {"on_refused": on_refused, "keep_order": keep_order, "balance": balance, "seed": seed}
-    packer = get_packer(algorithm, spec, capacity, **options)
+    packer = get_packer(
+        algorithm, spec, capacity, family=family, columns=columns, forms=forms,
+        on_refused=on_refused, refuse_untrained=refuse_untrained, keep_order=keep_order,
+        balance=balance, seed=seed,
+    )  # fmt: skip
     return packer.pack(samples)
 
 
@@ -300,17 +361,3 @@ def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **opt
     old = {name: options[name] for name in options if name in _RENAMED}
     refuse_old("mp.data.get_packer", old, _RENAMED)
     return Packer(algorithm=algorithm, spec=spec, capacity=capacity, **options)
-
-
-def _check_form(sample: Sample, form: tuple | None) -> tuple | None:
-    """Images of one row are one tensor: all of them have the form of the first."""
-    images = sample.images
-    if images is None or images.shape[0] == 0:
-        return form
-    found = images.dtype, images.shape[1:]
-    if form not in (None, found):
-        raise PackingError(
-            f"images are {found[0]} {list(found[1])} each, but those before are {form[0]} "
-            f"{list(form[1])}: rows hold images of one size"
-        )
-    return found

@@ -26,6 +26,11 @@ class Refused:
         return f"{name_of(self.index, self.key)}: {self.reason}"
 
 
+def key_of(sample) -> str | None:
+    """The ``__key__`` of a sample, where it is one and has one."""
+    return sample.get("__key__") if isinstance(sample, dict) else None
+
+
 def name_of(index: int, key: str | None) -> str:
     """A sample, as messages name it."""
     return f"sample {index}" if key is None else f"sample {index} ({key})"
@@ -43,6 +48,7 @@ class Report:
         num_aligned: the same, every sample rounded up to ``seq_multiple``.
         refused: the samples that are in no row.
         left_out: what samples have that is in no row, by name, and how many have it.
+        untrained: index and key of the packed samples without a trained token.
     """
 
     num_samples: int = 0
@@ -52,6 +58,7 @@ class Report:
     num_aligned: int = 0
     refused: tuple[Refused, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
+    untrained: tuple[tuple[int, str | None], ...] = ()
 
     @property
     def fill(self) -> float:
@@ -70,6 +77,11 @@ class Report:
             "alignment": self.fill_aligned - self.fill,
             "row tails": 1 - self.fill_aligned if self.num_rows else 0.0,
         }
+
+    @property
+    def num_untrained(self) -> int:
+        """How many packed samples have no trained token."""
+        return len(self.untrained)
 
     @property
     def causes(self) -> Counter:
@@ -92,6 +104,7 @@ class Report:
             self.num_aligned + other.num_aligned,
             (*self.refused, *moved),
             dict(Counter(self.left_out) + Counter(other.left_out)),
+            (*self.untrained, *((self.num_samples + index, key) for index, key in other.untrained)),
         )
 
     def __str__(self) -> str:
@@ -105,6 +118,10 @@ class Report:
         if self.left_out:
             names = ", ".join(f"{name!r} of {count:,}" for name, count in self.left_out.items())
             lines.append(f"left out of rows, since it is not plain: {names}")
+        if self.untrained:
+            names = ", ".join(name_of(*one) for one in self.untrained[:SHOWN])
+            more = ", ..." if self.num_untrained > SHOWN else ""
+            lines.append(f"without a trained token {self.num_untrained:,}: {names}{more}")
         if self.refused:
             causes = ", ".join(f"{count:,} {cause}" for cause, count in self.causes.most_common())
             lines.append(f"refused {len(self.refused):,}: {causes}")

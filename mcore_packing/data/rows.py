@@ -4,42 +4,57 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..context_parallel import cp_partition
 from ..errors import PackingError
+from ..expand import Column, expand_column
 from ..layout import PackedLayout
+from ..reference import IGNORE_INDEX
 from ..spec import RowSpec
-from .samples import Member, Sample, look, read
+from .columns import join_column
+from .media import check_forms, commonest_forms, join_media
+from .samples import Contents, Member, Sample, look, read
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Row:
-    """One packed row: what ``LLaVAModel.forward`` takes, and the layout that says where it stands.
+    """One packed row: what the model's ``forward`` takes, and the layout that says where it stands.
+
+    For a model that expands images, ``LLaVAModel``, its tensors are collapsed, ``[1, T]``, and it
+    has ``images`` and ``num_image_tiles``. For a plain model they are physical, ``[1, S]``: filled
+    up as the boundaries say, and images and videos are what its family calls them.
 
     It travels light: a row holds tensors of its own, and of a sample only what is plain. Other
     tensors of the data set would take a file descriptor each on their way out of a worker.
 
     Attributes:
-        input_ids: int64 ``[1, T]``, one placeholder per image.
-        labels: int64 ``[1, T]``, shifted inside each sample: the next token of the same sample, and
-            -100 at each sample's last token, before a placeholder, and where nothing is trained.
-        loss_mask: fp32 ``[1, T]``, 1 where there is a label.
-        media: ``images``, ``[tiles, 3, h, w]`` of all samples, ``[0]`` where there are none; and
-            ``num_image_tiles``, int32 ``[N]``, possibly empty.
-        columns: what samples had for each of their tokens, ``[1, T]``: ``labels`` as they were
-            given, where they were.
+        input_ids: int64 ``[1, T]``, one placeholder per image; or ``[1, S]``.
+        labels: int64, shifted inside each sample: the next token of the same sample, and -100 at
+            each sample's last token, before an image, and where nothing is trained.
+        loss_mask: fp32, above 0 where the model trains: where there is a label, and not behind an
+            image where the model expands. It holds the weights of ``loss_weights``.
+        positions: int64 ``[axes, 1, S]`` or ``[1, S]``, where samples brought position ids.
+        media: what samples have of images and videos, joined; for an expanding model always
+            ``images``, ``[tiles, 3, h, w]``, ``[0]`` where there are none, and ``num_image_tiles``,
+            int32 ``[N]``, possibly empty.
+        columns: what samples had for each of their tokens, ``[1, T, ...]`` or ``[1, S, ...]``:
+            ``labels`` as they were given, where they were, and the columns of ``pack``.
+        num_trained: how many tokens are trained: what the sum of losses is divided by.
         layout: of the row; it rides along in ``packed_seq_params``.
-        indices: which samples these are, of those that were packed.
+        indices: which samples these are, of those that were packed; empty for a row that only fills
+            up a job.
         members: what else is known of each sample.
     """
 
     input_ids: Tensor
     labels: Tensor
     loss_mask: Tensor
+    positions: Tensor | None
     media: dict[str, Tensor]
     columns: dict[str, Tensor]
+    num_trained: int
     layout: PackedLayout
     indices: tuple[int, ...]
     members: tuple[Member, ...]
@@ -56,29 +71,57 @@ class Row:
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 ``[1, T]``, restarting in every sample."""
-        return self.layout.position_ids_collapsed.unsqueeze(0)
+        """int64 ``[1, T]`` or ``[1, S]``, restarting in every sample; or what samples brought."""
+        if self.positions is not None:
+            return self.positions
+        layout = self.layout
+        ids = layout.position_ids_collapsed if layout.spec.expands else layout.position_ids
+        return ids.unsqueeze(0)
 
     @property
     def packed_seq_params(self):
-        """Megatron's ``PackedSeqParams``, which remember the layout."""
-        from ..megatron.params import packed_seq_params  # lazy: rows need no Megatron
+        """Megatron's ``PackedSeqParams``. For a model that expands they remember the layout; a
+        plain one gets nothing that is not Megatron's, since captured layers compare fields."""
+        from ..megatron import params  # lazy: rows need no Megatron
 
-        return packed_seq_params(self.layout)
+        if self.layout.spec.expands:
+            return params.packed_seq_params(self.layout)
+        return params.megatron_params(self.layout, params.PackedSeqParams(qkv_format="thd"))
 
-    def inputs(self) -> dict:
-        """Keyword arguments of ``LLaVAModel.forward``: ``model(**row.inputs())``."""
-        names = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
-        return {name: getattr(self, name) for name in (*names, "packed_seq_params")} | {
-            "attention_mask": None
+    def inputs(self, cp_rank: int | None = None) -> dict:
+        """Keyword arguments of the model's ``forward``: ``model(**row.inputs())``.
+
+        Args:
+            cp_rank: of a plain model, give only the positions of this context-parallel rank (of
+                ``spec.cp_size``), in Transformer Engine's order; images, videos and boundaries stay
+                whole. By default everything, for models that split rows themselves.
+
+        Raises:
+            PackingError: a rank that there is not, or a model that expands: it splits rows itself.
+        """
+        own = {name: getattr(self, name) for name in self._tokens}
+        if cp_rank is not None:
+            spec = self.layout.spec
+            if spec.expands:
+                raise PackingError("cp_rank is for plain models: LLaVAModel splits rows itself")
+            edges, total = self.layout.cu_seqlens_padded, self.layout.num_expanded
+            local = cp_partition(edges, total, spec.cp_size, cp_rank)
+            own = {name: tensor.index_select(-1, local) for name, tensor in own.items()}
+        return {
+            **self.media,
+            **own,
+            "packed_seq_params": self.packed_seq_params,
+            "attention_mask": None,
         }
+
+    _tokens = ("input_ids", "position_ids", "labels", "loss_mask")
 
     def to(self, device=None, dtype=None, non_blocking: bool | None = None) -> "Row":
         """The same row elsewhere.
 
         Args:
             device: where to.
-            dtype: that of the images.
+            dtype: that of images and videos.
             non_blocking: whether the host goes on while tensors are copied. By default it does, but
                 not on the way to a CPU, where what is read next would not be there yet. From pinned
                 memory (``DataLoader(rows, batch_size=None, pin_memory=True)``) copies overlap with
@@ -90,7 +133,11 @@ class Row:
                 non_blocking = torch.device(device).type != "cpu"
             row = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         if dtype is not None:
-            row = dataclasses.replace(row, media=row.media | {"images": row.images.to(dtype)})
+            media = {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in row.media.items()
+            }
+            row = dataclasses.replace(row, media=media)
         return row
 
     def pin_memory(self) -> "Row":
@@ -101,9 +148,9 @@ class Row:
         def moved(value):
             if isinstance(value, dict):
                 return {name: function(tensor) for name, tensor in value.items()}
-            return function(value)
+            return None if value is None else function(value)
 
-        names = ("input_ids", "labels", "loss_mask", "media", "columns", "layout")
+        names = ("input_ids", "labels", "loss_mask", "positions", "media", "columns", "layout")
         return dataclasses.replace(self, **{name: moved(getattr(self, name)) for name in names})
 
     def __repr__(self) -> str:
@@ -117,57 +164,85 @@ def split(row: Row) -> list[dict]:
         row: as ``pack`` made it, on any device.
 
     Returns:
-        A dict per sample, in the order of ``row.indices``: ``input_ids``, ``images`` and ``labels``
-        as views of the row's tensors, and what the sample had that is plain. Other tensors of a
-        sample are in no row; ``report.left_out`` names them.
+        A dict per sample, in the order of ``row.indices``: ``input_ids``, ``labels``, columns and
+        media as views of the row's tensors, and what the sample had that is plain. A sample that
+        had padding comes back without. Other tensors of a sample are in no row;
+        ``report.left_out`` names them.
 
     Raises:
         PackingError: the boundaries of the row are not those that it was packed with.
     """
-    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
+    if not row.members:
+        return []
+    layout, expands = row.layout, row.layout.spec.expands
+    lengths = layout.cu_seqlens_collapsed.diff().tolist()
     for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
         if length != member.num_tokens:
             raise PackingError(
                 f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
                 f"sample {member.num_tokens}"
             )
-    ids = row.input_ids[0].split(lengths)
-    labels = row.columns["labels"][0].split(lengths) if "labels" in row.columns else None
-    images = iter(row.images.split([m.tiles for m in row.members if m.tiles is not None]))
-    placeholders = row.layout.placeholders_per_seq()
-    counts = {
-        "num_image_tiles": row.num_image_tiles.split(placeholders),
-        "tokens_per_image": row.layout.cu_image_embeddings.diff().split(placeholders),
-    }
+    starts = (layout.cu_seqlens_collapsed if expands else layout.cu_seqlens_padded).tolist()
+    media = {name: iter(_split_media(row, name)) for name in row.media}
+    counts = {}
+    if expands:
+        placeholders = layout.placeholders_per_seq()
+        counts = {
+            "num_image_tiles": row.num_image_tiles.split(placeholders),
+            "tokens_per_image": layout.cu_image_embeddings.diff().split(placeholders),
+        }
     samples = []
-    for index, member in enumerate(row.members):
-        sample = {**member.plain, "input_ids": ids[index]}
-        if member.tiles is not None:
-            sample["images"] = next(images)
-        if member.has_labels:
-            sample["labels"] = labels[index]
+    for index, (member, start) in enumerate(zip(row.members, starts, strict=False)):
+        here = slice(start, start + member.num_tokens)
+        sample = {"input_ids": row.input_ids[0, here]}
+        for name in member.columns:
+            sample[name] = row.columns[name][0, here]
+        for name, size in member.media.items():
+            if isinstance(size, int):
+                sample[name] = next(media[name])
+            else:
+                dtype, shape = size
+                sample[name] = torch.empty(shape, dtype=dtype, device=row.input_ids.device)
+        if member.position_dims:
+            own = row.positions.squeeze(-2)[..., here]
+            sample["position_ids"] = own if own.dim() == member.position_dims else own[0]
+        sample |= member.plain
         for name, dtype in member.counts.items():
-            sample[name] = counts[name][index].to(dtype)
+            if name == "attention_mask":
+                sample[name] = torch.ones_like(sample["input_ids"], dtype=dtype)
+            elif name in member.plain:
+                sample[name] = torch.tensor(member.plain[name], dtype=dtype)
+            elif name in counts:
+                sample[name] = counts[name][index].to(dtype)
         samples.append(sample)
     return samples
 
 
-def join(parts: Sequence[Sample], spec: RowSpec, indices: Sequence[int] | None = None) -> Row:
+def _split_media(row: Row, name: str) -> tuple[Tensor, ...]:
+    """What each sample that has entries of a medium has."""
+    sizes = [member.media.get(name) for member in row.members]
+    sizes = [size for size in sizes if isinstance(size, int)]
+    return row.media[name].split(sizes) if sizes else ()
+
+
+def join(parts: Sequence[Sample], contents: Contents, indices: Sequence[int] | None = None) -> Row:
     """One row of samples that were read, in this order.
 
     Raises:
         PackingError: they do not fit, or what is wrong with the values of one.
     """
-    tensors = join_tensors(parts, spec)
+    spec, tensors = contents.spec, join_tensors(parts, contents)
     ids = tensors["input_ids"]
-    bounds = np.array([0, *(part.member.num_tokens for part in parts)], dtype=np.int32)
+    bounds = torch.tensor([0, *(part.member.num_tokens for part in parts)])
     layout = PackedLayout.build(
         ids,
-        torch.from_numpy(bounds.cumsum(dtype=np.int32)).to(ids.device),
+        bounds.cumsum(0).int().to(ids.device),
         _on([count for part in parts for count in part.tokens_per_image], torch.int64, ids),
         spec,
         space="collapsed",
     )
+    if not spec.expands:
+        _fill_up(tensors, layout, contents)
     return Row(
         **tensors,
         layout=layout,
@@ -177,30 +252,84 @@ def join(parts: Sequence[Sample], spec: RowSpec, indices: Sequence[int] | None =
 
 
 def concatenate(samples: Sequence[dict]) -> dict:
-    """The tensors of a row, as ``Row`` has them, for a data path that knows no layouts."""
-    spec = RowSpec(img_seq_len=1)  # any: nothing is laid out
-    return join_tensors([read(sample, spec) for sample in samples], spec)
+    """The tensors of a collapsed row, for a data path that knows no layouts."""
+    contents = Contents.of(RowSpec(img_seq_len=1))  # any: nothing is laid out
+    tensors = join_tensors([read(sample, contents) for sample in samples], contents)
+    names = ("input_ids", "labels", "loss_mask", "media", "columns")
+    return {name: tensors[name] for name in names}
 
 
-def join_tensors(parts: Sequence[Sample], spec: RowSpec) -> dict:
-    """The tensors of a row, as ``Row`` has them."""
+def join_tensors(parts: Sequence[Sample], contents: Contents) -> dict:
+    """The tensors of a row, as ``Row`` has them, collapsed."""
+    if not parts:
+        raise PackingError("there are no samples to join, expected one or more")
+    wanted = commonest_forms([part.forms for part in parts])
+    for part in parts:
+        check_forms(part.forms, wanted)
     ids = torch.cat([part.ids for part in parts])
-    given = None
-    if any(part.labels is not None for part in parts):
-        given = torch.cat([part.ids if part.labels is None else part.labels for part in parts])
-    tokens = look(parts, ids, given, spec)
-    images = [part.images for part in parts if part.images is not None]
-    tiles = [count for part in parts for count in part.num_image_tiles]
+    columns, given = {}, None
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    if "labels" in names:
+        del names["labels"]
+        given = torch.cat([part.columns.get("labels", part.ids) for part in parts])
+        columns["labels"] = given[None]
+    lengths = [part.member.num_tokens for part in parts]
+    for name in names:
+        values = [part.columns.get(name) for part in parts]
+        columns[name] = join_column(values, lengths, contents.columns[name])[None]
+    tokens = look(parts, ids, given, contents)
+    media = {}
+    for name in dict.fromkeys(name for part in parts for name in part.media):
+        media[name] = join_media([part.media[name] for part in parts if name in part.media])
+    if contents.spec.expands:
+        media.setdefault("images", torch.empty(0, device=ids.device))
+        tiles = [count for part in parts for count in part.num_image_tiles]
+        media["num_image_tiles"] = _on(tiles, torch.int32, ids)
     return {
         "input_ids": ids[None],
         "labels": torch.from_numpy(tokens.labels).to(ids.device)[None],
         "loss_mask": torch.from_numpy(tokens.trains).to(ids.device, torch.float32)[None],
-        "media": {
-            "images": torch.cat(images) if images else torch.empty(0, device=ids.device),
-            "num_image_tiles": _on(tiles, torch.int32, ids),
-        },
-        "columns": {} if given is None else {"labels": given[None]},
+        "positions": _join_positions(parts),
+        "media": media,
+        "columns": columns,
+        "num_trained": sum(tokens.trained_per_sample),
     }
+
+
+def _join_positions(parts: Sequence[Sample]) -> Tensor | None:
+    """``[1, T]`` or ``[axes, 1, T]`` of what samples brought; one that brought nothing counts its
+    tokens, as processors do for text."""
+    axes = {part.positions.shape[0] for part in parts if getattr(part.positions, "ndim", 0) == 2}
+    if len(axes) > 1:
+        raise PackingError(
+            f"position_ids of these samples have {' and '.join(map(str, sorted(axes)))} axes, "
+            f"expected the same number in every sample of a row"
+        )
+    if all(part.positions is None for part in parts):
+        return None
+    positions = []
+    for part in parts:
+        own = part.positions
+        if own is None:
+            own = torch.arange(part.member.num_tokens, device=part.ids.device)
+        positions.append(own.expand(*axes, -1) if axes else own)
+    return torch.cat(positions, dim=-1).unsqueeze(-2)
+
+
+def _fill_up(tensors: dict, layout: PackedLayout, contents: Contents) -> None:
+    """The tensors of a plain model's row, where its boundaries put them."""
+
+    def physical(tensor: Tensor, fill) -> Tensor:
+        return expand_column(layout, tensor, Column(fill))
+
+    pad = contents.spec.pad_token_id
+    for name, fill in (("input_ids", pad), ("labels", IGNORE_INDEX), ("loss_mask", 0.0)):
+        tensors[name] = physical(tensors[name][0], fill)[None]
+    if tensors["positions"] is not None:
+        tensors["positions"] = physical(tensors["positions"].movedim(-1, 0), 0).movedim(0, -1)
+    for name, values in tensors["columns"].items():
+        fill = IGNORE_INDEX if name == "labels" else contents.columns[name].fill
+        tensors["columns"][name] = physical(values[0], fill)[None]
 
 
 def _on(values: list[int], dtype: torch.dtype, like: Tensor) -> Tensor:
