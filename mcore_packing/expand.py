@@ -171,7 +171,7 @@ def expand_column(
         token = torch.where(source < PAD, at.clamp(max=num_tokens - 1), token)
         has_entry = source != PAD
     if spec.shifted:
-        has_entry = has_entry & ~_before_image(layout)[token]
+        has_entry = has_entry & ~layout.is_before_image[token]
     has_entry = has_entry.reshape(-1, *[1] * (column.dim() - 1))
     return torch.where(has_entry, column[token], column.new_full((), spec.fill))
 
@@ -246,15 +246,8 @@ def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
             stands before an image of the same sequence excepted, as ``expand_labels`` has it.
     """
     loss_mask = as_row(loss_mask, "loss_mask", layout.num_collapsed, floating=True)
-    trains = (loss_mask > 0) & ~layout.is_placeholder & ~_before_image(layout)
+    trains = (loss_mask > 0) & ~layout.is_placeholder & ~layout.is_before_image
     return (layout.is_cut & trains).sum()
-
-
-def _before_image(layout: PackedLayout) -> Tensor:
-    """bool ``[T]``, True for tokens that an image of the same sequence follows."""
-    continues = layout.position_ids_collapsed > 0
-    follows = torch.nn.functional.pad(layout.is_placeholder & continues, (0, 1))
-    return follows.narrow(0, 1, layout.num_collapsed)
 
 
 def _as_images(images: Tensor, text: Tensor) -> Tensor:

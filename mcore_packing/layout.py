@@ -572,6 +572,12 @@ class PackedLayout:
         return self.input_ids == self.spec.image_token_id
 
     @property
+    def is_before_image(self) -> Tensor:
+        """bool ``[T]``, True for tokens that a placeholder of the same sequence follows."""
+        follows = self.is_placeholder & (self.position_ids_collapsed > 0)
+        return torch.nn.functional.pad(follows, (0, 1)).narrow(0, 1, self.num_collapsed)
+
+    @property
     def tail_length(self) -> Tensor:
         """int32 ``[1]``, the positions of the tail that are not padding."""
         room = self.cu_seqlens_padded[-1:] - self.cu_seqlens_padded[-2:-1]
