@@ -287,11 +287,7 @@ class PackedLayout:
 
     def _shrink(self) -> None:
         """Count what is cut; and leave to the tail only what it needs, and the row's multiple."""
-        (first, size), (second, _) = (
-            self._parts[name] for name in ("cu_seqlens_padded", "seq_start_expanded")
-        )
-        front = self.tensor[: second + size].tolist()  # one read for both
-        edges, starts = front[first : first + size], front[second:]
+        edges, starts = self.cu_seqlens_padded.tolist(), self.seq_start_expanded.tolist()
         sequences = zip(pairwise(starts), pairwise(edges), strict=True)
         is_whole = all(end - start <= b - a for (start, end), (a, b) in sequences)
         self.num_cut = 0 if is_whole else int(self.is_cut.sum())
