@@ -1,11 +1,15 @@
 """``megatron_on_cpu``: what it makes possible, and that it puts everything back."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.multimodal import llava_model
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -18,7 +22,7 @@ def touched():
     return {
         "Tensor.cuda": torch.Tensor.cuda,
         "Module.cuda": torch.nn.Module.cuda,
-        "cuda": {name: getattr(torch.cuda, name) for name in dir(torch.cuda) if name.islower()},
+        "cuda": {name: getattr(torch.cuda, name) for name in dir(torch.cuda)},
         "random": {name: value for name, value in vars(random).items() if callable(value)},
         "fork": random.CudaRNGStatesTracker.fork,
         "norm": WrappedTorchNorm.__dict__["__new__"],
@@ -59,6 +63,32 @@ def test_the_random_tracker_forks():
         with get_cuda_rng_tracker().fork():
             second = torch.rand(3)
         assert not torch.equal(first, second)
+
+
+def test_experts_that_exchange_tokens():
+    language = {
+        "num_moe_experts": 4,
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+    }
+    with cpu.megatron_on_cpu():
+        model = tiny.llava_model(img_size=28, language=language)
+        row = {**parity.collate(tiny.samples(1, img_size=28)), "cu_seqlens": None}
+        loss, _ = parity.forward(model, row)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+    assert getattr(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None) is None
+
+
+def test_torchruns_processes_are_one_world():
+    code = (
+        "import torch.distributed as dist; from mcore_packing import cpu\n"
+        "with cpu.megatron_on_cpu(): assert dist.get_world_size() == 2"
+    )
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_norms_carry_the_sequence_parallel_mark():

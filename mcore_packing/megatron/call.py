@@ -18,6 +18,7 @@ from ..layout import NO_IMAGE, PackedLayout, read_later
 from ..reference import local_positions
 from ..space import find_space
 from ..spec import RowSpec, round_up
+from .dummy import KeepInGraph, dummy_image
 from .params import check_keys, laid_out, megatron_params, physical_boundaries, stage_layout
 from .plan import Plan
 from .releases import tokens_per_image
@@ -65,7 +66,7 @@ class PackedCall:
         args, kwargs: what ``forward`` gets instead of what it was called with.
     """
 
-    withholds_boundaries = True
+    replaces_expansion = True
 
     # 1: begin. The row is laid out, or the layout that rides along is checked.
 
@@ -103,8 +104,10 @@ class PackedCall:
         seen.layout, seen.input_ids = self.layout, input_ids
         if plan.restarts_positions and model.pre_process:
             self._pass("position_ids", self.layout.position_ids_collapsed[None])
+        if self.layout.has_tokens and not self.layout.num_images:
+            self._add_dummy_image()
         # Where forward itself would read the boundaries, it gets none.
-        self.withholds = self.withholds_boundaries and plan.release.reads_boundaries
+        self.withholds = self.replaces_expansion and plan.release.reads_boundaries
         blank = PackedSeqParams(qkv_format="thd")
         self._pass("packed_seq_params", blank if self.withholds else self.params)
 
@@ -138,6 +141,14 @@ class PackedCall:
             self.args[place] = value
         else:
             self.kwargs[name] = value
+
+    def _add_dummy_image(self) -> None:
+        images = self.given.get("images")
+        if _infers(self.given) or (images is not None and images.numel()):
+            return
+        dummy = dummy_image(self.model, self.replaces_expansion)
+        if dummy is not None:
+            self._pass("images", dummy)
 
     # 2: in place of _preprocess_data.
 
@@ -175,18 +186,12 @@ class PackedCall:
     def _fill(self, text: Tensor, images: Tensor | None, source: Tensor) -> Tensor:
         if images is not None and images.numel() == 0:
             images = None
-        dummy = None
-        if images is not None and not self.layout.num_images and self._allows_dummy():
+        dummy, tiles = None, self.given.get("num_image_tiles")
+        if images is not None and images.shape[1] == 1 and tiles is not None and not tiles.numel():
             dummy, images = images, None
         self.num_image_embeddings = 0 if images is None else images.shape[:2].numel()
         embeddings = fill(self.layout, text, images, source, self.cp_size, self.cp_rank)
-        return embeddings if dummy is None else _KeepInGraph.apply(embeddings, dummy)
-
-    def _allows_dummy(self) -> bool:
-        """Whether a row without images may carry one that only keeps the vision model in the graph.
-        Callers add it under FSDP, Megatron's main by itself."""
-        is_fsdp = getattr(self.model.vision_model, "_is_fsdp_managed_module", False)
-        return is_fsdp or self.plan.release.keeps_text_rows
+        return embeddings if dummy is None else KeepInGraph.apply(embeddings, dummy)
 
     def split_over_ranks(self, own, args: tuple, kwargs: dict):
         """In place of ``_process_embedding_token_parallel``: they are this rank's already."""
@@ -296,7 +301,7 @@ class BoundariesOnly(PackedCall):
     Nothing is checked later: its layout is exact before ``forward`` begins, which costs waits.
     """
 
-    withholds_boundaries = False
+    replaces_expansion = False
 
     def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
         self.spec = self._spec_of_row(input_ids)
@@ -427,17 +432,3 @@ def _nobody_said(input_ids, params, counts, spec: RowSpec) -> PackingError:
         f"(mp.find_space). Say it for the whole data path, mp.install(model, space=...), or send "
         f"the layout along, mp.packed_seq_params(layout)"
     )
-
-
-class _KeepInGraph(torch.autograd.Function):
-    """``embeddings``; ``images`` take part with weight zero, so that FSDP sees their gradients."""
-
-    @staticmethod
-    def forward(ctx, embeddings, images):
-        ctx.images = images.shape, images.dtype, images.device
-        return embeddings.view_as(embeddings)
-
-    @staticmethod
-    def backward(ctx, grad):
-        shape, dtype, device = ctx.images
-        return grad, torch.zeros(shape, dtype=dtype, device=device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ from megatron.core.models.multimodal import llava_model
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -29,9 +31,9 @@ def megatron_on_cpu(**parallel_sizes):
     Sends everything that asks for CUDA to the CPU, gives the random number tracker the CPU
     generator, makes torch norms carry the sequence-parallel mark, and supplies what ``llava_model``
     lacks without Transformer Engine. Configs need ``use_cpu_initialization=True`` and layers the
-    spec of ``layer_spec``. Where no process group exists, it makes one of this single process, and
-    model parallel groups of the given sizes. On leaving, groups that were made are destroyed, and
-    patches are undone.
+    spec of ``layer_spec``. Where no process group exists, it makes one of the processes that
+    torchrun started, else of this single one, and model parallel groups of the given sizes. On
+    leaving, groups that were made are destroyed, and patches are undone.
 
     Not covered: gradient clipping and the mixed-precision optimizer of Megatron-Core, which insist
     on CUDA tensors.
@@ -61,7 +63,10 @@ def process_groups(backend: str, **parallel_sizes):
     """What Megatron-Core expects to be initialised, as far as it is not."""
     with contextlib.ExitStack() as stack:
         if not dist.is_initialized():
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             stack.callback(dist.destroy_process_group)
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(**parallel_sizes)
@@ -92,6 +97,11 @@ def _patches():
     yield torch.nn.Module, "cuda", lambda self, *args, **kwargs: self
     yield torch.cuda, "current_device", lambda: CPU
     yield torch.cuda, "synchronize", lambda *args: None
+    yield torch.cuda, "Stream", _Stream
+    yield torch.cuda, "current_stream", lambda *args: _STREAM
+    yield torch.cuda, "stream", contextlib.nullcontext
+    if hasattr(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream"):
+        yield MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None
     yield torch.cuda, "manual_seed", torch.manual_seed
     yield torch.cuda, "get_rng_state", lambda *args: torch.get_rng_state()
     yield random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()
@@ -129,6 +139,28 @@ def clip_norm():
         yield
     finally:
         init.__defaults__ = before
+
+
+class _Stream:
+    """A stream, and an event, where nothing is asynchronous."""
+
+    def __new__(cls, *args, **kwargs):
+        return _STREAM
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def record_event(self, event=None) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+_STREAM = object.__new__(_Stream)
 
 
 class _CudaToCpu(torch.overrides.TorchFunctionMode):
