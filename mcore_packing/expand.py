@@ -157,7 +157,7 @@ def expand_column(
     if not isinstance(column, Tensor) or column.dim() == 0:
         raise PackingError(f"column is a {type(column).__name__}, expected a tensor [T, ...]")
     num_tokens = layout.num_collapsed
-    if column.dim() > 1 and column.shape[0] == 1 != num_tokens:
+    if column.dim() > 1 and column.shape[:2] == (1, num_tokens):
         column = column[0]
     source = expand_tokens(layout, cp_size=cp_size, cp_rank=cp_rank).source.long()
     if column.shape[0] != num_tokens:
@@ -166,14 +166,14 @@ def expand_column(
     if spec.images == "repeat" and layout.num_images:
         counts = layout.cu_image_embeddings
         image = torch.searchsorted(counts, (FIRST_IMAGE - source).int(), right=True) - 1
-        start = layout.image_start[image.clamp(0, layout.num_images - 1)]
+        start = layout.image_start.index_select(0, image.clamp(0, layout.num_images - 1))
         at = torch.searchsorted(layout.expanded_start, start)
         token = torch.where(source < PAD, at.clamp(max=num_tokens - 1), token)
         has_entry = source != PAD
     if spec.shifted:
-        has_entry = has_entry & ~layout.is_before_image[token]
+        has_entry = has_entry & ~layout.is_before_image.index_select(0, token)
     has_entry = has_entry.reshape(-1, *[1] * (column.dim() - 1))
-    return torch.where(has_entry, column[token], column.new_full((), spec.fill))
+    return torch.where(has_entry, column.index_select(0, token), column.new_full((), spec.fill))
 
 
 def expand_tokens(

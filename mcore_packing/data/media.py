@@ -116,17 +116,28 @@ def check_media(
     Raises:
         PlaceholderMismatch, PackingError: which do not, and how many there are.
     """
+    if not media:
+        raise PlaceholderMismatch(
+            f"{placeholders} placeholders, but none of {', '.join(words)}",
+            actual=0,
+            expected=placeholders,
+        )
     sizes: dict[str, int] = {}  # by what is counted
     for name, value in media.items():
         sizes.setdefault(words[name], value.shape[0])
     frames = media.get("num_frames_per_video")
     tiles = num_image_tiles or ([sizes["tile"]] if sizes.get("tile") else [])
+    # What nothing counts is taken as one image, or video.
+    images = (
+        len(tiles) if "tile" in sizes else int(bool(sizes.keys() & {"patch", "nonempty_sample"}))
+    )
+    videos = int(bool(sizes.keys() & {"video_patch", "video_frame"}))
     Spans(
         media,
         words,
-        [sizes.get("image", len(tiles) if "tile" in sizes else sizes.get("nonempty_sample", 0))],
+        [sizes.get("image", images)],
         tiles_per_image=tiles,
-        num_videos=[sizes.get("video", int(sizes.get("video_frame", 0) > 0))],
+        num_videos=[sizes.get("video", videos)],
         frames_per_video=[sizes.get("video_frame", 0)] if frames is None else frames,
     )
     grid, merge = media.get("image_grid_thw"), family.settings.get("merge_size")

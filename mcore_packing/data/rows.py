@@ -320,7 +320,7 @@ def _fill_up(tensors: dict, layout: PackedLayout, contents: Contents) -> None:
     """The tensors of a plain model's row, where its boundaries put them."""
 
     def physical(tensor: Tensor, fill) -> Tensor:
-        return expand_column(layout, tensor, Column(fill))
+        return expand_column(layout, tensor[None], Column(fill))
 
     pad = contents.spec.pad_token_id
     for name, fill in (("input_ids", pad), ("labels", IGNORE_INDEX), ("loss_mask", 0.0)):

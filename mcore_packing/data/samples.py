@@ -217,7 +217,7 @@ def look(
     tokens = look_at(ids, labels, bounds, contents.placeholders, spec.expands)
     for sample, found in zip(samples, tokens.placeholders_per_sample, strict=True):
         if not spec.expands:
-            if contents.family is not None and sample.media:
+            if contents.family is not None and (sample.media or found):
                 tiles = sample.num_image_tiles
                 check_media(sample.media, contents.media, tiles, contents.family, found)
         elif found != len(sample.tokens_per_image):
