@@ -171,7 +171,7 @@ def expand_column(
         token = torch.where(source < PAD, at.clamp(max=num_tokens - 1), token)
         has_entry = source != PAD
     if spec.shifted:
-        has_entry = has_entry & ~layout.is_before_image.index_select(0, token)
+        has_entry = has_entry & layout.is_before_image.index_select(0, token).logical_not()
     has_entry = has_entry.reshape(-1, *[1] * (column.dim() - 1))
     return torch.where(has_entry, column.index_select(0, token), column.new_full((), spec.fill))
 
