@@ -8,6 +8,7 @@ from .packer import Packer, Rows, get_packer, pack
 from .report import Refused, Report
 from .rows import Row, split
 from .samples import EmptySample, SampleTooLong, UntrainedSample
+from .weights import loss_func
 
 __all__ = [
     "ALGORITHMS",
@@ -21,6 +22,7 @@ __all__ = [
     "SampleTooLong",
     "UntrainedSample",
     "get_packer",
+    "loss_func",
     "pack",
     "split",
 ]

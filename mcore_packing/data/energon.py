@@ -110,7 +110,7 @@ class PackingTaskEncoder(TaskEncoder):
         """
         found = self.packer.measure(samples, lambda index, error: _report(error, samples[index]))
         kept = found.kept
-        rows = [[samples[kept[i]] for i in bin_] for bin_ in self.packer.place(found.lengths)]
+        rows = [[samples[kept[i]] for i in bin_] for bin_ in self.packer.place_samples(found)]
         # Longest-first algorithms give the longest samples first. Keys as the seed: the same buffer
         # gives the same rows in the same order, whenever a run was resumed.
         keys = [samples[i]["__key__"] for i in kept]

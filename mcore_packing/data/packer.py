@@ -5,20 +5,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import NamedTuple, NoReturn
 
 from torch.utils.data import IterableDataset
 
 from ..errors import INT32_MAX, PackingError
-from ..inputs import as_choice, as_int, refuse_old
+from ..inputs import as_choice, as_int, as_positive, refuse_old
 from ..media.families import Family
 from ..spec import RowSpec, as_spec, round_up
-from .algorithms import check_algorithm, place
+from .algorithms import check_algorithm, imbalance_of, place, split_bins
 from .columns import Tokens
 from .media import Form, as_forms, check_forms, commonest_forms
 from .report import Refused, Report, key_of, name_of
-from .rows import Row, join
+from .rows import Row, join, without_training
 from .samples import Contents, Sample, SampleTooLong, UntrainedSample, look, read
+from .weights import LOSS_WEIGHTS, scale_of, weight_of
+
+# What a patch costs in the vision tower, in squared positions, which is what attention costs in the
+# language model: ViT-L beside a model of 7 billion parameters, (24 h^2 + 4 p h) l / (2 H L) of a
+# tile of p = 576 patches, h = 1024, l = 24, H = 4096, L = 32.
+VISION_COST = 2_500.0
 
 
 class Measured(NamedTuple):
@@ -28,12 +35,16 @@ class Measured(NamedTuple):
         kept: which ones these are, as indices into all.
         lengths: of each, in positions, not aligned.
         trained: how many tokens of each are trained.
+        tiles: how many images each has, or tiles where images have several.
+        patches: how many positions its images become, or patches where those are counted.
         left_out: what samples have that is in no row, by name, and how many have it.
     """
 
     kept: list[int]
     lengths: list[int]
     trained: list[int]
+    tiles: list[int]
+    patches: list[int]
     left_out: Counter
 
 
@@ -49,14 +60,28 @@ class Packer:
     forms: Mapping[str, Form] | None = None
     on_refused: str = "report"
     refuse_untrained: bool = False
+    loss_weights: str = "token"
+    num_rows_multiple: int = 1
+    fill_rows: str = "split"
+    max_sequences: int | None = None
+    max_tiles: int | None = None
     keep_order: bool = False
     balance: bool = False
+    vision_cost: float = VISION_COST
     seed: int = 0
 
     def __post_init__(self):
         as_spec(self.spec)
         check_algorithm(self.algorithm)
         as_choice(self.on_refused, "on_refused", ("report", "raise"))
+        as_choice(self.loss_weights, "loss_weights", LOSS_WEIGHTS)
+        as_choice(self.fill_rows, "fill_rows", ("split", "empty"))
+        as_positive(self.num_rows_multiple, "num_rows_multiple")
+        for name in ("max_sequences", "max_tiles"):
+            if getattr(self, name) is not None:
+                as_positive(getattr(self, name), name)
+        if not isinstance(self.vision_cost, int | float) or not 0 <= self.vision_cost < inf:
+            raise PackingError(f"vision_cost is {self.vision_cost!r}, expected at least 0")
         object.__setattr__(self, "forms", as_forms(self.forms))
         longest = INT32_MAX if self.spec.longest is None else self.spec.longest
         if self.capacity is None:
@@ -78,10 +103,11 @@ class Packer:
         return self.capacity // self.spec.total_multiple * self.spec.total_multiple
 
     @property
-    def max_sequences(self) -> int | None:
+    def most_sequences(self) -> int | None:
         """How many samples a row may have: captured layers have room for the tail besides."""
-        most = self.spec.max_sequences
-        return None if most is None else most - 1
+        captured = self.spec.max_sequences
+        limits = [self.max_sequences, None if captured is None else captured - 1]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @cached_property
     def row_spec(self) -> RowSpec:
@@ -97,14 +123,38 @@ class Packer:
 
     def place(self, lengths: Sequence[int]) -> list[list[int]]:
         """Bins of expanded lengths: indices into ``lengths``, which are aligned here."""
+        return self._place(lengths, self.balance)
+
+    def place_samples(self, found: Measured) -> list[list[int]]:
+        """Bins of samples: indices into ``found.kept``, as many bins as a job takes, unless empty
+        rows fill it up."""
+        tiles = {}
+        if self.max_tiles is not None:
+            tiles = {"weights": found.tiles, "max_weight": self.max_tiles}
+        costs = {"costs": self.costs(found)} if self.balance else {}
+        bins = self._place(found.lengths, self.balance, **tiles, **costs)
+        if self.fill_rows == "split":
+            split_bins(bins, self.costs(found), -len(bins) % self.num_rows_multiple)
+        return bins
+
+    def costs(self, found: Measured) -> list[float]:
+        """What each sample costs in attention and in the vision tower, in squared positions."""
+        both = zip(found.lengths, found.patches, strict=True)
+        return [
+            round_up(length, self.spec.seq_multiple) ** 2 + self.vision_cost * patches
+            for length, patches in both
+        ]
+
+    def _place(self, lengths: Sequence[int], balance: bool, **options) -> list[list[int]]:
         return place(
             [round_up(length, self.spec.seq_multiple) for length in lengths],
             self.usable,
             self.algorithm,
-            max_members=self.max_sequences,
+            max_members=self.most_sequences,
             keep_order=self.keep_order,
-            balance=self.balance,
+            balance=balance,
             seed=self.seed,
+            **options,
         )
 
     def num_positions(self, sample: dict) -> int:
@@ -122,7 +172,7 @@ class Packer:
     ) -> Measured:
         """Look at samples; ``refuse`` is told the index of every one that cannot be packed, and
         what is wrong with it."""
-        measured, wrong, forms = Measured([], [], [], Counter()), {}, {}
+        measured, wrong, forms = Measured([], [], [], [], [], Counter()), {}, {}
         for index in range(len(samples)):
             try:
                 sample = read(samples[index], self.contents)
@@ -134,6 +184,8 @@ class Packer:
                 measured.kept.append(index)
                 measured.lengths.append(sample.num_positions)
                 measured.trained.append(trained)
+                measured.tiles.append(sample.num_tiles)
+                measured.patches.append(sample.num_patches)
                 measured.left_out.update(sample.left_out)
         self._refuse_rare_forms(measured, wrong, forms)
         for index in sorted(wrong):
@@ -152,7 +204,7 @@ class Packer:
         if not wrong:
             return
         kept = [at for at, index in enumerate(measured.kept) if index not in wrong]
-        for values in measured[:3]:
+        for values in measured[:-1]:
             values[:] = [values[at] for at in kept]
 
     def _look(self, sample: Sample) -> Tokens:
@@ -189,7 +241,9 @@ class Packer:
             refused.append(Refused(index, key, type(error).__name__, str(error)))
 
         found = self.measure(samples, refuse)
-        bins = [[found.kept[i] for i in bin_] for bin_ in self.place(found.lengths)]
+        placed = self.place_samples(found)
+        bins = [[found.kept[i] for i in bin_] for bin_ in placed]
+        num_empty = -len(bins) % self.num_rows_multiple if bins else 0
         num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in found.lengths)
         untrained = [i for i, trained in zip(found.kept, found.trained, strict=True) if not trained]
         capacity = self.capacity
@@ -197,15 +251,18 @@ class Packer:
             capacity = round_up(num_aligned, self.spec.total_multiple)
         report = Report(
             num_samples=len(samples),
-            num_rows=len(bins),
+            num_rows=len(bins) + num_empty,
             capacity=capacity,
             num_real=sum(found.lengths),
             num_aligned=num_aligned,
             refused=tuple(refused),
             left_out=dict(found.left_out),
             untrained=tuple((index, key_of(samples[index])) for index in untrained),
+            num_empty=num_empty,
+            imbalance=self._imbalance(found, placed),
         )
-        return Rows(self, samples, bins), report
+        scale = scale_of(self.loss_weights, found.trained)
+        return Rows(self, samples, bins, scale, num_empty), report
 
     def stream(self, samples: Iterable[dict], buffer_size: int) -> Iterator[tuple["Rows", Report]]:
         """Rows and the report of every ``buffer_size`` samples, and of what is left at the end."""
@@ -220,8 +277,25 @@ class Packer:
         if buffer:
             yield self.pack(buffer)
 
-    def join(self, samples: Sequence[dict], indices: Sequence[int] | None = None) -> Row:
+    def _imbalance(self, found: Measured, placed: list[list[int]]) -> tuple[float, float] | None:
+        if not self.balance or not placed:
+            return None
+        costs, before = self.costs(found), self._place(found.lengths, balance=False)
+        return imbalance_of(before, costs), imbalance_of(placed, costs)
+
+    def join(
+        self,
+        samples: Sequence[dict],
+        indices: Sequence[int] | None = None,
+        scale: float | None = None,
+    ) -> Row:
         """One row of these samples, in this order.
+
+        Args:
+            samples: dicts, as ``pack`` takes them.
+            indices: which samples these are; by default counted from 0.
+            scale: of the loss weights, as ``pack`` found it over all its samples; by default the
+                mean weight of this row's trained tokens is 1.
 
         Raises:
             PackingError: they do not fit, or what is wrong with one.
@@ -229,7 +303,14 @@ class Packer:
         parts = [read(sample, self.contents) for sample in samples]
         for part in parts:
             self.check_length(part)
-        return join(parts, self.contents, indices)
+        kind, weigh = self.loss_weights, None
+        if kind != "token":
+
+            def weigh(trained: list[int]) -> list[float]:
+                by = scale_of(kind, trained) if scale is None else scale
+                return [by * weight_of(kind, number) for number in trained]
+
+        return join(parts, self.contents, indices, weigh)
 
 
 class Rows(Sequence):
@@ -238,20 +319,36 @@ class Rows(Sequence):
     It is a map-style dataset itself: ``DataLoader(rows, batch_size=None)`` makes rows in workers.
 
     Attributes:
-        bins: the samples of each row, as indices into what was packed.
+        bins: the samples of each row, as indices into what was packed; at the end a bin without any
+            for each row that only fills up a job.
+        scale: of the loss weights.
     """
 
-    def __init__(self, packer: Packer, samples: Sequence[dict], bins: list[list[int]]):
-        self.packer, self.samples, self.bins = packer, samples, bins
+    def __init__(
+        self,
+        packer: Packer,
+        samples: Sequence[dict],
+        bins: list[list[int]],
+        scale: float = 1.0,
+        num_empty: int = 0,
+    ):
+        self.packer, self.samples, self.scale = packer, samples, scale
+        self._stand_in = min(bins, key=len) if bins else []  # what an empty row is made of
+        self.bins = [*bins, *([] for _ in range(num_empty))]
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Rows(self.packer, self.samples, self.bins[index])
+            rows = Rows(self.packer, self.samples, self.bins[index], self.scale)
+            rows._stand_in = self._stand_in
+            return rows
         members = self.bins[index]
-        return self.packer.join([self.samples[i] for i in members], members)
+        if members:
+            return self.packer.join([self.samples[i] for i in members], members, self.scale)
+        stand_in = [self.samples[i] for i in self._stand_in]
+        return without_training(self.packer.join(stand_in))
 
 
 _RENAMED = dict.fromkeys(
@@ -272,8 +369,14 @@ def pack(
     forms: Mapping[str, Form] | None = None,
     on_refused: str = "report",
     refuse_untrained: bool = False,
+    loss_weights: str = "token",
+    num_rows_multiple: int = 1,
+    fill_rows: str = "split",
+    max_sequences: int | None = None,
+    max_tiles: int | None = None,
     keep_order: bool = False,
     balance: bool = False,
+    vision_cost: float = VISION_COST,
     seed: int = 0,
     **old: NoReturn,
 ) -> tuple[Rows, Report]:
@@ -311,7 +414,18 @@ def pack(
             raises its error.
         refuse_untrained: whether to refuse samples without a trained token too; by default they are
             packed, and ``report.untrained`` names them.
-        keep_order, balance, seed: as ``algorithms.place`` has them.
+        loss_weights: "token" counts each trained token alike, "sample" each sample, "square" a
+            token ``1 / sqrt(n)`` of a sample with ``n``, as InternVL does. Scaled so that the mean
+            weight of all tokens trained here is 1; ``mp.data.loss_func`` divides as that needs.
+        num_rows_multiple: rows that a job takes at a time: data-parallel size times micro-batches.
+        fill_rows: how the rows become as many: "split" divides those that cost most, "empty" adds
+            rows of which nothing is trained.
+        max_sequences: how many samples a row may have.
+        max_tiles: how many tiles (images, where their patches are counted) a row may have.
+        balance: place samples anew, so that rows cost about the same in attention and in the vision
+            tower; ``algorithms.place`` says at which price. ``report.imbalance`` has the result.
+        vision_cost: what a patch costs in the vision tower, in squared positions of attention.
+        keep_order, seed: as ``algorithms.place`` has them.
 
     Returns:
         The rows, and a report. Every sample is in exactly one of both.
@@ -339,8 +453,10 @@ def pack(
     refuse_old("mp.data.pack", old, _RENAMED)
     packer = get_packer(
         algorithm, spec, capacity, family=family, columns=columns, forms=forms,
-        on_refused=on_refused, refuse_untrained=refuse_untrained, keep_order=keep_order,
-        balance=balance, seed=seed,
+        on_refused=on_refused, refuse_untrained=refuse_untrained, loss_weights=loss_weights,
+        num_rows_multiple=num_rows_multiple, fill_rows=fill_rows, max_sequences=max_sequences,
+        max_tiles=max_tiles, keep_order=keep_order, balance=balance, vision_cost=vision_cost,
+        seed=seed,
     )  # fmt: skip
     return packer.pack(samples)
 

@@ -1,7 +1,7 @@
 """A packed row: joined from its samples, moved, and split into them again."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,11 +101,9 @@ class Row:
         """
         own = {name: getattr(self, name) for name in self._tokens}
         if cp_rank is not None:
-            spec = self.layout.spec
-            if spec.expands:
+            if self.layout.spec.expands:
                 raise PackingError("cp_rank is for plain models: LLaVAModel splits rows itself")
-            edges, total = self.layout.cu_seqlens_padded, self.layout.num_expanded
-            local = cp_partition(edges, total, spec.cp_size, cp_rank)
+            local = self.positions_of(cp_rank)
             own = {name: tensor.index_select(-1, local) for name, tensor in own.items()}
         return {
             **self.media,
@@ -113,6 +111,11 @@ class Row:
             "packed_seq_params": self.packed_seq_params,
             "attention_mask": None,
         }
+
+    def positions_of(self, cp_rank: int) -> Tensor:
+        """int64 ``[S / cp]``, which positions of the row a context-parallel rank has."""
+        edges, total = self.layout.cu_seqlens_padded, self.layout.num_expanded
+        return cp_partition(edges, total, self.layout.spec.cp_size, cp_rank)
 
     _tokens = ("input_ids", "position_ids", "labels", "loss_mask")
 
@@ -225,13 +228,25 @@ def _split_media(row: Row, name: str) -> tuple[Tensor, ...]:
     return row.media[name].split(sizes) if sizes else ()
 
 
-def join(parts: Sequence[Sample], contents: Contents, indices: Sequence[int] | None = None) -> Row:
+def join(
+    parts: Sequence[Sample],
+    contents: Contents,
+    indices: Sequence[int] | None = None,
+    weigh: Callable[[list[int]], list[float]] | None = None,
+) -> Row:
     """One row of samples that were read, in this order.
+
+    Args:
+        parts: the samples.
+        contents: what the row takes of them.
+        indices: which samples these are.
+        weigh: from how many tokens of each sample are trained to what each of these counts; by
+            default 1.
 
     Raises:
         PackingError: they do not fit, or what is wrong with the values of one.
     """
-    spec, tensors = contents.spec, join_tensors(parts, contents)
+    spec, tensors = contents.spec, join_tensors(parts, contents, weigh)
     ids = tensors["input_ids"]
     bounds = torch.tensor([0, *(part.member.num_tokens for part in parts)])
     layout = PackedLayout.build(
@@ -251,6 +266,15 @@ def join(parts: Sequence[Sample], contents: Contents, indices: Sequence[int] | N
     )
 
 
+def without_training(row: Row) -> Row:
+    """The same row, of which nothing is trained and no sample is told: it fills up a job."""
+    labels = torch.full_like(row.labels, IGNORE_INDEX)
+    loss_mask = torch.zeros_like(row.loss_mask)
+    return dataclasses.replace(
+        row, labels=labels, loss_mask=loss_mask, num_trained=0, indices=(), members=()
+    )
+
+
 def concatenate(samples: Sequence[dict]) -> dict:
     """The tensors of a collapsed row, for a data path that knows no layouts."""
     contents = Contents.of(RowSpec(img_seq_len=1))  # any: nothing is laid out
@@ -259,7 +283,7 @@ def concatenate(samples: Sequence[dict]) -> dict:
     return {name: tensors[name] for name in names}
 
 
-def join_tensors(parts: Sequence[Sample], contents: Contents) -> dict:
+def join_tensors(parts: Sequence[Sample], contents: Contents, weigh=None) -> dict:
     """The tensors of a row, as ``Row`` has them, collapsed."""
     if not parts:
         raise PackingError("there are no samples to join, expected one or more")
@@ -285,10 +309,15 @@ def join_tensors(parts: Sequence[Sample], contents: Contents) -> dict:
         media.setdefault("images", torch.empty(0, device=ids.device))
         tiles = [count for part in parts for count in part.num_image_tiles]
         media["num_image_tiles"] = _on(tiles, torch.int32, ids)
+    loss_mask = torch.from_numpy(tokens.trains).to(ids.device, torch.float32)
+    if weigh is not None:
+        weights = torch.tensor(weigh(tokens.trained_per_sample), dtype=torch.float64)
+        each = weights.repeat_interleave(torch.tensor(lengths))
+        loss_mask = (each.to(ids.device) * loss_mask).float()
     return {
         "input_ids": ids[None],
         "labels": torch.from_numpy(tokens.labels).to(ids.device)[None],
-        "loss_mask": torch.from_numpy(tokens.trains).to(ids.device, torch.float32)[None],
+        "loss_mask": loss_mask[None],
         "positions": _join_positions(parts),
         "media": media,
         "columns": columns,

@@ -126,6 +126,23 @@ class Sample(NamedTuple):
     member: Member
 
     @property
+    def num_tiles(self) -> int:
+        """How many tiles, images and videos it has: what ``max_tiles`` counts."""
+        if self.num_image_tiles:
+            return sum(self.num_image_tiles)
+        grids = ("image_grid_thw", "image_grid_hw", "video_grid_thw")
+        counts = [self.media[name].shape[0] for name in grids if name in self.media]
+        return sum(counts) if counts else max((v.shape[0] for v in self.media.values()), default=0)
+
+    @property
+    def num_patches(self) -> int:
+        """What the cost of its images and videos grows with."""
+        if self.tokens_per_image:
+            return sum(self.tokens_per_image)
+        names = ("pixel_values", "pixel_values_videos")
+        return sum(self.media[name].shape[0] for name in names if name in self.media)
+
+    @property
     def num_positions(self) -> int:
         """How many positions it becomes, without alignment."""
         return self.member.num_tokens - len(self.tokens_per_image) + sum(self.tokens_per_image)

@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +30,11 @@ class PlainVLM(MegatronModule):
             position_embedding_type=position_embedding_type,
             parallel_output=False,
         )
+        self.model_type = ModelType.encoder_or_decoder  # as megatron.training does
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """What Megatron's schedules call."""
+        self.language_model.set_input_tensor(input_tensor[0])
 
     def forward(
         self,
