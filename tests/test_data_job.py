@@ -69,6 +69,16 @@ def test_one_over_n_is_no_sum_of_a_mask():
 # The objective, in models
 
 
+def losses(model, row) -> torch.Tensor:
+    """``[1, S]`` in fp64: Megatron's own cross entropy computes in fp32."""
+    inputs = row.to(dtype=torch.float64).inputs() | {"labels": None}
+    output, labels = model(**inputs), row.labels[0]
+    if row.layout.spec.expands:
+        output, (labels, _) = output[0], mp.expand_labels(row.layout, row.labels, None)
+    logits = output.reshape(labels.numel(), -1)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")[None]
+
+
 def run(model, rows, per_token: bool, loss_func=mp.data.loss_func):
     """Loss and gradients of rows as micro-batches of Megatron's schedule."""
     model.config.calculate_per_token_loss = per_token
@@ -77,8 +87,7 @@ def run(model, rows, per_token: bool, loss_func=mp.data.loss_func):
 
     def forward_step(iterator, model):
         row = next(iterator)
-        output = model(**row.to(dtype=torch.float64).inputs())
-        output = output[0] if isinstance(output, tuple) else output
+        output = losses(model, row)
 
         def objective(output):
             found = loss_func(output, row)
@@ -118,10 +127,8 @@ def one_by_one(model, samples, kind: str):
     scale = sum(numbers) / sum(n * w for n, w in zip(numbers, weights, strict=True))
     total = 0
     for row, weight in zip(alone, weights, strict=True):
-        output = model(**row.to(dtype=torch.float64).inputs())
-        loss, mask = output if isinstance(output, tuple) else (output, row.loss_mask)
         weight = float(torch.tensor(weight * scale).float())  # as the mask has it
-        total = total + (loss * (mask > 0)).sum() * weight
+        total = total + mp.data.loss_func(losses(model, row), row)[0] * weight
     (total / sum(numbers)).backward()
     return {
         name: parameter.grad.clone()
