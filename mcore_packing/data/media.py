@@ -1,6 +1,5 @@
 """Images and videos of samples: which tensors these are, joined along their first dimension."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import prod
@@ -69,7 +68,8 @@ def as_media(name: str, value) -> Tensor:
 
 def form_of(value: Tensor) -> Form | None:
     """What all media of a row by one name have alike, or None where a sample has no entry."""
-    return (value.dtype, tuple(value.shape[1:])) if value.shape[0] else None
+    shape = value.shape
+    return (value.dtype, shape[1:]) if shape[0] else None
 
 
 def as_forms(forms) -> dict[str, Form]:
@@ -85,18 +85,19 @@ def as_forms(forms) -> dict[str, Form]:
 
 def commonest_forms(samples: Iterable[Mapping[str, Form]]) -> dict[str, Form]:
     """By name, the form that most samples have; the first of those that as many have."""
-    counts: dict[str, Counter] = {}
+    counts: dict[str, dict[Form, int]] = {}
     for forms in samples:
         for name, form in forms.items():
-            counts.setdefault(name, Counter())[form] += 1
-    return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
+            seen = counts.setdefault(name, {})
+            seen[form] = seen.get(form, 0) + 1
+    return {name: max(seen, key=seen.__getitem__) for name, seen in counts.items()}
 
 
 def check_forms(found: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
     """Refuse media of another form than those of a row have."""
-    for name, (dtype, shape) in found.items():
-        other = wanted[name]
-        if (dtype, shape) != other:
+    for name, form in found.items():
+        if form != wanted[name]:
+            (dtype, shape), other = form, wanted[name]
             raise PackingError(
                 f"{name} are {dtype} {list(shape)} each, but rows hold those of one kind, here "
                 f"{other[0]} {list(other[1])}, which most samples have (or forms= says)"

@@ -15,10 +15,9 @@ from ..inputs import as_choice, as_int, as_positive, refuse_old
 from ..media.families import Family
 from ..spec import RowSpec, as_spec, round_up
 from .algorithms import check_algorithm, imbalance_of, place, split_bins
-from .columns import Tokens
 from .media import Form, as_forms, check_forms, commonest_forms
 from .report import Refused, Report, key_of, name_of
-from .rows import Row, join, without_training
+from .rows import Row, join, join_tokens, without_training
 from .samples import Contents, Sample, SampleTooLong, UntrainedSample, look, read
 from .weights import LOSS_WEIGHTS, scale_of, weight_of
 
@@ -26,6 +25,9 @@ from .weights import LOSS_WEIGHTS, scale_of, weight_of
 # language model: ViT-L beside a model of 7 billion parameters, (24 h^2 + 4 p h) l / (2 H L) of a
 # tile of p = 576 patches, h = 1024, l = 24, H = 4096, L = 32.
 VISION_COST = 2_500.0
+
+
+AT_A_TIME = 64  # samples that are looked at together
 
 
 class Measured(NamedTuple):
@@ -164,7 +166,7 @@ class Packer:
             PackingError: what is wrong with the sample, as ``pack`` would report it.
         """
         found = read(sample, self.contents)
-        self._look(found)
+        self._trained([found])
         return found.num_positions
 
     def measure(
@@ -173,13 +175,15 @@ class Packer:
         """Look at samples; ``refuse`` is told the index of every one that cannot be packed, and
         what is wrong with it."""
         measured, wrong, forms = Measured([], [], [], [], [], Counter()), {}, {}
-        for index in range(len(samples)):
-            try:
-                sample = read(samples[index], self.contents)
-                (trained,) = self._look(sample).trained_per_sample
-            except PackingError as error:
-                wrong[index] = error
-            else:
+        for begin in range(0, len(samples), AT_A_TIME):
+            parts = {}
+            for index in range(begin, min(begin + AT_A_TIME, len(samples))):
+                try:
+                    parts[index] = read(samples[index], self.contents)
+                except PackingError as error:
+                    wrong[index] = error
+            for index, trained in self._look(parts, wrong).items():
+                sample = parts[index]
                 forms[index] = sample.forms
                 measured.kept.append(index)
                 measured.lengths.append(sample.num_positions)
@@ -207,12 +211,32 @@ class Packer:
         for values in measured[:-1]:
             values[:] = [values[at] for at in kept]
 
-    def _look(self, sample: Sample) -> Tokens:
-        tokens = look([sample], sample.ids, sample.columns.get("labels"), self.contents)
-        if self.refuse_untrained and not tokens.trained_per_sample[0]:
+    def _look(self, parts: dict[int, Sample], wrong: dict[int, PackingError]) -> dict[int, int]:
+        """How many tokens of each sample are trained; what is wrong with others goes to ``wrong``.
+
+        All are looked at together: one by one only where one of them is wrong.
+        """
+        try:
+            found = dict(zip(parts, self._trained(list(parts.values())), strict=True))
+        except PackingError as error:
+            if len(parts) == 1:
+                wrong |= dict.fromkeys(parts, error)
+                return {}
+            alone = [self._look({index: part}, wrong) for index, part in parts.items()]
+            return {index: trained for one in alone for index, trained in one.items()}
+        return found
+
+    def _trained(self, parts: list[Sample]) -> list[int]:
+        """How many tokens of each of these are trained, once all that is wrong is refused."""
+        if not parts:
+            return []
+        ids, given = join_tokens(parts)
+        trained = look(parts, ids, given, self.contents).trained_per_sample
+        if self.refuse_untrained and not all(trained):
             raise UntrainedSample("no token of it is trained: all labels are -100")
-        self.check_length(sample)
-        return tokens
+        for part in parts:
+            self.check_length(part)
+        return trained
 
     def check_length(self, sample: Sample) -> None:
         """Refuse a sample that no row has room for."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,10 +249,10 @@ def join(
     """
     spec, tensors = contents.spec, join_tensors(parts, contents, weigh)
     ids = tensors["input_ids"]
-    bounds = torch.tensor([0, *(part.member.num_tokens for part in parts)])
+    bounds = np.array([0, *(part.member.num_tokens for part in parts)]).cumsum(dtype=np.int32)
     layout = PackedLayout.build(
         ids,
-        bounds.cumsum(0).int().to(ids.device),
+        torch.from_numpy(bounds).to(ids.device),
         _on([count for part in parts for count in part.tokens_per_image], torch.int64, ids),
         spec,
         space="collapsed",
@@ -290,13 +291,9 @@ def join_tensors(parts: Sequence[Sample], contents: Contents, weigh=None) -> dic
     wanted = commonest_forms([part.forms for part in parts])
     for part in parts:
         check_forms(part.forms, wanted)
-    ids = torch.cat([part.ids for part in parts])
-    columns, given = {}, None
-    names = dict.fromkeys(name for part in parts for name in part.columns)
-    if "labels" in names:
-        del names["labels"]
-        given = torch.cat([part.columns.get("labels", part.ids) for part in parts])
-        columns["labels"] = given[None]
+    ids, given = join_tokens(parts)
+    columns = {} if given is None else {"labels": given[None]}
+    names = dict.fromkeys(name for part in parts for name in part.columns if name != "labels")
     lengths = [part.member.num_tokens for part in parts]
     for name in names:
         values = [part.columns.get(name) for part in parts]
@@ -323,6 +320,14 @@ def join_tensors(parts: Sequence[Sample], contents: Contents, weigh=None) -> dic
         "columns": columns,
         "num_trained": sum(tokens.trained_per_sample),
     }
+
+
+def join_tokens(parts: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+    """All tokens, and their labels where any sample has some."""
+    ids = torch.cat([part.ids for part in parts])
+    if not any("labels" in part.columns for part in parts):
+        return ids, None
+    return ids, torch.cat([part.columns.get("labels", part.ids) for part in parts])
 
 
 def _join_positions(parts: Sequence[Sample]) -> Tensor | None:

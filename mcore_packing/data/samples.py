@@ -168,6 +168,8 @@ def read(sample: dict, contents: Contents) -> Sample:
     check_tokens("input_ids", ids)
     plain, columns, media, counts, forms, left_out = {}, {}, {}, {}, {}, []
     for name, value in sample.items():
+        if name == "input_ids":
+            continue
         if value is None:
             plain[name] = None
         elif name == "labels":
@@ -193,18 +195,22 @@ def read(sample: dict, contents: Contents) -> Sample:
         elif name not in OWN and not str(name).startswith("__"):  # a loader's own
             check_known(name, contents.spec)
             left_out.append(name)
+    num_tokens = ids.numel()
     for name, value in columns.items():
-        if value.shape[0] != ids.numel():
-            raise PackingError(f"{name} have {value.shape[0]} entries, but input_ids {ids.numel()}")
+        if value.shape[0] != num_tokens:
+            raise PackingError(f"{name} have {value.shape[0]} entries, but input_ids {num_tokens}")
     if sample.get("loss_mask") is not None:
         raise PackingError(
             "a sample has a loss_mask, which could be shifted or not; give labels instead, -100 "
             "where nothing is trained"
         )
-    positions = _positions(sample, ids.numel(), contents.spec)
+    positions = None
+    if sample.get("position_ids") is not None:
+        positions = _positions(sample["position_ids"], num_tokens, contents.spec)
     if sample.get("attention_mask") is not None:
-        span = _attended(sample["attention_mask"], ids.numel())
+        span = _attended(sample["attention_mask"], num_tokens)
         ids = ids[span]
+        num_tokens = ids.numel()
         columns = {name: value[span] for name, value in columns.items()}
         positions = None if positions is None else positions[..., span]
         if "attention_mask" in plain:
@@ -212,11 +218,9 @@ def read(sample: dict, contents: Contents) -> Sample:
         else:
             counts["attention_mask"] = sample["attention_mask"].dtype
     tiles, per_image = _count(sample, media.get("images"), contents.spec)
-    sizes = {
-        name: value.shape[0] or (value.dtype, tuple(value.shape)) for name, value in media.items()
-    }
+    sizes = {name: len(value) or (value.dtype, value.shape) for name, value in media.items()}
     dims = 0 if positions is None else positions.dim()
-    member = Member(ids.numel(), plain, sizes, counts, tuple(columns), dims)
+    member = Member(num_tokens, plain, sizes, counts, tuple(columns), dims)
     return Sample(ids, columns, media, forms, tiles, per_image, positions, left_out, member)
 
 
@@ -289,11 +293,8 @@ def _attended(mask, num_tokens: int) -> slice:
     return slice(first, last + 1)
 
 
-def _positions(sample: dict, num_tokens: int, spec: RowSpec) -> Tensor | None:
+def _positions(positions, num_tokens: int, spec: RowSpec) -> Tensor:
     """``position_ids`` of a sample, for models that take any."""
-    positions = sample.get("position_ids")
-    if positions is None:
-        return None
     if spec.expands:
         raise PackingError(
             "a sample has position_ids, but this model expands images and counts its own: leave "
