@@ -66,16 +66,39 @@ def test_check_finds_a_layout_of_other_tokens(sent_layout, like_a_gpu):
             handle.check()
 
 
-def test_boundaries_changed_under_a_layout_are_refused(sent_layout):
+FIELDS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+
+
+def moved(edges):
+    return torch.cat([edges[:1], edges[1:2] - 1, edges[2:]])
+
+
+def cut(edges):
+    return edges[:-1]
+
+
+@pytest.mark.parametrize("change, message", [(moved, "are not those of"), (cut, "there are 3 ")])
+@pytest.mark.parametrize("names", [FIELDS, *[(name,) for name in FIELDS]], ids="-".join)
+def test_boundaries_changed_under_a_layout_are_refused(sent_layout, names, change, message):
     model, given = model_of("rope"), arguments(tiny.samples(3, img_size=SIZE))
     params = mp.packed_seq_params(sent_layout(given, model))
-    edges = params.cu_seqlens_q.clone()
-    edges[1] -= 1
-    given["packed_seq_params"] = dataclasses.replace(
-        params, cu_seqlens_q=edges, cu_seqlens_kv=edges, cu_seqlens_q_padded=edges
-    )
-    with install(model), pytest.raises(mp.PackingError, match="are not those of the layout"):
+    edges = change(params.cu_seqlens_q)
+    changed = dataclasses.replace(params, **dict.fromkeys(names, edges))
+    given["packed_seq_params"] = changed
+    with install(model), pytest.raises(mp.PackingError, match=message):
         model(**given)
+
+
+def test_boundaries_changed_on_a_gpu_are_found_by_check(sent_layout, like_a_gpu):
+    model, given = model_of("rope"), arguments(tiny.samples(3, img_size=SIZE))
+    params = mp.packed_seq_params(sent_layout(given, model))
+    changed = dataclasses.replace(params, cu_seqlens_q=moved(params.cu_seqlens_q))
+    with install(model) as handle, torch.no_grad():
+        model(**given | {"packed_seq_params": params})
+        handle.check()
+        model(**given | {"packed_seq_params": changed})
+        with pytest.raises(mp.PackingError, match="are not those of the layout"):
+            handle.check()
 
 
 def test_placeholders_that_a_riding_layout_takes_for_text_are_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import mcore_packing as mp
 from mcore_packing import parity
@@ -199,6 +200,42 @@ def test_text_only(ours):
     model = model_of("rope")
     with install(model, ours=ours):
         assert parity.compare(model, samples).max_difference < 1e-5
+
+
+@pytest.mark.parametrize("wraps", ["before", "after"])
+def test_a_whole_language_model_is_computed_again(wraps):
+    # A wrapper that comes after the hook calls what it wraps again, after forward is over.
+    samples = tiny.samples(3, img_size=SIZE)
+    grads = []
+    for is_wrapped in False, True:
+        model = model_of("rope")
+        if is_wrapped and wraps == "before":
+            model.language_model = Recomputed(model.language_model)
+        with install(model):
+            if is_wrapped and wraps == "after":
+                model.language_model = Recomputed(model.language_model)
+            loss, mask = model(**arguments(samples))
+            (loss * mask).sum().backward()
+        grads.append([weight.grad for weight in model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=1e-6)
+
+
+class Recomputed(torch.nn.Module):
+    """A language model under activation checkpointing, as torch's ``checkpoint_wrapper`` does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, *args, **kwargs):
+        return checkpoint(self.module, *args, use_reentrant=False, **kwargs)
 
 
 def test_images_of_nobody_are_refused():

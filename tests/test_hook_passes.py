@@ -1,10 +1,12 @@
 """What passes the hook untouched, and what it refuses."""
 
 import dataclasses
+import gc
 import inspect
 import threading
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -294,3 +296,29 @@ def test_what_a_row_says_of_itself_wins():
 def reached_boundaries(model, given, **options):
     with install(model, **options):
         return reached(model, given)["packed_seq_params"].cu_seqlens_q
+
+
+@pytest.mark.parametrize("brings_layout", [True, False], ids=["rides", "in-model"])
+def test_nothing_of_a_call_is_kept(brings_layout):
+    # Activations that wait for the garbage collector would be memory of the GPU.
+    model, samples = model_of("rope"), tiny.samples(2, img_size=SIZE)
+    given, made = arguments(samples), []
+    if brings_layout:
+        counts = given["num_image_tiles"] * model.img_seq_len
+        edges = given["packed_seq_params"].cu_seqlens_q
+        layout = mp.PackedLayout.build(
+            given["input_ids"], edges, counts, mp.row_spec(model), space="collapsed"
+        )
+        given["packed_seq_params"] = mp.packed_seq_params(layout)
+    with install(model):
+        current = model._packing_hook.current
+        model.language_model.register_forward_pre_hook(
+            lambda *args: made.append(weakref.ref(current.call))
+        )
+        gc.disable()
+        try:
+            loss, mask = model(**given)
+            (loss * mask).sum().backward()
+            assert made[0]() is None
+        finally:
+            gc.enable()

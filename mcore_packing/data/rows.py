@@ -179,13 +179,7 @@ def split(row: Row) -> list[dict]:
     if not row.members:
         return []
     layout, expands = row.layout, row.layout.spec.expands
-    lengths = layout.cu_seqlens_collapsed.diff().tolist()
-    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
-        if length != member.num_tokens:
-            raise PackingError(
-                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
-                f"sample {member.num_tokens}"
-            )
+    check_members(row)
     starts = (layout.cu_seqlens_collapsed if expands else layout.cu_seqlens_padded).tolist()
     media = {name: iter(_split_media(row, name)) for name in row.media}
     counts = {}
@@ -220,6 +214,26 @@ def split(row: Row) -> list[dict]:
                 sample[name] = counts[name][index].to(dtype)
         samples.append(sample)
     return samples
+
+
+def check_members(row: Row) -> list[int]:
+    """How many tokens each sample of a row has.
+
+    Raises:
+        PackingError: the boundaries of the row are not those that it was packed with.
+    """
+    lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
+    if len(lengths) != len(row.members):
+        raise PackingError(
+            f"the row has {len(lengths)} sequences, but was packed with {len(row.members)} samples"
+        )
+    for index, (length, member) in enumerate(zip(lengths, row.members, strict=True)):
+        if length != member.num_tokens:
+            raise PackingError(
+                f"sequence {index} of the row is not its sample: it has {length} tokens, but the "
+                f"sample {member.num_tokens}"
+            )
+    return lengths
 
 
 def _split_media(row: Row, name: str) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """One packed forward of a ``LLaVAModel``, at its four moments."""
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -21,6 +22,7 @@ from ..spec import RowSpec, round_up
 from .dummy import KeepInGraph, dummy_image
 from .params import check_keys, laid_out, megatron_params, physical_boundaries, stage_layout
 from .plan import Plan
+from .ranks import compare, fingerprint, shares_rows
 from .releases import tokens_per_image
 from .spec import megatrons_spec, sequences_must_divide_by, stage_length
 
@@ -33,8 +35,28 @@ def packed_call(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "Pa
     boundaries to move, and ``forward`` is to run as it is.
 
     Raises:
-        PackingError: boundaries are missing where they must not; or what is wrong with the row.
+        PackingError: boundaries are missing where they must not; or what is wrong with the row; or
+            other ranks have another row.
     """
+    if model.training in plan.seen.compared:
+        return _begin(plan, model, args, kwargs)
+    compares = plan.compares_ranks and shares_rows()
+    try:
+        call = _begin(plan, model, args, kwargs)
+        if call is not None and compares:
+            call.read()
+    except Exception:
+        if compares:
+            compare(None, model)  # so that nobody waits for this rank
+        raise
+    if call is not None:
+        plan.seen.compared.add(model.training)
+        if compares:
+            compare(fingerprint(call.layout, call.given.get("input_ids")), model)
+    return call
+
+
+def _begin(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "PackedCall | None":
     if len(args) > len(plan.parameters):
         raise PackingError(
             f"forward got {len(args)} positional arguments, but its signature names "
@@ -101,7 +123,7 @@ class PackedCall:
         self._read = self._start_reading()
         seen = plan.seen
         seen.in_evaluation |= not model.training
-        seen.layout, seen.input_ids = self.layout, input_ids
+        seen.layout, seen.params, seen.input_ids = self.layout, params, input_ids
         if plan.restarts_positions and model.pre_process:
             self._pass("position_ids", self.layout.position_ids_collapsed[None])
         if self.layout.has_tokens and not self.layout.num_images:
@@ -109,7 +131,11 @@ class PackedCall:
         # Where forward itself would read the boundaries, it gets none.
         self.withholds = self.replaces_expansion and plan.release.reads_boundaries
         blank = PackedSeqParams(qkv_format="thd")
-        self._pass("packed_seq_params", blank if self.withholds else self.params)
+        passed = blank if self.withholds else copy.copy(self.params)
+        passed.packed_call = (
+            self  # for a language model that is computed again in the backward pass
+        )
+        self._pass("packed_seq_params", passed)
 
     def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
         """The layout of a stage with tokens."""
@@ -201,7 +227,7 @@ class PackedCall:
 
     def enter_language_model(self, language_model, kwargs: dict) -> dict:
         """Give the language model its boundaries, and its routers the padding."""
-        self._finish_reading()
+        self.read()
         self.entered = True
         kwargs = {**kwargs, "packed_seq_params": self.params}
         if self.plan.masks_padding:
@@ -240,7 +266,7 @@ class PackedCall:
         if words and self.plan.raises_on_overflow:
             torch._assert_async(words[0][0] == 0)
 
-    def _finish_reading(self) -> None:
+    def read(self) -> None:
         """Read what was queued: raise what is wrong with the row, or make its exact boundaries."""
         if self._read is not None:
             words, self._read = self._read(), None
@@ -272,9 +298,10 @@ class PackedCall:
 
     def end(self) -> None:
         """Read what nobody has read yet."""
+        self.args = self.kwargs = None  # what was passed knows this call: no circle keeps tensors
         if self.entered:
             return
-        self._finish_reading()
+        self.read()
         if self.withholds:
             raise PackingError(
                 "the language model ran without its boundaries: it was compiled before the hook "
@@ -290,9 +317,10 @@ class Current(threading.local):
     @torch.compiler.disable
     def enter_language_model(self, language_model, args: tuple, kwargs: dict):
         """The forward pre-hook of a language model."""
-        if self.call is None:
+        call = getattr(kwargs.get("packed_seq_params"), "packed_call", self.call)
+        if call is None:
             return None
-        return args, self.call.enter_language_model(language_model, kwargs)
+        return args, call.enter_language_model(language_model, kwargs)
 
 
 class BoundariesOnly(PackedCall):

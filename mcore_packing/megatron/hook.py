@@ -14,7 +14,9 @@ from ..errors import PackingError
 from ..inputs import refuse_old
 from .call import Current, packed_call
 from .find import HOOK, find_llavas, hook_of
+from .params import check_boundaries
 from .plan import Plan
+from .ranks import compare, fingerprint, shares_rows
 
 _RENAMED = {
     "fused": "the expansion is replaced wherever it is Megatron's own",
@@ -30,6 +32,7 @@ def install(
     on_missing: str = "raise",
     on_overflow: str = "raise",
     max_sequences: int | None = None,
+    compare_ranks: bool = True,
     **old: NoReturn,
 ) -> "Installation":
     """Make packed rows correct in a ``LLaVAModel``, by a hook around its ``forward``.
@@ -58,6 +61,8 @@ def install(
             tokens went.
         max_sequences: how many sequences attention gets of every row, the tail included, where
             layers are captured as CUDA graphs: boundaries of one length for all rows.
+        compare_ranks: the first packed call in training, and the first in evaluation, compare 16
+            bytes over the tensor- and context-parallel ranks of a row: all were given the same one.
 
     Returns:
         A handle: ``check()`` raises what the last row had wrong, ``remove()`` restores the model.
@@ -81,7 +86,8 @@ def install(
         raise PackingError("the same LLaVAModel is in the list twice")
     if any(hook_of(llava) is not None for llava in models):
         raise PackingError("mcore_packing is installed on this model already; remove() it first")
-    plans = [Plan(llava, space, on_missing, on_overflow, max_sequences) for llava in models]
+    options = space, on_missing, on_overflow, max_sequences, compare_ranks
+    plans = [Plan(llava, *options) for llava in models]
     for llava, plan in zip(models, plans, strict=True):
         if plan.why_kept is not None:
             warnings.warn(
@@ -107,13 +113,32 @@ class Installation:
             raise PackingError("the model is gone")
         return models
 
+    def compare_ranks(self) -> None:
+        """Compare the last packed row of every chunk over the ranks that share it.
+
+        A collective of all of them, with a wait for the GPU.
+
+        Raises:
+            PackingError: they were given different rows, or one has had none; names the ranks.
+        """
+        for model in self._live():
+            seen = hook_of(model).plan.seen
+            if shares_rows():
+                mine = None if seen.layout is None else fingerprint(seen.layout, seen.input_ids)
+                compare(mine, model)
+
     def check(self) -> None:
-        """Raise what is wrong with the last packed row of any chunk (synchronises on a GPU)."""
+        """Raise what is wrong with the last packed row of any chunk (synchronises on a GPU).
+
+        It looks at this rank alone; ``compare_ranks`` is the collective.
+        """
         for model in self._live():
             seen = hook_of(model).plan.seen
             if seen.layout is None:
                 continue
             seen.layout.check()
+            if getattr(seen.params, "layout", None) is not None:
+                check_boundaries(seen.layout, seen.params, looks=True)
             ids = seen.input_ids
             if ids is not None and not torch.equal(seen.layout.input_ids, ids.reshape(-1).int()):
                 raise PackingError(

@@ -16,6 +16,8 @@ from ..space import Space
 from ..spec import RowSpec
 from .releases import PACKED_SEQ_FIELDS
 
+CU_SEQLENS = tuple(f"cu_seqlens_{x}{padded}" for x in ("q", "kv") for padded in ("", "_padded"))
+
 
 @dataclass
 class LaidOutParams(PackedSeqParams):
@@ -110,8 +112,7 @@ def _fields(layout: PackedLayout, like: PackedSeqParams | None, seq_idx: bool | 
     padded = layout.cu_seqlens_padded
     real, apart = padded, _pads_between_seqs(like)
     if apart:
-        tail = layout.cu_seqlens_expanded[-1:] + layout.tail_length
-        real = torch.cat([layout.cu_seqlens_expanded, tail])
+        real = _real(layout)
     max_seqlen = layout.max_seqlen
     if layout.spec.max_sequences is not None:
         spare = layout.spec.max_sequences + 1 - padded.numel()
@@ -142,6 +143,12 @@ def _fields(layout: PackedLayout, like: PackedSeqParams | None, seq_idx: bool | 
     if seq_idx:
         ours |= {"seq_idx": _seq_idx(layout), "total_tokens": layout.num_expanded}
     return fields | {name: value for name, value in ours.items() if name in PACKED_SEQ_FIELDS}
+
+
+def _real(layout: PackedLayout) -> Tensor:
+    """int32 ``[B + 2]``, the boundaries without padding; the tail is the last sequence."""
+    tail = layout.cu_seqlens_expanded[-1:] + layout.tail_length
+    return torch.cat([layout.cu_seqlens_expanded, tail])
 
 
 def _pads_between_seqs(like: PackedSeqParams | None) -> bool:
@@ -270,7 +277,7 @@ def laid_out(
         spec.check(layout)
         layout = layout.to(input_ids.device, non_blocking=True)
         looks = may_look(layout.tensor)
-        _check_boundaries(layout, params, looks)
+        check_boundaries(layout, params, looks)
         _check_row(layout, input_ids, tokens_per_image, spec, num_image_embeddings, looks)
         return layout
     check_keys(params)
@@ -280,26 +287,35 @@ def laid_out(
     )  # fmt: skip
 
 
-def _check_boundaries(layout: PackedLayout, params: PackedSeqParams, looks: bool) -> None:
-    """Refuse boundaries that somebody changed since the layout made them: by their number, and
-    where looking is free by their values."""
-    given = physical_boundaries(params)
-    if given is None:
-        return
+def check_boundaries(layout: PackedLayout, params: PackedSeqParams, looks: bool) -> None:
+    """Refuse boundaries that somebody changed since the layout made them, in any field.
+
+    Args:
+        layout: that came with them.
+        params: which hold them.
+        looks: whether their values count, not only how many they are.
+    """
+    given = {id(x): x for name in CU_SEQLENS if (x := getattr(params, name)) is not None}
     edges = layout.cu_seqlens_padded
-    found, most = given.numel(), edges.numel()
+    most = edges.numel()
     least = most if layout.has_tail else most - 1
     if layout.spec.max_sequences is not None:
         least = most = layout.spec.max_sequences + 1
-    if not least <= found <= most:
+    for found in given.values():
+        size = found.numel()
+        if not least <= size <= most:
+            raise PackingError(
+                f"there are {size} boundaries, but the layout that came with them has {most}; "
+                f"leave out one of both"
+            )
+        ours = edges[:size]
+        if not looks or torch.equal(found[: len(ours)].to(ours.device), ours):
+            continue
+        is_real = found is params.cu_seqlens_q or found is params.cu_seqlens_kv
+        if is_real and torch.equal(found[: len(ours)].to(ours.device), _real(layout)[:size]):
+            continue
         raise PackingError(
-            f"there are {found} boundaries, but the layout that came with them has {most}; leave "
-            f"out one of both"
-        )
-    size = min(found, edges.numel())
-    if looks and given.is_cpu and not torch.equal(given[:size], edges[:size]):
-        raise PackingError(
-            f"the boundaries {given.tolist()} are not those of the layout that came with them, "
+            f"the boundaries {found.tolist()} are not those of the layout that came with them, "
             f"{edges.tolist()}; leave out one of both"
         )
 
@@ -378,7 +394,7 @@ def stage_layout(
                 f"stage has {length}"
             )
         spec.check(layout)
-        _check_boundaries(layout, params, may_look(layout.tensor))
+        check_boundaries(layout, params, may_look(layout.tensor))
         return layout.to(device, non_blocking=True)
     if space != "expanded":
         raise PackingError(

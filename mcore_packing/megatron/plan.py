@@ -4,10 +4,11 @@ import dataclasses
 import importlib
 import inspect
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.core import __version__ as mcore_version
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ..errors import PackingError
@@ -26,12 +27,16 @@ class Seen:
     Attributes:
         in_evaluation: whether one ran in evaluation mode.
         layout: of the last one.
+        params: of the last one, as the caller gave them.
         input_ids: of the last one, None on a stage without tokens.
+        compared: the modes (whether in training) in which the ranks of a row compared theirs.
     """
 
     in_evaluation: bool = False
     layout: PackedLayout | None = None
+    params: PackedSeqParams | None = None
     input_ids: Tensor | None = None
+    compared: set[bool] = field(default_factory=set)
 
 
 class Plan:
@@ -39,7 +44,7 @@ class Plan:
 
     Args:
         model: whose ``forward`` names ``packed_seq_params``.
-        space, on_missing, on_overflow, max_sequences: as ``install`` takes them.
+        space, on_missing, on_overflow, max_sequences, compare_ranks: as ``install`` takes them.
 
     Attributes:
         spec: what the model asks of a row.
@@ -62,10 +67,12 @@ class Plan:
         on_missing: str,
         on_overflow: str,
         max_sequences: int | None,
+        compare_ranks: bool,
     ):
         self.space = space if space is None else as_choice(space, "space", SPACES)
         self.raises_if_missing = as_choice(on_missing, "on_missing", ("raise", "pass")) == "raise"
         self.raises_on_overflow = as_choice(on_overflow, "on_overflow", ON_OVERFLOW) == "raise"
+        self.compares_ranks = bool(compare_ranks)
         self.parameters = _positional(model.forward)
         if "packed_seq_params" not in inspect.signature(model.forward).parameters:
             raise PackingError(

@@ -19,9 +19,9 @@ class PlainVLM(MegatronModule):
     Every four patches become one embedding, at the next ``IMAGE_TOKEN_ID`` of the row.
     """
 
-    def __init__(self, config: TransformerConfig, position_embedding_type: str):
+    def __init__(self, config: TransformerConfig, position_embedding_type: str, patch: int):
         super().__init__(config)
-        self.visual = torch.nn.Linear(PATCH_SIZE * MERGED, config.hidden_size)
+        self.visual = torch.nn.Linear(patch * MERGED, config.hidden_size)
         self.language_model = GPTModel(
             config,
             cpu.layer_spec(),
@@ -52,7 +52,7 @@ class PlainVLM(MegatronModule):
         text = self.language_model.embedding(input_ids.masked_fill(is_image, 0), position_ids)
         if pixel_values is not None:
             assert pixel_values.shape[0] == int(image_grid_thw.prod(dim=1).sum())
-            images = self.visual(pixel_values.reshape(-1, PATCH_SIZE * MERGED))
+            images = self.visual(pixel_values.reshape(-1, self.visual.in_features))
             where = is_image.t().unsqueeze(-1).expand_as(text)
             text = text.masked_scatter(where, images.to(text.dtype))
         return self.language_model(
@@ -65,8 +65,11 @@ class PlainVLM(MegatronModule):
         )
 
 
-def plain_vlm(position_embedding_type: str = "rope", seed: int = 0, **config) -> PlainVLM:
-    """A ``PlainVLM`` with random weights; ``config`` is for its ``TransformerConfig``."""
+def plain_vlm(
+    position_embedding_type: str = "rope", seed: int = 0, patch: int = PATCH_SIZE, **config
+) -> PlainVLM:
+    """A ``PlainVLM`` with random weights, for patches of so many numbers; ``config`` is for its
+    ``TransformerConfig``."""
     torch.manual_seed(seed)
     settings = {
         "num_layers": 2,
@@ -80,7 +83,7 @@ def plain_vlm(position_embedding_type: str = "rope", seed: int = 0, **config) ->
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         **config,
     }
-    model = PlainVLM(TransformerConfig(**settings), position_embedding_type)
+    model = PlainVLM(TransformerConfig(**settings), position_embedding_type, patch)
     model.config.image_token_id = IMAGE_TOKEN_ID
     return model
 
