@@ -1,5 +1,10 @@
 """A plain VLM around Megatron's real ``GPTModel``: packed as one by one."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -51,6 +56,37 @@ def test_without_boundaries_it_would_not_be(model):
         model(**row.inputs() | {"packed_seq_params": params})[0],
     )
     assert (right - wrong)[row.loss_mask[0] > 0].abs().max() > 1e-3
+
+
+def run_ranks(*options: str) -> dict:
+    """Summed losses of each sample, packed and alone, on one rank or on two."""
+    command = [sys.executable, "-W", "ignore"]
+    if options:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name("plain_worker.py")), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(lines[0])
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return run_ranks()
+
+
+@pytest.mark.parametrize(
+    "options, multiples",
+    [(("--cp", "2"), [4, 4]), (("--tp", "2"), [1, 2])],
+    ids=["cp2", "tp2sp"],
+)
+def test_under_parallelism_it_is_what_one_process_computes(one_process, options, multiples):
+    found = run_ranks(*options)
+    assert found["multiples"] == multiples
+    for way in ("packed", "alone"):
+        assert found[way][:7] == pytest.approx(one_process["alone"], rel=1e-5)
+    assert one_process["packed"][:7] == pytest.approx(one_process["alone"], rel=1e-5)
+    assert sum(found["packed"][7:]) == 0  # of the tail
 
 
 @pytest.mark.parametrize(

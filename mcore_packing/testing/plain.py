@@ -4,11 +4,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from .. import cpu
+from ..context_parallel import cp_partition
 
 IMAGE_TOKEN_ID, VOCAB_SIZE, PATCH_SIZE, MERGED = 500, 512, 6, 4
 
@@ -28,7 +30,7 @@ class PlainVLM(MegatronModule):
             VOCAB_SIZE,
             4096,
             position_embedding_type=position_embedding_type,
-            parallel_output=False,
+            scatter_embedding_sequence_parallel=False,
         )
         self.model_type = ModelType.encoder_or_decoder  # as megatron.training does
 
@@ -47,7 +49,8 @@ class PlainVLM(MegatronModule):
         image_grid_thw: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """``[1, S]`` losses, not masked."""
+        """``[1, S]`` losses, not masked; under context parallelism those of this rank, of a whole
+        row, as Megatron-Bridge's Qwen3-VL splits it."""
         is_image = input_ids == IMAGE_TOKEN_ID
         text = self.language_model.embedding(input_ids.masked_fill(is_image, 0), position_ids)
         if pixel_values is not None:
@@ -55,8 +58,16 @@ class PlainVLM(MegatronModule):
             images = self.visual(pixel_values.reshape(-1, self.visual.in_features))
             where = is_image.t().unsqueeze(-1).expand_as(text)
             text = text.masked_scatter(where, images.to(text.dtype))
+        if self.config.context_parallel_size > 1:
+            edges = packed_seq_params.cu_seqlens_q_padded
+            rank = parallel_state.get_context_parallel_rank()
+            here = cp_partition(edges, input_ids.shape[1], self.config.context_parallel_size, rank)
+            text, position_ids = text[here], position_ids[:, here]
+            labels = None if labels is None else labels[:, here]
+        if self.config.sequence_parallel:
+            text = scatter_to_sequence_parallel_region(text)
         return self.language_model(
-            input_ids,
+            None,
             position_ids,
             attention_mask,
             decoder_input=text,
