@@ -461,6 +461,7 @@ def pack(
         TypeError: an unknown option; no ``spec.img_seq_len`` where it is needed.
 
     Example:
+        >>> import torch
         >>> ids = [torch.tensor(x) for x in ([1, -200, 2, 3], [4, 5, 6], [7, 8], [])]
         >>> samples = [{"input_ids": x} for x in ids]
         >>> samples[0]["images"] = torch.zeros(1, 3, 28, 28)
@@ -489,6 +490,7 @@ def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **opt
     """A packer with the options of ``pack``, for streams and for lengths alone.
 
     Example:
+        >>> import torch
         >>> packer = get_packer("first_fit_decreasing", RowSpec(seq_multiple=2), capacity=8)
         >>> packer.place([5, 1, 2, 3])
         [[0, 1], [3, 2]]
