@@ -61,9 +61,11 @@ def test_one_over_n_is_no_sum_of_a_mask():
     """Megatron's own loss functions count ``loss_mask.sum().to(torch.int)`` tokens."""
     rounded = [n for n in range(2, 5000) if int((torch.ones(n) / n).sum().to(torch.int)) == 0]
     assert len(rounded) > 1000
-    row = mp.data.get_packer("first_fit", SPEC, 5000, loss_weights="sample").join([text(101)])
-    _, count, _ = mp.data.loss_func(torch.ones(1, 101), row)
-    assert int(count) == row.num_trained == 100
+    rows, _ = mp.data.pack([text(101), text(3)], SPEC, 101, loss_weights="sample")
+    for row, number in zip(rows, (100, 2), strict=True):
+        assert float(row.loss_mask.sum()) == pytest.approx(51)  # each sample counts alike
+        _, count, said = mp.data.loss_func(torch.ones(1, number + 1), row)
+        assert int(count) == row.num_trained == int(said["lm loss"][1]) == number
 
 
 # The objective, in models
