@@ -1,14 +1,16 @@
 """What the hook costs the host in a forward, beside Megatron's own expansion.
 
-Vision and language model are stubs, and kernels are launched on a GPU that is not there, so this
-needs none. Megatron's expansion runs on a small row on the CPU: some 100 small operations, each of
-which would be a launch. What waiting for a GPU costs is not in here: Megatron's expansion waits
-for it many times (docs/speed.md), the hook once, or not at all.
+Vision and language model are stubs. On a GPU each takes what it takes there, waits included.
+Without one, kernels are launched on a GPU that is not there, and Megatron's expansion runs on a
+small row on the CPU: some 100 small operations, each of which would be a launch. What waiting costs
+is not in that: Megatron's expansion waits many times (docs/speed.md), the hook once, or not at all.
 """
 
+import contextlib
 import sys
 import time
 import warnings
+from unittest.mock import patch
 
 import bench
 import torch
@@ -26,8 +28,9 @@ SIZE, CALLS = 28, 300
 def stub(model, num_tokens: int, num_tiles: int) -> None:
     """A ``LLaVAModel`` whose parts return at once, what forward makes of them included."""
     hidden = model.language_model.config.hidden_size
-    text = torch.zeros(num_tokens, 1, hidden, requires_grad=True)
-    images = torch.zeros(num_tiles, model.img_seq_len, hidden)
+    there = {"device": tiny.DEVICE, "dtype": tiny.DTYPE}
+    text = torch.zeros(num_tokens, 1, hidden, requires_grad=True, **there)
+    images = torch.zeros(num_tiles, model.img_seq_len, hidden, **there)
     model.vision_model.forward = lambda *args, **kwargs: images
     model.vision_projection.forward = lambda hidden_states: hidden_states
     model.language_model.embedding.forward = lambda **kwargs: text
@@ -38,6 +41,7 @@ def make_calls(model, samples) -> tuple[dict, dict, dict]:
     """A row as it comes from ``mp.data``, from a data path with collapsed boundaries, and with
     those that Megatron's own expansion needs."""
     (row,), _ = mp.data.pack(samples, mp.row_spec(model))
+    row = row.to(tiny.DEVICE, tiny.DTYPE)
     riding = row.inputs()
 
     def packed(edges, longest):
@@ -54,16 +58,31 @@ def make_calls(model, samples) -> tuple[dict, dict, dict]:
     )
 
 
-def median_times(functions: dict) -> dict[str, dict]:
+def pretend(stack, model, riding, collapsed) -> None:
+    """Until the stack closes: nobody looks at a value, and launches go nowhere, as on a GPU."""
+    laid_out = mp.PackedLayout.build(
+        riding["input_ids"], collapsed["packed_seq_params"].cu_seqlens_q,
+        riding["num_image_tiles"] * model.img_seq_len, mp.row_spec(model), space="collapsed",
+    )  # fmt: skip
+    for room in (layouts, of_megatron):
+        stack.enter_context(patch.object(room, "may_look", lambda tensor: False))
+    stack.enter_context(launched_nowhere({"layout": laid_out.tensor}))
+    # Without the mode in which Megatron finds no GPU: it makes every operation slower.
+    stack.enter_context(torch._C.DisableTorchFunction())
+
+
+def median_times(functions: dict, calls: int) -> dict[str, dict]:
     """Median, p20 and p80 in microseconds, of calls that take turns."""
     times = {name: [] for name in functions}
-    for turn in range(CALLS + 20):
+    for turn in range(calls + 20):
         for name, function in functions.items():
+            if bench.HAVE_GPU:
+                torch.cuda.synchronize()
             begin = time.perf_counter()
             function()
             if turn >= 20:
                 times[name].append((time.perf_counter() - begin) * 1e6)
-    return {name: bench._summary(*bench._quantiles(found)) for name, found in times.items()}
+    return {name: bench.summary(found) for name, found in times.items()}
 
 
 def main() -> int:
@@ -78,30 +97,24 @@ def main() -> int:
         for model in (ours, plain):
             stub(model, num_tokens, num_tiles)
         mp.install(ours, space="collapsed")
-        laid_out = mp.PackedLayout.build(
-            riding["input_ids"], collapsed["packed_seq_params"].cu_seqlens_q,
-            riding["num_image_tiles"] * ours.img_seq_len, mp.row_spec(ours), space="collapsed",
-        )  # fmt: skip
-        for room in (layouts, of_megatron):  # nobody looks at a value, as on a GPU
-            room.may_look = lambda tensor: False
-        # Without the mode in which Megatron finds no GPU: it makes every operation slower.
-        with launched_nowhere({"layout": laid_out.tensor}), torch._C.DisableTorchFunction():
-            found = median_times(
-                {
-                    "riding": lambda: ours(**riding),
-                    "laid out in the model": lambda: ours(**collapsed),
-                    "Megatron's own": lambda: plain(**expanded),
-                }
-            )
+        calls = {
+            "riding": lambda: ours(**riding),
+            "laid out in the model": lambda: ours(**collapsed),
+            "Megatron's own": lambda: plain(**expanded),
+        }
+        with contextlib.ExitStack() as stack:
+            if not bench.HAVE_GPU:
+                pretend(stack, ours, riding, collapsed)
+            found = median_times(calls, 10 if options.smallest else CALLS)
     print(f"a row of {num_tokens} tokens, {len(samples)} samples, {num_tiles} tiles")
-    rows = [{"name": name, "forward": times} for name, times in found.items()]
-    for row in rows:
-        times = row["forward"]
+    measured = [{"name": name, "forward": times} for name, times in found.items()]
+    for one in measured:
+        times = one["forward"]
         print(
-            f"{row['name']:24}{times['median_us']:8.0f} us"
+            f"{one['name']:24}{times['median_us']:8.0f} us"
             f"  ({times['p20_us']:.0f} to {times['p80_us']:.0f})"
         )
-    print(bench.save("bench_host", rows, options))
+    print(f"wrote {bench.save('bench_host', measured, options)}")
     return 0
 
 

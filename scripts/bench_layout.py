@@ -44,8 +44,8 @@ def compose(ids, cu_seqlens, counts):
 def main() -> int:
     options = bench.parser(__doc__, budget=0.5).parse_args()
     print(f"{'tokens':>9} {'seqs':>6} {'layout':>10} {'composed':>10} {'ratio':>6} {'host':>9}  us")
-    rows = []
-    sizes = (1_024, 8_192, 32_768, 131_072, 1_048_576)
+    measured = []
+    sizes = (1_024, 4_096, 8_192, 32_768, 131_072, 1_048_576)
     for num_tokens in sizes[:1] if options.smallest else sizes:
         for num_seqs in (1, 64, 4_096):
             if num_seqs > num_tokens // 2:
@@ -66,17 +66,17 @@ def main() -> int:
             assert torch.equal(layout.cu_image_embeddings, expected[1])
             assert torch.equal(layout.cu_seqlens_expanded, expected[2])
             assert torch.equal(layout.cu_seqlens_padded[: num_seqs + 2], expected[3])
-            found = bench.measure_captured(ours, options.budget)
+            found = bench.measure_captured([ours], options.budget)
             composed = bench.measure(plain, options.budget)
-            row = {"tokens": num_tokens, "sequences": num_seqs, "images": counts.numel(),
+            one = {"tokens": num_tokens, "sequences": num_seqs, "images": counts.numel(),
                    "layout": found, "composition": composed,
                    "ratio": composed["median_us"] / found["median_us"],
                    "host_us": bench.host_time(ours)}  # fmt: skip
-            rows.append(row)
+            measured.append(one)
             print(f"{num_tokens:9} {num_seqs:6} {found['median_us']:10.1f} "
-                  f"{composed['median_us']:10.1f} {row['ratio']:6.2f} {row['host_us']:9.1f}",
+                  f"{composed['median_us']:10.1f} {one['ratio']:6.2f} {one['host_us']:9.1f}",
                   flush=True)  # fmt: skip
-    path = bench.save("bench_layout", rows, options)
+        path = bench.save("bench_layout", measured, options)
     print(f"wrote {path}")
     return 0
 

@@ -31,13 +31,15 @@ HEADER = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=folder, default="out", help="folder of PNG and JSON")
+    parser.add_argument("--smallest", action="store_true", help="tiny images")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     exact = torch.float32 == tiny.DTYPE
     say(f"mcore_packing {mp.__version__}; attention: {tiny.attention_name()}")
     with tiny.megatron():
-        rows, broken, pictured = show_parity()
-        training = show_training()
+        size = 28 if options.smallest else 336  # pixels: 5 or 577 positions a tile
+        rows, broken, pictured = show_parity(size)
+        training = show_training(size)
 
     report = {"environment": cli.doctor(), "parity": rows, "broken": broken, "training": training}
     (options.output / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -64,16 +66,16 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def show_parity():
+def show_parity(size: int):
     """One table: every position kind, number of samples, without and with the hook."""
     say("\nOne packed row against the same samples, run one by one. 1.000000 is perfect.\n")
     say(HEADER)
     rows, broken, pictured = [], {}, {}
     for positions in POSITIONS:
-        model = tiny.llava_model(positions)
+        model = tiny.llava_model(positions, img_size=size)
         for count in SAMPLE_COUNTS:
             progress(f"running {count} samples one by one ...")
-            samples = tiny.samples(count)
+            samples = tiny.samples(count, img_size=size)
             alone = mp.parity.run_alone(model, samples)
             progress("running them packed ...")
             before, reason = attempt(model, samples, alone, "collapsed")
@@ -174,14 +176,14 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def show_training() -> dict:
+def show_training(size: int) -> dict:
     """Losses of a few steps, packed and one by one, from the same weights."""
-    samples = tiny.samples(6)
+    samples = tiny.samples(6, img_size=size)
     say(f"\nTraining {STEPS} steps with SGD from the same weights: the loss of every step.\n")
     runs = {}
     for name in ("one by one", "packed"):
         begin = time.perf_counter()
-        runs[name] = train(samples, name == "packed")
+        runs[name] = train(size, samples, name == "packed")
         losses = "  ".join(f"{loss:.7f}" for loss in runs[name])
         say(f"{name:20} {losses}   ({time.perf_counter() - begin:.1f} s)")
     tolerance = 2e-6 if torch.float32 == tiny.DTYPE else 2e-2
@@ -195,9 +197,9 @@ def show_training() -> dict:
     return {"losses": runs, "checks": checks}
 
 
-def train(samples, is_packed: bool) -> list[float]:
+def train(size: int, samples, is_packed: bool) -> list[float]:
     """Mean loss of every step, packed or one by one."""
-    model = tiny.llava_model()
+    model = tiny.llava_model(img_size=size)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     rows = [mp.parity.collate(samples)]

@@ -264,6 +264,14 @@ class Training:
             say(f"step {self.step:5}  {found}")
         if not found.is_right:
             raise SystemExit(1)
+        isolation = getattr(mp.parity, "isolation", None)
+        if isolation is None:
+            return
+        found = isolation(self.model, row)
+        if self.is_logger:
+            say(f"step {self.step:5}  {found}")
+        if found.verdict == "wrong":
+            raise SystemExit(1)
 
     # What is said
 

@@ -10,6 +10,7 @@ from mcore_packing import PackedLayout
 from mcore_packing.expand import expand_tokens, source_positions
 
 from . import oracle
+from .laws import examples
 from .packs import IMAGE, NAMED, Row, build, make_row, structures
 
 pytestmark = pytest.mark.usefixtures("megatron", "poisoned_memory")
@@ -32,14 +33,14 @@ def test_equals_megatron_one_by_one_named(structure):
     assert_equal(expand(row, build(row)), oracle.concatenated(row))
 
 
-@hypothesis.settings(max_examples=5000)
+@examples(5000)
 @hypothesis.given(structures(max_sequences=1, max_tokens=16))
 def test_one_sequence_equals_megatron(structure):
     row = make_row(structure)
     assert_equal(expand(row, build(row)), oracle.preprocess(row))
 
 
-@hypothesis.settings(max_examples=2000)
+@examples(2000)
 @hypothesis.given(structures())
 def test_pack_equals_megatron_one_by_one(structure):
     row = make_row(structure)
@@ -118,7 +119,7 @@ def test_collapsing_gives_the_text_back():
     torch.testing.assert_close(embeddings[positions], row.text[is_text], rtol=0, atol=0)
 
 
-@hypothesis.settings(max_examples=100)
+@examples(300)
 @hypothesis.given(structures(), st.sampled_from([2, 4, 8]))
 def test_ranks_are_the_row(structure, cp_size):
     row = make_row(structure)

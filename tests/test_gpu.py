@@ -42,16 +42,23 @@ def no_synchronisation():
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
+@pytest.mark.parametrize("positions", ["learned_absolute", "rope", "rope, fused"])
 @pytest.mark.parametrize("count", [1, 4, 16])
 @both_expansions
 def test_forward_packed_vs_batched(count, positions, ours):
-    model, samples = tiny.llava_model(positions), tiny.samples(count)
+    positions, _, fused = positions.partition(", ")
+    if fused and not tiny.HAVE_TE:
+        pytest.skip("fused RoPE is Transformer Engine's")
+    size = {"img_size": 28 if hasattr(torch.cuda, "PRETENDED") else 336}
+    model = tiny.llava_model(positions, language={"apply_rope_fusion": bool(fused)}, **size)
+    samples = tiny.samples(count, **size)
     alone = parity.run_alone(model, samples)
     with install(model, ours):
         result = parity.compare(model, samples, alone)
     assert result.token_mult_prob_error < 1.02 and result.lost_labels == 0, tiny.attention_name()
-    if positions == "learned_absolute":
+    # Of one sample, only attention is wrong: past the boundary, where memory may hold what is
+    # right.
+    if positions == "learned_absolute" and count > 1:
         with_collapsed = parity.compare(model, samples, alone).token_mult_prob_error
         assert not with_collapsed < 1.05  # nan counts as wrong
 
@@ -238,10 +245,14 @@ def test_a_captured_graph_replays_with_other_boundaries():
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_captured_hook_asserts_instead():
+def test_a_captured_hook_asserts_instead(monkeypatch):
     # Nothing is read while a stream captures: the bound serves, and an assertion on the GPU.
     model, samples = tiny.llava_model("rope", img_size=SIZE), tiny.samples(4, img_size=SIZE)
     row = parity.collate(samples)
+    with torch.no_grad():
+        images = model.vision_model(row["images"])
+    # The tower's attention forks Megatron's generator, whose state cannot be had in a capture.
+    monkeypatch.setattr(model.vision_model, "forward", lambda *args, **kwargs: images)
     given, lengths = [], []
 
     def reach(module, args, kwargs):

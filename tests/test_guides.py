@@ -4,7 +4,6 @@ import random
 import re
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from mcore_packing.testing import tiny
 from mcore_packing.testing.megatron_example import Case, Example
 from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
-from .models import SIZE, arguments, model_of
+from .models import SIZE, model_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
 GUIDE = (CHECKOUT / "docs/megatron-lm.md").read_text()
@@ -116,31 +115,6 @@ def test_a_middle_stage_with_tokens_moves_its_boundaries():
         parity.forward(stage, row)
     assert torch.equal(seen["middle"].cu_seqlens_q, seen["first"].cu_seqlens_q)
     assert seen["middle"].max_seqlen_q == seen["first"].max_seqlen_q
-
-
-class Bridged(torch.nn.Module):
-    """A model that hides its arguments, as Megatron-Bridge's wrapper does."""
-
-    def __init__(self, llava_model):
-        super().__init__()
-        self.llava_model = llava_model
-
-    def forward(self, *args, **kwargs):
-        return self.llava_model(*args, **kwargs)
-
-
-def test_the_lines_for_megatron_bridge():
-    guide = (CHECKOUT / "docs/megatron-bridge.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", guide, re.S)
-    hooks = []
-    provider = types.SimpleNamespace(register_pre_wrap_hook=hooks.append)
-    exec(block, {"provider": provider})
-    (model,) = hooks[0]([Bridged(model_of("rope"))])
-    samples = tiny.samples(4, img_size=SIZE)
-    expected = torch.cat([pair[0] for pair in parity.run_alone(model_of("rope"), samples)])
-    with torch.no_grad():
-        loss, mask = model(**arguments(samples))
-    assert ((loss[0] + expected) * mask[0]).abs().max() < 1e-5
 
 
 def blocks_of(name: str) -> list[str]:

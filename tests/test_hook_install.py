@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mcore_packing as mp
 from mcore_packing import parity
-from mcore_packing.megatron import releases
+from mcore_packing.megatron import hook, releases
 from mcore_packing.megatron.plan import takes_boundaries
 from mcore_packing.testing import tiny
 
@@ -273,3 +273,17 @@ def test_old_functions_say_the_new_one():
     assert "layout_options" not in dir(mp)
     with pytest.raises(TypeError, match="unexpected keyword argument 'fuesd'"):
         mp.install(model_of(), fuesd=True)
+
+
+def test_rows_that_weigh_unlike_are_told_of_once():
+    hook._warn_of_unlike_rows.cache_clear()
+    with pytest.warns(UserWarning, match="calculate_per_token_loss is off") as found:
+        for model in model_of(), model_of():
+            mp.install(model)
+    ours = [one for one in found if "calculate_per_token_loss" in str(one.message)]
+    assert len(ours) == 1 and ours[0].filename == __file__
+    hook._warn_of_unlike_rows.cache_clear()
+    model = model_of(per_token_loss=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mp.install(model)

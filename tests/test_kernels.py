@@ -25,6 +25,8 @@ from .packs import IMAGE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# Random rows on a GPU; compute-sanitizer, which makes each a hundred times slower, gets fewer.
+ROUNDS = int(os.environ.get("MCORE_PACKING_TEST_ROUNDS", 2000))
 runs_kernels = pytest.mark.usefixtures("bounds") if INTERPRETED else pytest.mark.gpu
 
 
@@ -228,13 +230,15 @@ def test_layout(bad, poisoned_memory):
 
     rng = random.Random(f"layout {bad}")
     faults = set()
-    for _ in range(400 if INTERPRETED else 2000):
+    for _ in range(400 if INTERPRETED else ROUNDS):
         given = random_layout(rng, bad)
         expected = reference.layout(**given)
         blocks = {"block_t": rng.choice([4, 16, 64]), "block_b": rng.choice([2, 4, 8])}
         found = layout(*to_device(given.values()), **(blocks if INTERPRETED else {}))
         assert_same_layout(found, expected, given)
         faults.add(Fault(fault_of(expected, given)))
+    if ROUNDS < 400:
+        return  # too few to have met every fault
     if bad:
         of_stages = {Fault.STAGE_LENGTH, Fault.STAGE_MULTIPLE}  # no kernel finds these
         assert faults == set(Fault) - of_stages, set(Fault) - faults
@@ -299,7 +303,7 @@ def test_expansion(bad, poisoned_memory):
     from mcore_packing.kernels.source_positions import source_positions
 
     rng = random.Random(f"expansion {bad}")
-    for _ in range(300 if INTERPRETED else 1000):
+    for _ in range(300 if INTERPRETED else ROUNDS // 2):
         given, layout, cp_size, cp_rank = random_maps(rng, bad)
         ids, length = given["input_ids"], given["num_positions"]
         labels = torch.cat([ids[1:], ids[:1]]) if rng.random() < 0.8 else None

@@ -12,6 +12,7 @@ from mcore_packing import PackedLayout, RowSpec
 from mcore_packing.expand import expand_tokens, source_positions
 
 from . import oracle
+from .laws import examples
 from .packs import IMAGE, NAMED, Row, build, lay_out, make_row, structures
 
 pytestmark = pytest.mark.usefixtures("megatron", "poisoned_memory")
@@ -60,7 +61,7 @@ def test_laws_named(structure):
     check_laws(make_row(structure))
 
 
-@hypothesis.settings(max_examples=2000)
+@examples(2000)
 @hypothesis.given(structures())
 def test_laws(structure):
     check_laws(make_row(structure))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_packing import PackingError, PlaceholderMismatch
@@ -22,6 +22,8 @@ from mcore_packing.media import (
     num_image_tokens,
     register_family,
 )
+
+from .laws import examples
 
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("counts.json").read_text())
 COUNTED_HERE = ("gemma3", "gemma4", "internvl3", "llava15", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -783,7 +785,7 @@ def test_features_that_cannot_be_told_apart_are_refused():
     check_placeholders([], None, IMAGE)
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5), st.data())
 def test_check_placeholders_finds_the_first_wrong_sample(images, data):
     """Any counts per image and sample pass, and moving one row to another sample never does."""

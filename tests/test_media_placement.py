@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_packing import PackingError, PlaceholderMismatch
 from mcore_packing.media import get_family, place_image_blocks, splice_image_blocks
+
+from .laws import examples
 
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("placement.json").read_text())
 CASES = CASES["cases"]
@@ -20,7 +22,7 @@ AFTER_BOS = ("fallback_empty_opener", "pretruncated_prompt_without_opener")
 TEXT = ["prompt_ids", "labels", "loss_mask", "cu_seqlens", "turn_opener"]
 BEGIN, IMAGE, END, BREAK, BOS = 90, 91, 92, 93, 2
 OPENER = [5, 6]
-LAW = settings(derandomize=True, max_examples=1000, deadline=None)
+LAW = examples(1000)
 
 
 def as_kind(kind, values):

@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_packing import PackingError
 from mcore_packing.media import FAMILIES, get_family, split_samples, take_samples
 
+from .laws import examples
+
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("slicing.json").read_text())
 CASES = CASES["cases"]
 # The names that cases give to families that are registered under another.
 FAMILY_OF_CASE = {"llava": "llava15", "gemma3": "gemma3_pan_and_scan"}
-LAW = settings(derandomize=True, max_examples=500, deadline=None)
+LAW = examples(500)
 
 KINDS = {
     "list": lambda rows: list(range(rows)),

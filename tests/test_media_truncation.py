@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_packing import AmbiguousTruncation, PackingError, PlaceholderMismatch
 from mcore_packing.media import get_family, reconcile, truncate
+
+from .laws import IS_FULL, examples
 
 CASES = json.loads(Path(__file__).with_name("media_cases").joinpath("truncation.json").read_text())
 CASES = CASES["cases"]
@@ -26,7 +28,7 @@ BESIDE = ("rows_per_image", "image_grid_thw", "video_grid_thw", "per_token", "pi
 DANGLING = "_without_dangling"
 TEXT, START, IMAGE, END, BREAK, VIDEO, PAD = 1, 7, 9, 8, 3, 5, 0
 MARKERS = {"vision_start_id": START, "vision_end_id": END}
-LAW = settings(derandomize=True, max_examples=300, deadline=None)
+LAW = examples(300)
 
 
 def as_list(values):
@@ -250,9 +252,11 @@ def test_all_windows_of_random_rows_against_ground_truth():
                 windows["wrong from the front"] += keep_from_the_front(ids, sizes) != kept[0]
 
     check()
-    assert windows[None] >= 20_000 and windows["right"] > 1000 and windows["left"] > 1000
+    share = 1 if IS_FULL else 0.1
+    assert windows[None] >= 20_000 * share
+    assert min(windows["right"], windows["left"]) > 1000 * share
     assert windows["ambiguous"] < windows[None] // 2
-    assert windows["wrong from the front"] > 1000
+    assert windows["wrong from the front"] > 1000 * share
 
 
 def check_markers(ids, cut, drop):

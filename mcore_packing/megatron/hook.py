@@ -8,6 +8,7 @@ import weakref
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 from ..errors import PackingError
@@ -96,7 +97,21 @@ def install(
                 stacklevel=2,
             )
         Hook(plan).install(llava)
+    if not all(getattr(llava.config, "calculate_per_token_loss", True) for llava in models):
+        _warn_of_unlike_rows()
     return Installation(models)
+
+
+@functools.cache
+def _warn_of_unlike_rows() -> None:
+    """Once, on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(
+            "mcore_packing: calculate_per_token_loss is off, so Megatron averages each micro-batch "
+            "by itself, and a token weighs more in a row that trains few. Turn it on to weigh all "
+            "trained tokens alike",
+            stacklevel=3,
+        )
 
 
 class Installation:

@@ -1,7 +1,9 @@
 """What differs between Megatron-Core releases, in one table."""
 
+import ast
 import dataclasses
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ _COMMON = frozenset({
 _SOUND = frozenset({"sound_embeddings", "sound_embeddings_len", "sound_timestamps"})
 _PACKED = frozenset({"is_packed_dynamic_res"})
 _PER_TILE = frozenset({"imgs_sizes", "position_ids"})
+_SHARES_BY_ITSELF = "_balance_vision_context_parallel_by_tokens"  # Megatron, September 2026
 
 DynamicTokens = Callable[[LLaVAModel, Mapping[str, Any], Tensor], tuple[Tensor, int | None] | None]
 
@@ -41,6 +44,7 @@ class Release:
             synchronisation on a GPU, and rebuilds the parameters where it is larger.
         keeps_text_rows: whether a row with an empty ``num_image_tiles`` keeps its placeholders as
             text, and the length it has.
+        boundary_uses: how often ``forward`` names its ``packed_seq_params``.
         dynamic_tokens: positions of each image where images come in their own resolutions, and
             their sum where the host knows it; None where this call is not such a one.
     """
@@ -51,6 +55,7 @@ class Release:
     pads_rows: bool
     reads_boundaries: bool
     keeps_text_rows: bool
+    boundary_uses: int
     dynamic_tokens: DynamicTokens
 
 
@@ -58,7 +63,7 @@ def _never_dynamic(model, given, num_image_tiles) -> None:
     return None
 
 
-def _packed_or_tubes(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
+def _image_or_tube(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None:
     """0.18 and 0.19: one placeholder for each entry of ``imgs_sizes``, or for each tubelet."""
     sizes, num_frames = given.get("imgs_sizes"), given.get("num_frames")
     if sizes is None or len(sizes) == 0:
@@ -106,10 +111,10 @@ def _per_tile(model, given, num_image_tiles) -> tuple[Tensor, int | None] | None
 
 # fmt: off
 RELEASES = tuple(Release(*row) for row in (
-    # releases        _preprocess_data takes         ids    pads   reads  keeps  resolution
-    ("0.12 to 0.17",  _COMMON,                       False, False, False, False, _never_dynamic),
-    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,    False, True,  False, False, _packed_or_tubes),
-    ("main",          _COMMON | _SOUND | _PER_TILE,  True,  True,  True,  True,  _per_tile),
+    # releases        _preprocess_data takes        ids    pads   reads  keeps uses resolution
+    ("0.12 to 0.17",  _COMMON,                      False, False, False, False, 2, _never_dynamic),
+    ("0.18 and 0.19", _COMMON | _SOUND | _PACKED,   False, True,  False, False, 2, _image_or_tube),
+    ("main",          _COMMON | _SOUND | _PER_TILE, True,  True,  True,  True,  5, _per_tile),
 ))
 # fmt: on
 
@@ -167,12 +172,39 @@ def why_not_ours(model: LLaVAModel) -> str | None:
     if changed := [name for name in names if not _is_megatrons(model, name)]:
         verb = "is" if len(changed) == 1 else "are"
         return f"{' and '.join(changed)} of this {kind} {verb} not Megatron's own"
-    if release_of(type(model)) is None:
+    release = release_of(type(model))
+    if release is None:
         takes = sorted(inspect.signature(model._preprocess_data).parameters)
         return f"_preprocess_data of this {kind} is of no known release (it takes {takes})"
     if model._tile_tags is not None:
         return f"this {kind} has tile tags"
+    if (uses := _boundary_uses()) not in (0, release.boundary_uses):
+        return (
+            f"forward of this {kind} uses its boundaries in {uses} places, of which "
+            f"{release.boundary_uses} are known (as in {release.name}): it may weigh the loss by "
+            "them, say"
+        )
+    if model.context_parallel_lm > 1 and getattr(model, _SHARES_BY_ITSELF, False):
+        return f"this {kind} shares its vision model over context-parallel ranks by itself"
     return None
+
+
+def _boundary_uses() -> int:
+    """How often Megatron's own ``forward`` reads its ``packed_seq_params``, 0 where it cannot be
+    seen; somebody's wrapper around it makes no difference."""
+    forward = inspect.unwrap(LLaVAModel.forward)
+    if forward.__code__.co_filename != inspect.getsourcefile(llava_model):
+        return 0
+    try:
+        source = inspect.getsource(forward)
+    except OSError:
+        return 0
+    names = (node for node in ast.walk(ast.parse(textwrap.dedent(source))) if _is_read(node))
+    return sum(node.id == "packed_seq_params" for node in names)
+
+
+def _is_read(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
 
 
 def _is_megatrons(model: LLaVAModel, name: str) -> bool:
@@ -188,4 +220,6 @@ def describe(model_class: type[LLaVAModel] = LLaVAModel) -> str:
     release = release_of(model_class)
     if release is None:
         return "boundaries only: its _preprocess_data is not known"
+    if _boundary_uses() not in (0, release.boundary_uses):
+        return "boundaries only: its forward uses boundaries where none is known to"
     return f"understood (as in {release.name})"

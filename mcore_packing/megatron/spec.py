@@ -60,7 +60,7 @@ def spec_of(model: LLaVAModel, max_sequences: int | None, replaces_expansion: bo
 
 def megatrons_spec(model: LLaVAModel, infers: bool = False) -> RowSpec:
     """What Megatron's own expansion makes: it pads no sequence, a row for pipelines, and from 0.18
-    on one that parallelism could not divide."""
+    on one that parallelism could not divide (where an unknown one does not, it raises)."""
     total_multiple, release = 1, release_of(type(model))
     if release is not None and release.pads_rows:
         _, total_multiple = _alignment(model)

@@ -112,6 +112,14 @@ MEGATRON = Clone(
     },
     folders=("megatron", "tests/unit_tests", "examples/multimodal", "LICENSE"),
 )
+BRIDGE = Clone(
+    name="Megatron-Bridge",
+    url="https://github.com/NVIDIA-NeMo/Megatron-Bridge",
+    variable="MCORE_PACKING_MEGATRON_BRIDGE",
+    default="~/.cache/mcore_packing/megatron-bridge",
+    commits={"main": "067f987df03b8355b03192d88d70f1709fedf51a", "0.6.0": "v0.6.0"},
+    folders=("src", "LICENSE"),
+)
 
 
 def functions(file: Path, names: Iterable[str], namespace: dict) -> dict:

@@ -70,6 +70,7 @@ def llava_model(
     vision: dict | None = None,
     hybrid_pattern: str | None = None,
     mamba_layer=IdentityOp,
+    initialize_on_gpu: bool = False,
     **kwargs,
 ) -> LLaVAModel:
     """Build a ``LLaVAModel``: a vision tower (577 positions a tile), an MLP projector, a GPT.
@@ -93,11 +94,12 @@ def llava_model(
         hybrid_pattern: makes the language model a hybrid, of the layers that Megatron writes so:
             "*" attention, "-" MLP, "M" Mamba.
         mamba_layer: what a hybrid has where the pattern says "M".
+        initialize_on_gpu: draw the weights there: a large model takes seconds on a CPU.
         **kwargs: for ``LLaVAModel``.
     """
     torch.manual_seed(seed)
     common = {
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": not initialize_on_gpu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": 0.05,  # enough for tokens to depend on what they attend to
@@ -138,7 +140,7 @@ def llava_model(
         "image_token_index": IMAGE_TOKEN_ID,
     }
     if hybrid_pattern is not None:
-        spec = _hybrid_spec(spec, mamba_layer)
+        spec = hybrid_spec(spec, mamba_layer)
         settings |= _settings_of_pattern(hybrid_pattern)
     model = LLaVAModel(
         language_transformer_config=language_config,
@@ -201,7 +203,7 @@ def _settings_of_pattern(pattern: str) -> dict:
     return {"hybrid_override_pattern": pattern, **ratios}
 
 
-def _hybrid_spec(layer: ModuleSpec, mamba_layer) -> ModuleSpec:
+def hybrid_spec(layer: ModuleSpec, mamba_layer) -> ModuleSpec:
     """A stack whose attention and MLP layers are the halves of a GPT layer."""
     stack, stack_submodules = _hybrid_stack()
     attention, mlp = copy.deepcopy(layer), copy.deepcopy(layer)
