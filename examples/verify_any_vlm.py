@@ -19,10 +19,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import mcore_packing as mp
-from mcore_packing.data.rows import Member
 from mcore_packing.testing import tiny
 
 IMAGE, VOCAB, PER_IMAGE, PATCH, LONGEST = 9, 256, 4, 14, 512
+FAMILY = mp.media.register_family(
+    "patch_vlm", image_token_id=IMAGE, layout={"pixel_values": "image"}
+)
 
 
 class PatchVLM(MegatronModule):
@@ -78,7 +80,8 @@ def step(model, inputs: dict):
     of_tokens = {"input_ids": ids, "position_ids": inputs["position_ids"], "image_at": image_at,
                  "labels": inputs["labels"]}  # fmt: skip
     of_rank = {name: tensor[:, here] for name, tensor in of_tokens.items()}
-    return model(**of_rank, images=inputs["images"], packed_seq_params=inputs["packed_seq_params"])
+    return model(**of_rank, images=inputs["pixel_values"],
+                 packed_seq_params=inputs["packed_seq_params"])  # fmt: skip
 
 
 def without_boundaries(model, inputs: dict):
@@ -139,40 +142,8 @@ def make_samples(count: int, seed: int = 0) -> list[dict]:
         begin = 3 * (index % 3)
         ids[begin : begin + PER_IMAGE] = IMAGE
         image = torch.randn(1, 3, 2 * PATCH, 2 * PATCH, generator=generator)
-        samples.append({"input_ids": ids, "images": image})
+        samples.append({"input_ids": ids, "pixel_values": image})
     return samples
-
-
-def make_row(samples: list[dict], spec: mp.RowSpec, **media) -> mp.data.Row:
-    """A row of such samples: filled up as its boundaries say; ``media`` is what else the step
-    gets, and how many entries of ``images`` each image has (``num_image_tiles``, by default 1)."""
-    lengths = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)])
-    ids = torch.cat([sample["input_ids"] for sample in samples])
-    layout = mp.PackedLayout.build(ids, lengths.cumsum(0).int(), [], spec, space="collapsed")
-    labels = [sample["input_ids"][1:] for sample in samples]
-    labels = torch.cat([torch.nn.functional.pad(x, (0, 1), value=-100) for x in labels])
-    labels = labels.masked_fill(labels == spec.image_token_id, -100)
-    images = torch.cat([sample["images"] for sample in samples if "images" in sample])
-
-    def physical(values, fill):
-        out = values.new_full((1, layout.num_expanded), fill)
-        out[0, ~layout.padding_mask] = values
-        return out
-
-    tiles = torch.ones(len(images), dtype=torch.int32)
-    return mp.data.Row(
-        input_ids=physical(ids, spec.pad_token_id),
-        labels=physical(labels, -100),
-        loss_mask=physical((labels != -100).float(), 0),
-        media={"images": images, "num_image_tiles": tiles, **media},
-        columns={},
-        layout=layout,
-        indices=tuple(range(len(samples))),
-        members=tuple(
-            Member(len(sample["input_ids"]), {}, len(sample.get("images", ())), {}, False)
-            for sample in samples
-        ),
-    )
 
 
 def main():
@@ -194,7 +165,7 @@ def main():
     with tiny.megatron(**sizes):
         model = [build(stage, options.vp) for stage in range(options.vp or 1)]
         samples = make_samples(6, seed=parallel_state.get_data_parallel_rank())
-        row = make_row(samples, row_spec())
+        (row,), _ = mp.data.pack(samples, row_spec(), family=FAMILY)
         said = []
         for run in (step, without_boundaries, without_restart):
             said += [run.__name__, mp.parity.isolation(model, row, run),

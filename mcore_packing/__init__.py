@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .context_parallel import alignment, cp_partition
 from .errors import AmbiguousTruncation, BoundarySpaceError, PackingError, PlaceholderMismatch
-from .expand import expand_embeddings, expand_labels
+from .expand import expand_column, expand_embeddings, expand_labels
 from .layout import PackedLayout, remap_cu_seqlens
 from .space import find_space
 from .spec import RowSpec
@@ -58,6 +58,7 @@ __all__ = [
     "RowSpec",
     "alignment",
     "cp_partition",
+    "expand_column",
     "expand_embeddings",
     "expand_labels",
     "find_space",

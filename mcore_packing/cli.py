@@ -31,6 +31,8 @@ EXAMPLE = {
 REQUIRED = tuple(EXAMPLE)
 OPTIONAL = "image_token_id", "space"
 
+MOST_SEQUENCES, MOST_POSITIONS = 500, 4_000_000  # of a picture in which anything can be seen
+
 # What it means that a package is missing.
 WITHOUT = {
     "triton": "no kernels, which rows on a GPU need; it comes with torch for CUDA",
@@ -322,6 +324,7 @@ def _show(options) -> int:
     ids = _integers(row, "input_ids", torch.int64, name)
     cu_seqlens = _integers(row, "cu_seqlens", torch.int32, name)
     counts, image_token_id = row["tokens_per_image"], row.get("image_token_id", -200)
+    spec = RowSpec(image_token_id=image_token_id)
     space, said = options.space or row.get("space"), "as said"
     if space is None:
         found = find_space(ids, cu_seqlens, counts, image_token_id)
@@ -329,11 +332,17 @@ def _show(options) -> int:
             found or "collapsed",
             "found to be" if found else "or expanded, which is the same,",
         )
-    spec = RowSpec(image_token_id=image_token_id)
     layout = PackedLayout.build(ids, cu_seqlens, counts, spec, space=space)
     output = Path(options.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
+    if output.is_dir():
+        raise UserError(f"--output {output}: that is a folder, expected a file such as row.png")
+    if layout.num_seqs > MOST_SEQUENCES or layout.num_expanded > MOST_POSITIONS:
+        raise UserError(
+            f"{name}: {layout.num_seqs} sequences and {layout.num_expanded} positions are too much "
+            f"to draw, expected at most {MOST_SEQUENCES} and {MOST_POSITIONS}"
+        )
     try:
         from .plot import draw_row
     except ModuleNotFoundError as error:
@@ -362,6 +371,8 @@ def _read(path: str) -> dict:
         row = json.loads(Path(path).read_text())
     except ValueError as error:  # broken JSON, or no text at all
         raise UserError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its lists lie too deep in each other") from error
     if not isinstance(row, dict):
         raise UserError(f"{path} is no object with {', '.join(REQUIRED)}")
     if missing := [key for key in REQUIRED if key not in row]:

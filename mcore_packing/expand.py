@@ -1,4 +1,6 @@
-"""Embeddings and labels through a layout."""
+"""Embeddings, labels and columns through a layout."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -6,9 +8,9 @@ from torch import Tensor
 from . import ops
 from .context_parallel import check_rank, chunks_of
 from .errors import PackingError, PlaceholderMismatch
-from .inputs import as_row
+from .inputs import as_choice, as_row
 from .layout import PackedLayout
-from .reference import ExpandedTokens, SourcePositions
+from .reference import FIRST_IMAGE, PAD, ExpandedTokens, SourcePositions
 
 
 def expand_embeddings(
@@ -95,6 +97,85 @@ def expand_labels(
     )
 
 
+@dataclass(frozen=True)
+class Column:
+    """What else is known of every token: advantages, old log-probabilities, token types.
+
+    Attributes:
+        fill: what padding gets, and tokens of a sample that has no such column.
+        shifted: whether entry ``t`` is about the prediction of token ``t + 1``, as Megatron's
+            labels and loss mask; then the token before an image has none.
+        images: what the positions of an image get: "fill", or "repeat", the entry of its
+            placeholder.
+    """
+
+    fill: float | int | bool = 0
+    shifted: bool = False
+    images: str = "fill"
+
+    def __post_init__(self):
+        if not isinstance(self.fill, bool | int | float):
+            raise PackingError(f"the fill of a column is {self.fill!r}, expected a number")
+        if not isinstance(self.shifted, bool):
+            raise PackingError(f"shifted is {self.shifted!r}, expected True or False")
+        as_choice(self.images, "images", ("fill", "repeat"))
+
+
+def expand_column(
+    layout: PackedLayout,
+    column: Tensor,
+    spec: Column | float | int | bool = 0,
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> Tensor:
+    """Move what is known of each token to the expanded row, by the rule of the loss mask.
+
+    Args:
+        layout: of this row.
+        column: ``[T, ...]`` or ``[1, T, ...]``, of any dtype.
+        spec: what it is; a bare value is what it is filled with.
+        cp_size: context-parallel size.
+        cp_rank: the rank whose positions to write.
+
+    Returns:
+        ``[S / cp_size, ...]``, of the same dtype. Does not wait for a GPU.
+
+    Raises:
+        PackingError: the column has another length than the row has tokens.
+
+    Example:
+        >>> ids, cu_seqlens = torch.tensor([5, -200, 6]), torch.tensor([0, 3], dtype=torch.int32)
+        >>> layout = PackedLayout.build(ids, cu_seqlens, [2], space="collapsed")
+        >>> advantages = torch.tensor([0.5, 0.0, 2.0])
+        >>> expand_column(layout, advantages, 0.0).tolist()
+        [0.5, 0.0, 0.0, 2.0]
+        >>> expand_column(layout, torch.tensor([0, 1, 0]), Column(0, images="repeat")).tolist()
+        [0, 1, 1, 0]
+    """
+    spec = spec if isinstance(spec, Column) else Column(spec)
+    if not isinstance(column, Tensor) or column.dim() == 0:
+        raise PackingError(f"column is a {type(column).__name__}, expected a tensor [T, ...]")
+    num_tokens = layout.num_collapsed
+    if column.dim() > 1 and column.shape[:2] == (1, num_tokens):
+        column = column[0]
+    source = expand_tokens(layout, cp_size=cp_size, cp_rank=cp_rank).source.long()
+    if column.shape[0] != num_tokens:
+        raise PackingError(f"column has {column.shape[0]} entries, but the row {num_tokens} tokens")
+    token, has_entry = source.clamp(min=0), source >= 0
+    if spec.images == "repeat" and layout.num_images:
+        counts = layout.cu_image_embeddings
+        image = torch.searchsorted(counts, (FIRST_IMAGE - source).int(), right=True) - 1
+        start = layout.image_start.index_select(0, image.clamp(0, layout.num_images - 1))
+        at = torch.searchsorted(layout.expanded_start, start)
+        token = torch.where(source < PAD, at.clamp(max=num_tokens - 1), token)
+        has_entry = source != PAD
+    if spec.shifted:
+        has_entry = has_entry & layout.is_before_image.index_select(0, token).logical_not()
+    has_entry = has_entry.reshape(-1, *[1] * (column.dim() - 1))
+    return torch.where(has_entry, column.index_select(0, token), column.new_full((), spec.fill))
+
+
 def expand_tokens(
     layout: PackedLayout,
     labels: Tensor | None = None,
@@ -165,12 +246,8 @@ def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
             stands before an image of the same sequence excepted, as ``expand_labels`` has it.
     """
     loss_mask = as_row(loss_mask, "loss_mask", layout.num_collapsed, floating=True)
-    is_image = layout.is_placeholder
-    continues = layout.position_ids_collapsed > 0
-    before_image = torch.nn.functional.pad(is_image & continues, (0, 1)).narrow(
-        0, 1, layout.num_collapsed
-    )
-    return (layout.is_cut & (loss_mask > 0) & ~is_image & ~before_image).sum()
+    trains = (loss_mask > 0) & ~layout.is_placeholder & ~layout.is_before_image
+    return (layout.is_cut & trains).sum()
 
 
 def _as_images(images: Tensor, text: Tensor) -> Tensor:

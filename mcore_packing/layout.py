@@ -296,8 +296,11 @@ class PackedLayout:
             needed = round_up(last + tail, self.spec.total_multiple)
             self.num_expanded = min(needed, self.num_expanded)
         self.has_tail = self.num_expanded > last
-        edges[-1] = self.cu_seqlens_padded[-1] = self.num_expanded
-        self.max_seqlen = self.status[4] = max(b - a for a, b in pairwise(edges))
+        if edges[-1] != self.num_expanded:
+            edges[-1] = self.cu_seqlens_padded[-1] = self.num_expanded
+        longest = max(b - a for a, b in pairwise(edges))
+        if longest != self.max_seqlen:
+            self.max_seqlen = self.status[4] = longest
 
     # Between devices and processes
 
@@ -563,6 +566,12 @@ class PackedLayout:
         if not self.spec.expands:
             return torch.zeros_like(self.input_ids, dtype=torch.bool)
         return self.input_ids == self.spec.image_token_id
+
+    @property
+    def is_before_image(self) -> Tensor:
+        """bool ``[T]``, True for tokens that a placeholder of the same sequence follows."""
+        follows = self.is_placeholder & (self.position_ids_collapsed > 0)
+        return torch.nn.functional.pad(follows, (0, 1)).narrow(0, 1, self.num_collapsed)
 
     @property
     def tail_length(self) -> Tensor:

@@ -145,7 +145,7 @@ def layout(
     # Tokens to the unpadded row.
     placeholders = np.flatnonzero(ids == image_token_id)
     unlimited = expanded_starts(num_tokens, placeholders, counts)
-    start, total = unlimited.clip(max=INT32_MAX), int(unlimited[-1])
+    start, total = np.minimum(unlimited, INT32_MAX), int(unlimited[-1])
     matched = placeholders[:num_images]
     image_start = np.full(num_images, total)  # an image without a placeholder is at the end
     image_start[: matched.size] = start[matched]
@@ -153,20 +153,20 @@ def layout(
     cu_image_embeddings[: matched.size] = unlimited[matched] - matched + np.arange(matched.size)
 
     # Where each sequence begins and really ends, in tokens and in the unpadded row.
-    begin, end = physical, physical[:-1] + np.diff(given).clip(min=0)
+    begin, end = physical, physical[:-1] + np.maximum(steps_of(given), 0)
     if expanded:
-        seq_start, seq_end = begin.clip(0, total), end.clip(0, total)
+        seq_start, seq_end = _within(begin, total), _within(end, total)
         token_begin, token_end = start.searchsorted(seq_start), start.searchsorted(seq_end)
     else:
-        token_begin, token_end = begin.clip(0, num_tokens), end.clip(0, num_tokens)
+        token_begin, token_end = _within(begin, num_tokens), _within(end, num_tokens)
         seq_start, seq_end = start[token_begin], start[token_end]  # <- a boundary moves
 
     # Where it goes in the physical row.
-    lengths = np.diff(seq_start).clip(min=0)
+    lengths = np.maximum(steps_of(seq_start), 0)
     padded = prefix_sum(-(-lengths // seq_multiple) * seq_multiple)
-    cu_padded = np.append(padded.clip(max=num_positions), num_positions)
-    rooms = np.diff(cu_padded)
-    real = np.minimum((seq_end - seq_start[:-1]).clip(min=0), rooms[:-1])
+    cu_padded = np.append(np.minimum(padded, num_positions), num_positions)
+    rooms = steps_of(cu_padded)
+    real = np.minimum(np.maximum(seq_end - seq_start[:-1], 0), rooms[:-1])
 
     fault = _find_fault(
         given, physical, start, total, placeholders, counts, expanded, num_image_embeddings,
@@ -181,12 +181,12 @@ def layout(
         "cu_seqlens_expanded": prefix_sum(real),
         "cu_seqlens_padded": cu_padded,
         "seq_start_expanded": np.append(seq_start, min(total, INT32_MAX)),
-        "cu_seqlens_collapsed": prefix_sum((token_end - token_begin[:-1]).clip(min=0)),
+        "cu_seqlens_collapsed": prefix_sum(np.maximum(token_end - token_begin[:-1], 0)),
         "seq_start_collapsed": np.append(token_begin, num_tokens),
         "input_ids": ids,
         "expanded_start": start,
-        "image_start": image_start.clip(max=INT32_MAX),
-        "cu_image_embeddings": cu_image_embeddings.clip(max=INT32_MAX),
+        "image_start": np.minimum(image_start, INT32_MAX),
+        "cu_image_embeddings": np.minimum(cu_image_embeddings, INT32_MAX),
     }.items():
         begin, size = parts[name]
         out[begin : begin + size] = value
@@ -198,7 +198,7 @@ def expanded_starts(num_tokens: int, placeholders: np.ndarray, counts: np.ndarra
     other are one position wide."""
     both = min(placeholders.size, counts.size)
     width = np.ones(num_tokens, dtype=np.int64)
-    width[placeholders[:both]] = counts[:both].astype(np.int64).clip(1, INT32_MAX)
+    width[placeholders[:both]] = _within(counts[:both].astype(np.int64), INT32_MAX, 1)
     return prefix_sum(width)
 
 
@@ -246,7 +246,7 @@ def _find_fault(
     for cu in (given, physical):
         if cu[0] != 0:
             return Fault.START, 0, int(cu[0]), 0
-    lengths, widths = np.diff(given), np.diff(physical)
+    lengths, widths = steps_of(given), steps_of(physical)
     for steps in (lengths, widths):
         if (seq := _first(steps < 0)) is not None:
             return Fault.DECREASING, seq, int(steps[seq]), 0
@@ -326,6 +326,16 @@ def stage_status(
 def _first(wrong: np.ndarray) -> int | None:
     """Index of the first entry that is true."""
     return int(wrong.argmax()) if wrong.any() else None
+
+
+def steps_of(edges: np.ndarray) -> np.ndarray:
+    """``np.diff``, in a third of its time."""
+    return edges[1:] - edges[:-1]
+
+
+def _within(values: np.ndarray, most: int, least: int = 0) -> np.ndarray:
+    """``np.clip``, in a third of its time."""
+    return np.minimum(np.maximum(values, least), most)
 
 
 def prefix_sum(lengths: np.ndarray) -> np.ndarray:

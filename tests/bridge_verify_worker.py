@@ -20,9 +20,8 @@ IMAGE = 151_655
 def step(model, inputs: dict):
     names = ["input_ids", "labels", "packed_seq_params"]
     given = {name: inputs[name] for name in names}
-    if len(inputs["images"]):  # not in every sample
-        given |= {"pixel_values": inputs["images"], "image_grid_thw": inputs["image_grid_thw"]}
-    return model(**given)
+    names = [name for name in ("pixel_values", "image_grid_thw") if name in inputs]
+    return model(**given, **{name: inputs[name] for name in names})  # not in every sample
 
 
 def without_boundaries(model, inputs: dict):
@@ -49,12 +48,7 @@ def main():
             expands=False,
         )
         samples = bridge.qwen25_vl_samples(5)
-        for sample in samples:
-            if "pixel_values" in sample:
-                sample["images"] = sample["pixel_values"]
-        grids = torch.cat([s["image_grid_thw"] for s in samples if "image_grid_thw" in s])
-        media = {"image_grid_thw": grids, "num_image_tiles": grids.prod(1).int()}
-        row = example.make_row(samples, spec, **media)
+        (row,), _ = mp.data.pack(samples, spec, family="qwen2_5_vl")
         for run in step, without_boundaries:
             is_right = run is step
             found = [

@@ -136,7 +136,8 @@ def test_a_row_is_its_samples_one_behind_the_other(labels):
         assert found[-1] == -100 and not (found == IMAGE).any()
         trained = samples[index].get("labels", ids)[1:]
         assert torch.equal(found[:-1], trained.masked_fill(ids[1:] == IMAGE, -100))
-        assert torch.equal(one.loss_mask[0] > 0, found != -100)
+        expected = (found != -100) & (ids != IMAGE)  # nothing behind an image is trained
+        assert torch.equal(one.loss_mask[0] > 0, expected)
     assert row.num_image_tiles.dtype == torch.int32 and row.loss_mask.dtype == torch.float32
 
 
@@ -298,7 +299,7 @@ WRONG = {
     "tiles": ({"num_image_tiles": [2]}, "PackingError", "[2] are 2 tiles, but images hold 1"),
     "no tile": ({"num_image_tiles": [0]}, "PackingError", "[0], expected positive ints"),
     "floats": ({"num_image_tiles": torch.tensor([1.0])}, "PackingError", "expected positive ints"),
-    "pixels": ({"images": torch.zeros(1, 3, 2, 2)}, "PackingError", "[3, 2, 2] each, but those"),
+    "pixels": ({"images": torch.zeros(1, 3, 2, 2)}, "PackingError", "[3, 2, 2] each, but rows"),
     "a path": ({"images": "cat.jpg"}, "PackingError", "images: found str, expected a tensor"),
     "tokens without images": (
         {"images": None, "num_image_tiles": None, "tokens_per_image": [4]},

@@ -13,6 +13,7 @@ import mcore_packing as mp
 
 energon = pytest.importorskip("megatron.energon", reason="needs megatron-energon: data is untested")
 
+from megatron.energon.errors import FatalSampleError  # noqa: E402
 from megatron.energon.flavors.webdataset.base_webdataset import BaseWebdatasetFactory  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -50,30 +51,25 @@ def members(key: str) -> dict[str, bytes]:
     text = {"question": question.get(key, "<image> w1"), "answer": answer}
     if key == "empty-conversation":
         text = {"question": "", "answer": ""}
-    if key == "too-long":
+    if key.startswith("too-long"):
         text["answer"] = "w1 " * 90
     image = b"no image at all" if key == "broken-image" else buffer.getvalue()
     name = "flac" if key == "wrong-member" else "png"
     return {name: image, "json": json.dumps(text).encode()}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """A prepared webdataset: good samples, and every corrupt one among them."""
-    folder = tmp_path_factory.mktemp("webdataset")
-    keys = [f"good-{number:02}" for number in range(NUM_GOOD)]
-    for at, key in enumerate(CORRUPT):
-        keys.insert(7 * at + 3, key)
-    for shard in range(3):
+def webdataset(folder, keys: list[str], num_shards: int = 3):
+    """A prepared webdataset of these samples."""
+    for shard in range(num_shards):
         with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
-            for key in keys[shard::3]:
+            for key in keys[shard::num_shards]:
                 for name, data in members(key).items():
                     info = tarfile.TarInfo(f"{key}.{name}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     BaseWebdatasetFactory.prepare_dataset(
         folder,
-        [f"shard-{shard}.tar" for shard in range(3)],
+        [f"shard-{shard}.tar" for shard in range(num_shards)],
         split_parts_ratio=[("train", 1.0)],
         workers=1,
     )
@@ -81,8 +77,25 @@ def dataset(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Good samples, and every corrupt one among them."""
+    keys = [f"good-{number:02}" for number in range(NUM_GOOD)]
+    for at, key in enumerate(CORRUPT):
+        keys.insert(7 * at + 3, key)
+    return webdataset(tmp_path_factory.mktemp("webdataset"), keys)
+
+
+@pytest.fixture(scope="module")
+def long_dataset(tmp_path_factory):
+    """200 samples that are too long, and five good ones behind them."""
+    keys = [f"too-long-{number:03}" for number in range(200)]
+    keys += [f"good-{number:02}" for number in range(5)]
+    return webdataset(tmp_path_factory.mktemp("webdataset"), keys, num_shards=1)
+
+
 def encoder(**options):
-    spec = mp.RowSpec(seq_multiple=2, img_seq_len=TOKENS_PER_TILE)
+    spec = options.pop("spec", mp.RowSpec(seq_multiple=2, img_seq_len=TOKENS_PER_TILE))
     name = options.pop("algorithm", "fullest")
 
     class Encoder(mp.data.energon.PackingTaskEncoder):
@@ -98,7 +111,8 @@ def encoder(**options):
     return Encoder()
 
 
-def loader_of(dataset, log, *, num_workers=0, task_encoder=None, repeat=False, buffer_size=20):
+def loader_of(dataset, log, *, num_workers=0, task_encoder=None, repeat=False, buffer_size=20,
+              shuffle_buffer_size=8):  # fmt: skip
     config = energon.WorkerConfig(
         rank=0, world_size=1, num_workers=num_workers, global_error_handler=log
     )
@@ -106,7 +120,7 @@ def loader_of(dataset, log, *, num_workers=0, task_encoder=None, repeat=False, b
         dataset,
         worker_config=config,
         batch_size=None,
-        shuffle_buffer_size=8,
+        shuffle_buffer_size=shuffle_buffer_size,
         max_samples_per_sequence=None,
         packing_buffer_size=buffer_size,
         task_encoder=task_encoder or encoder(),
@@ -188,7 +202,7 @@ def test_selection_never_raises(dataset):
     rows = list(loader_of(dataset, log, task_encoder=make))
     assert sorted([*keys_of(rows), "good-30"]) == GOOD
     (found,) = [one for one in log.skipped if one.key == "good-30"]
-    assert found.cause == "PackingError" and "rows hold images of one size" in found.reason
+    assert found.cause == "PackingError" and "rows hold those of one kind" in found.reason
 
 
 def test_a_row_that_cannot_be_joined_names_all_its_samples(dataset):
@@ -205,6 +219,36 @@ def test_a_row_that_cannot_be_joined_names_all_its_samples(dataset):
     rows = list(loader_of(dataset, log, task_encoder=broken))
     lost = [one.key for one in log.skipped if one.reason == "no"]
     assert "good-30" in lost and sorted(keys_of(rows) + lost) == GOOD
+
+
+def test_many_refused_samples_in_a_row_end_no_job(long_dataset):
+    """Energon's own limit is 100; ours can be set."""
+    log, options = mp.data.energon.SkipLog(), {"buffer_size": 10, "shuffle_buffer_size": None}
+    rows = list(loader_of(long_dataset, log, **options))
+    assert sorted(keys_of(rows)) == GOOD[:5]
+    assert len(log.skipped) == 200 and log.causes == {"SampleTooLong": 200}
+    strict = encoder()
+    strict.max_refused_in_a_row = 150
+    with pytest.raises(FatalSampleError, match="failed 150 times in a row"):
+        list(loader_of(long_dataset, mp.data.energon.SkipLog(), task_encoder=strict, **options))
+
+
+def test_a_missing_setting_ends_the_job(dataset):
+    """It would skip every sample with an image."""
+    without = encoder(spec=mp.RowSpec())
+    with pytest.raises(FatalSampleError, match=r"need spec\\.img_seq_len"):
+        list(loader_of(dataset, mp.data.energon.SkipLog(), task_encoder=without))
+
+
+def test_half_a_line_is_what_a_killed_worker_leaves(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    log = mp.data.energon.SkipLog(path)
+    log(ValueError("what"), {"__key__": "a"})
+    for half in ('["b", "Value', '["c"]', "7"):
+        path.write_text(path.read_text() + half + "\n")
+    assert log.causes == {"ValueError": 1, "HalfALine": 3}
+    assert str(log).startswith("skipped 4 samples: 3 HalfALine, 1 ValueError")
+    assert log.skipped[0].key == "a" and log.skipped[1].reason == '["b", "Value'
 
 
 def test_a_long_log_is_short_in_print():

@@ -154,6 +154,15 @@ def test_the_first_row():
     assert done.stdout.strip().endswith("token_mult_prob_error 1.000000 on rank 0")
 
 
+def test_the_rows_of_qwen():
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-W", "ignore", "examples/qwen_rows.py"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    differences = re.findall(r"sample \d: differs by at most (\S+)", done.stdout)
+    assert len(differences) == 6 and all(float(one) < 1e-5 for one in differences)
+    assert "6 of 6 samples in 1 rows" in done.stdout
+
+
 def test_no_page_has_a_gap():
     pages = [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md")]
     assert len(pages) > 10

@@ -19,8 +19,8 @@ ROOT = Path(mp.__file__).parent
 ROOMS = [
     "cli", "plot", "parity", "testing", "data", "media",
     "megatron.hook", "megatron.call", "megatron.plan", "megatron.cpu", "megatron.attention",
-    "megatron.dummy", "megatron.ranks", "megatron.params", "megatron.spec", "megatron.releases",
-    "megatron.find",
+    "megatron.dummy", "megatron.ranks", "megatron.params", "megatron.spec", "megatron.plain",
+    "megatron.config", "megatron.releases", "megatron.find",
     "expand", "layout", "space", "spec", "context_parallel", "ops", "copies", "reference", "inputs",
     "errors",
 ]  # fmt: skip

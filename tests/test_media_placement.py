@@ -454,3 +454,10 @@ def test_long_rows(opener):
         cu_seqlens=list(range(0, len(seqs) * 1000 + 1, len(seqs))), blocks_per_seq=[1] * 1000,
     )  # fmt: skip
     assert placed.block_spans[0] == [len(opener), len(opener) + 2]
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.5] * 4), [0.5] * 4, np.full(4, 0.5)])
+def test_labels_are_token_ids(labels):
+    """-100 among floats would be a value."""
+    with pytest.raises(PackingError, match="labels hold floats, expected token ids"):
+        place_image_blocks([5, 6, 10, 9], [[7, 9, 9, 8]], [5, 6], image_token_id=9, labels=labels)

@@ -63,3 +63,8 @@ def rows(model: torch.nn.Module, samples: list[dict]) -> None:
     assert_type(packed, mp.data.Rows)
     assert_type(report, mp.data.Report)
     assert_type(mp.data.split(packed[0]), list[dict])
+    columns = {"advantages": mp.data.Column(0.0, shifted=True)}
+    mp.data.pack(samples, mp.row_spec(model), family="qwen2_5_vl", columns=columns)
+    assert_type(packed[0].inputs(cp_rank=0), dict)
+    assert_type(packed[0].num_trained, int)
+    assert_type(mp.expand_column(packed[0].layout, torch.zeros(3), 0.0, cp_size=2), Tensor)

@@ -3,11 +3,16 @@
 from importlib import import_module
 
 from .algorithms import ALGORITHMS
+from .columns import Column
+from .packer import Packer, Rows, get_packer, pack
 from .report import Refused, Report
-from .rows import EmptySample, Packer, Row, Rows, SampleTooLong, get_packer, pack, split
+from .rows import Row, split
+from .samples import EmptySample, SampleTooLong, UntrainedSample
+from .weights import loss_func
 
 __all__ = [
     "ALGORITHMS",
+    "Column",
     "EmptySample",
     "Packer",
     "Refused",
@@ -15,7 +20,9 @@ __all__ = [
     "Row",
     "Rows",
     "SampleTooLong",
+    "UntrainedSample",
     "get_packer",
+    "loss_func",
     "pack",
     "split",
 ]

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
 from sys import maxsize
 
@@ -78,6 +78,41 @@ def place(
         longest = task.lengths.__getitem__
         bins = sorted(map(sorted, bins), key=lambda bin_: max(bin_, key=longest))
     return bins
+
+
+def split_bins(bins: Bins, costs: Sequence[float], number: int) -> None:
+    """Divide the bins that cost most, in place, until there are ``number`` more.
+
+    Raises:
+        PackingError: there are not enough members for so many.
+    """
+    queue = [(-sum(costs[i] for i in bin_), at) for at, bin_ in enumerate(bins) if len(bin_) > 1]
+    heapify(queue)
+    for missing in range(number, 0, -1):
+        if not queue:
+            raise PackingError(
+                f"{sum(map(len, bins))} samples are {missing} too few to fill up the rows of a "
+                f"job: pack more at a time, or fill_rows='empty'"
+            )
+        _, at = heappop(queue)
+        halves = [[], []]
+        sums = [0.0, 0.0]
+        for index in sorted(bins[at], key=costs.__getitem__, reverse=True):
+            half = int(sums[1] < sums[0]) if halves[0] else 0
+            halves[half].append(index)
+            sums[half] += costs[index]
+        bins[at] = halves[0]
+        bins.append(halves[1])
+        for place_, half in ((at, 0), (len(bins) - 1, 1)):
+            if len(halves[half]) > 1:
+                heappush(queue, (-sums[half], place_))
+
+
+def imbalance_of(bins: Bins, costs: Sequence[float]) -> float:
+    """How much more the bin that costs most does than the mean: 0 is none."""
+    sums = [sum(costs[i] for i in bin_) for bin_ in bins]
+    mean = sum(sums) / len(sums)
+    return max(sums) / mean - 1 if mean else 0.0
 
 
 def check_algorithm(name: str) -> str:

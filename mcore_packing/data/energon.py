@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.energon import SkipSample, TaskEncoder, WorkerConfig, stateless
+from megatron.energon.errors import FatalSampleError
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import (
@@ -27,8 +28,9 @@ from megatron.energon.savable_loader import (
 from megatron.energon.state import FlexState
 
 from ..errors import PackingError
+from .packer import Packer
 from .report import SHOWN
-from .rows import Packer, Row
+from .rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +60,19 @@ class PackingTaskEncoder(TaskEncoder):
 
     Attributes:
         packer: from ``mp.data.get_packer``.
+        max_refused_in_a_row: after how many samples in a row that cannot be made, packed or joined
+            the job ends, with Energon's ``FatalSampleError``; 0 is never. Energon's own 100 would
+            end it in a folder of samples that are too long. Samples that Energon cannot *decode*
+            end it after 100 in a row, whatever is said here.
     """
 
     packer: Packer
+    max_refused_in_a_row: int = 10_000
+
+    @property
+    def __default_failure_tolerance__(self) -> int:
+        """Energon's name for it."""
+        return self.max_refused_in_a_row
 
     def make_sample(self, sample: Any) -> dict:
         """A sample as ``mp.data.pack`` takes it, from one of the data set.
@@ -78,7 +90,10 @@ class PackingTaskEncoder(TaskEncoder):
         except SkipSample as error:  # Energon would say nothing
             _report(error, sample)
             raise
-        self.packer.num_positions(made)
+        try:
+            self.packer.num_positions(made)
+        except TypeError as error:  # a setting is missing: every sample would be skipped
+            raise FatalSampleError(str(error)) from error
         sources = getattr(sample, "__sources__", None)
         return {
             **made,
@@ -93,10 +108,9 @@ class PackingTaskEncoder(TaskEncoder):
         An exception from here would cost the whole buffer, so a sample that does not fit the others
         is reported and left out.
         """
-        lengths, kept = self.packer.measure(
-            samples, lambda index, error: _report(error, samples[index])
-        )
-        rows = [[samples[kept[i]] for i in bin_] for bin_ in self.packer.place(lengths)]
+        found = self.packer.measure(samples, lambda index, error: _report(error, samples[index]))
+        kept = found.kept
+        rows = [[samples[kept[i]] for i in bin_] for bin_ in self.packer.place_samples(found)]
         # Longest-first algorithms give the longest samples first. Keys as the seed: the same buffer
         # gives the same rows in the same order, whenever a run was resumed.
         keys = [samples[i]["__key__"] for i in kept]
@@ -164,7 +178,7 @@ class SkipLog:
         if not os.path.exists(self.path):
             return []
         with open(self.path) as file:
-            return [Skipped(*json.loads(line)) for line in file]
+            return [_skipped(line) for line in file if line.strip()]
 
     @property
     def causes(self) -> Counter:
@@ -179,6 +193,14 @@ class SkipLog:
         if len(skipped) > SHOWN:
             lines.append(f"  and {len(skipped) - SHOWN:,} more: see {self.path}")
         return "\n".join(lines)
+
+
+def _skipped(line: str) -> Skipped:
+    """A line of the file; half a line is what a worker that was killed leaves."""
+    try:
+        return Skipped(*map(str, json.loads(line)))
+    except (ValueError, TypeError):
+        return Skipped("unknown", "HalfALine", line.strip())
 
 
 def _key_of(sample: Any) -> str:

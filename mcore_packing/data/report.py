@@ -1,5 +1,6 @@
 """What packing did: how full the rows are, where the rest went, which samples were refused."""
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +27,11 @@ class Refused:
         return f"{name_of(self.index, self.key)}: {self.reason}"
 
 
+def key_of(sample) -> str | None:
+    """The ``__key__`` of a sample, where it is one and has one."""
+    return sample.get("__key__") if isinstance(sample, dict) else None
+
+
 def name_of(index: int, key: str | None) -> str:
     """A sample, as messages name it."""
     return f"sample {index}" if key is None else f"sample {index} ({key})"
@@ -43,6 +49,10 @@ class Report:
         num_aligned: the same, every sample rounded up to ``seq_multiple``.
         refused: the samples that are in no row.
         left_out: what samples have that is in no row, by name, and how many have it.
+        untrained: index and key of the packed samples without a trained token.
+        num_empty: how many of the rows only fill up a job.
+        imbalance: where rows were balanced, how much more than the mean the row that costs most
+            costs, before and after; of several reports the largest.
     """
 
     num_samples: int = 0
@@ -52,6 +62,9 @@ class Report:
     num_aligned: int = 0
     refused: tuple[Refused, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
+    untrained: tuple[tuple[int, str | None], ...] = ()
+    num_empty: int = 0
+    imbalance: tuple[float, float] | None = None
 
     @property
     def fill(self) -> float:
@@ -72,9 +85,25 @@ class Report:
         }
 
     @property
+    def num_untrained(self) -> int:
+        """How many packed samples have no trained token."""
+        return len(self.untrained)
+
+    @property
     def causes(self) -> Counter:
         """How many samples were refused, by cause."""
         return Counter(refused.cause for refused in self.refused)
+
+    def to_dict(self) -> dict:
+        """All figures, for a log: plain numbers, text, lists and dicts of them."""
+        return {
+            **dataclasses.asdict(self),
+            "fill": self.fill,
+            "fill_aligned": self.fill_aligned,
+            "waste": self.waste,
+            "causes": dict(self.causes),
+            "num_untrained": self.num_untrained,
+        }
 
     def _share(self, positions: int) -> float:
         return positions / (self.num_rows * self.capacity) if self.num_rows else 0.0
@@ -92,6 +121,9 @@ class Report:
             self.num_aligned + other.num_aligned,
             (*self.refused, *moved),
             dict(Counter(self.left_out) + Counter(other.left_out)),
+            (*self.untrained, *((self.num_samples + index, key) for index, key in other.untrained)),
+            self.num_empty + other.num_empty,
+            _larger(self.imbalance, other.imbalance),
         )
 
     def __str__(self) -> str:
@@ -102,9 +134,20 @@ class Report:
             f"{self.capacity:,}: {self.fill:.1%} filled, {self.fill_aligned:.1%} with alignment; "
             f"wasted: {wasted}"
         ]
+        if self.num_empty:
+            lines.append(f"empty rows, which fill up the job: {self.num_empty:,}")
+        if self.imbalance is not None:
+            before, after = self.imbalance
+            lines.append(
+                f"the row that costs most: {before:.1%} above the mean, {after:.1%} balanced"
+            )
         if self.left_out:
             names = ", ".join(f"{name!r} of {count:,}" for name, count in self.left_out.items())
             lines.append(f"left out of rows, since it is not plain: {names}")
+        if self.untrained:
+            names = ", ".join(name_of(*one) for one in self.untrained[:SHOWN])
+            more = ", ..." if self.num_untrained > SHOWN else ""
+            lines.append(f"without a trained token {self.num_untrained:,}: {names}{more}")
         if self.refused:
             causes = ", ".join(f"{count:,} {cause}" for cause, count in self.causes.most_common())
             lines.append(f"refused {len(self.refused):,}: {causes}")
@@ -112,3 +155,9 @@ class Report:
             if len(self.refused) > SHOWN:
                 lines.append(f"  and {len(self.refused) - SHOWN:,} more: see report.refused")
         return "\n".join(lines)
+
+
+def _larger(one, other):
+    """Of two imbalances, either of which may be None, the larger of each figure."""
+    known = [pair for pair in (one, other) if pair is not None]
+    return tuple(map(max, zip(*known, strict=True))) if known else None

@@ -174,6 +174,8 @@ def place_image_blocks(
         if values is None:
             return None
         row = kinds.as_row(values, name)
+        right = name != "labels" or kinds.holds_ints(values)
+        require(right, "labels hold floats, expected token ids")
         message = f"{name} is {len(row)} entries, but the row has {len(ids)} tokens"
         require(len(row) == len(ids), message)
         return like(values, [fill if at is None else row[at] for at in source])

@@ -49,7 +49,7 @@ def split_samples(
         >>> split_samples(batch, layout, [2, 0, 1], 2)[1]
         {'input_ids': [[7]], 'pixel_values': ['c']}
     """
-    spans = _Spans(batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video)
+    spans = Spans(batch, layout, num_images, family, tiles_per_image, num_videos, frames_per_video)
     total, checked = spans.num_samples, []
     if not nested(chunks):
         size = as_int(chunks, "chunks", minimum=1)
@@ -88,14 +88,14 @@ def take_samples(
         >>> take_samples(batch, layout, [2, 1], [1, 0, 1])
         {'input_ids': [[6], [5], [6]], 'pixel_values': ['c', 'a', 'b', 'c']}
     """
-    spans = _Spans(batch, layout, num_images, **given)
+    spans = Spans(batch, layout, num_images, **given)
     samples, last = as_ids(order, "order"), spans.num_samples - 1
     for i, sample in enumerate(samples):
         require(0 <= sample <= last, f"order[{i}] is {sample}, expected a sample from 0 to {last}")
     return spans.of(samples)
 
 
-class _Spans:
+class Spans:
     """Where the entries of each sample begin in each tensor of a batch."""
 
     def __init__(

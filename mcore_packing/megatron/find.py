@@ -24,6 +24,13 @@ def find_llava(model) -> LLaVAModel:
     return found[0]
 
 
+def holds_llava(model) -> bool:
+    """Whether there is one in any pipeline chunk."""
+    chunks = model if isinstance(model, list | tuple) else [model]
+    modules = (chunk.modules() for chunk in chunks if isinstance(chunk, torch.nn.Module))
+    return any(isinstance(one, LLaVAModel) for found in modules for one in found)
+
+
 def find_llavas(model) -> list[LLaVAModel]:
     """Those of all pipeline chunks."""
     return [find_llava(chunk) for chunk in (model if isinstance(model, list | tuple) else [model])]

@@ -1,4 +1,4 @@
-"""What a ``LLaVAModel`` asks of a row.
+"""What a model asks of a row: of a ``LLaVAModel``, read here.
 
 Written against ``LLaVAModel.__init__`` and ``_preprocess_data`` of Megatron-Core 0.12.3 to main.
 """
@@ -9,17 +9,10 @@ from megatron.core.models.multimodal.llava_model import LLaVAModel
 from ..context_parallel import alignment
 from ..errors import PackingError
 from ..spec import RowSpec
-from .find import find_llavas, hook_of
+from .config import captures_layers, fp8_align_of
+from .find import find_llavas, holds_llava, hook_of
+from .plain import plain_spec
 from .releases import release_of, why_not_ours
-
-try:
-    from megatron.core.fp4_utils import get_fp4_align_size
-except ImportError:  # before 0.16
-    get_fp4_align_size = None
-try:
-    from megatron.core.fp8_utils import get_fp8_align_size
-except ImportError:  # before 0.13
-    get_fp8_align_size = None
 
 
 def row_spec(model, max_sequences: int | None = None) -> RowSpec:
@@ -28,7 +21,8 @@ def row_spec(model, max_sequences: int | None = None) -> RowSpec:
     For a data path that makes layouts where it makes rows, on the CPU.
 
     Args:
-        model: a ``LLaVAModel``, any wrapper around one, or a list of pipeline chunks.
+        model: a ``LLaVAModel``, any wrapper around one, or a list of pipeline chunks; or a plain
+            model, a ``GPTModel`` or a VLM around one, whose processor expands ids.
         max_sequences: how many sequences attention gets of every row, where its layers are captured
             as CUDA graphs; as ``install`` takes it. By default what ``install`` was told.
 
@@ -37,8 +31,10 @@ def row_spec(model, max_sequences: int | None = None) -> RowSpec:
         ask for. Where its expansion is not replaced (see ``install``), what Megatron's own makes.
 
     Raises:
-        PackingError: no ``LLaVAModel`` in there, or a maximum that pipelines cannot use.
+        PackingError: no such model in there, or a maximum that pipelines cannot use.
     """
+    if not holds_llava(model):
+        return plain_spec(model, max_sequences)
     llavas = find_llavas(model)
     llava = next((llava for llava in llavas if llava.add_decoder), llavas[0])
     hook = hook_of(llava)
@@ -124,35 +120,3 @@ def _megatron_fixes_length(model) -> bool:
     communication that overlaps."""
     overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm
     return model._language_is_pipeline_parallel or overlaps
-
-
-def captures_layers(config) -> bool:
-    """Whether layers are captured as CUDA graphs one by one, which reject a changed int."""
-    implementation = getattr(config, "cuda_graph_impl", None) or "none"
-    if implementation == "none":
-        return any(
-            getattr(config, name, False) for name in ("enable_cuda_graph", "external_cuda_graph")
-        )
-    scope = getattr(config, "cuda_graph_scope", None) or ()
-    scope = scope if isinstance(scope, list | tuple) else [scope]
-    whole = any("full_iteration" in str(part) for part in (implementation, *scope))
-    return not whole
-
-
-def fp8_align_of(config) -> int:
-    """How many positions FP8 or FP4 matrix products want a multiple of, on each rank.
-
-    Source:
-        ``fp8_utils.get_fp8_align_size``, which does not know blockwise scaling (128), and
-        ``fp4_utils.get_fp4_align_size``, of Megatron-Core.
-    """
-    if getattr(config, "fp4", None):
-        return 128 if get_fp4_align_size is None else get_fp4_align_size(config.fp4_recipe)
-    if not getattr(config, "fp8", None):
-        return 1
-    recipe = str(getattr(config, "fp8_recipe", ""))
-    if recipe.endswith("blockwise"):
-        return 128
-    if get_fp8_align_size is None:
-        return 32 if recipe.endswith("mxfp8") else 16
-    return get_fp8_align_size(config.fp8_recipe)

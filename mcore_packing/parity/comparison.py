@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.rows import get_packer
+from ..data import get_packer
 from ..errors import PackingError
 from ..inputs import as_choice
 from ..layout import PackedLayout

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.rows import Row, check_members, get_packer, split
+from ..data import get_packer, split
+from ..data.rows import Row, check_members
 from ..errors import PackingError
 from ..layout import PackedLayout
 from ..reference import IGNORE_INDEX
@@ -34,8 +35,10 @@ class _Tokens(NamedTuple):
         return cls(*(column[~row.layout.padding_mask] for column in found))
 
     def in_row(self, row: Row, layout: PackedLayout, **changes) -> Row:
-        """The row with these tokens, laid out like that."""
+        """The row with these tokens, its first ones, laid out like that."""
         tokens = self
+        if layout is not row.layout:
+            changes = {"columns": {}, "positions": _positions(row, layout), **changes}
         if not layout.spec.expands:
             real = (~layout.padding_mask).nonzero().flatten()
             fills = layout.spec.pad_token_id, IGNORE_INDEX, 0
@@ -102,31 +105,39 @@ def one_by_one(row: Row, length: int | None = None) -> list[Row]:
 
 
 def _slice(row: Row, sequence: int, spec: RowSpec) -> Row:
-    """One sample of a row for a model that does not expand. Media are cut by entries (those of
-    ``images``) or by images (those of ``num_image_tiles``)."""
+    """One sample of a row for a model that does not expand."""
     begin, end = row.layout.cu_seqlens_collapsed[sequence : sequence + 2].tolist()
     tokens = _Tokens(*(column[begin:end] for column in _Tokens.of(row)))
     edges = row.layout.cu_seqlens_collapsed.new_tensor([0, end - begin])
-    first, last = _entries(row)[sequence]
-    ends = row.num_image_tiles.cumsum(0)
-    is_ours = (ends > first) & (ends <= last)
-    num_entries, num_images = len(row.images), is_ours.numel()
+    layout = PackedLayout.build(tokens.input_ids, edges, [], spec, space="collapsed")
+    spans = {name: _entries(row, name)[sequence] for name in row.media}
     return tokens.in_row(
         row,
-        PackedLayout.build(tokens.input_ids, edges, [], spec, space="collapsed"),
-        columns={},
-        media={
-            name: value[first:last] if len(value) == num_entries != num_images else value[is_ours]
-            for name, value in row.media.items()
-        },
+        layout,
+        positions=_positions(row, layout, begin),
+        media={name: row.media[name][i:j] for name, (i, j) in spans.items() if i < j},
         indices=row.indices[sequence : sequence + 1],
         members=row.members[sequence : sequence + 1],
+        num_trained=int((tokens.loss_mask > 0).sum()),
     )
 
 
-def _entries(row: Row) -> list[tuple[int, int]]:
-    """Where the images of each sample begin and end in ``row.images``."""
-    return list(pairwise(accumulate((member.tiles or 0 for member in row.members), initial=0)))
+def _entries(row: Row, name: str) -> list[tuple[int, int]]:
+    """Where what each sample has of a medium begins and ends in the row's."""
+    sizes = (member.media.get(name) for member in row.members)
+    sizes = (size if isinstance(size, int) else 0 for size in sizes)  # else of an empty tensor
+    return list(pairwise(accumulate(sizes, initial=0)))
+
+
+def _positions(row: Row, layout: PackedLayout, begin: int = 0) -> Tensor | None:
+    """What samples brought as position ids, from a token on, where another layout puts it."""
+    if row.positions is None:
+        return None
+    known = row.positions[..., ~row.layout.padding_mask]
+    positions = known.new_zeros((*known.shape[:-1], layout.num_expanded))
+    is_real = ~layout.padding_mask
+    positions[..., is_real] = known[..., begin : begin + int(is_real.sum())]
+    return positions
 
 
 def laid_out_anew(row: Row, cu_seqlens: Sequence[int], num_tokens: int | None = None) -> Row:
@@ -209,8 +220,8 @@ class Content:
         place = token - starts[self.sample]
         stays = can_change & (place % EVERY == EVERY // 2) & ~torch.isin(token, starts - 1)
         self.changes = can_change & ~stays
-        self.new_ids, self.new_images = self._new_ids(ids), self._new_images()
-        changes = self.changes | (is_image & (self.new_images is not row.images))
+        self.new_ids, self.new_media = self._new_ids(ids), self._new_media()
+        changes = self.changes | (is_image & bool(self.new_media))
         count = torch.nn.functional.pad(changes.cumsum(0), (1, 0))
         later = count[1:] > count[starts[self.sample]]
         real = int(layout.cu_seqlens_expanded[-1])
@@ -224,11 +235,12 @@ class Content:
         row, (ids, labels, mask) = self.row, _Tokens.of(self.row)
         ours = torch.isin(self.sample, torch.tensor(sorted(samples))) & self.changes
         ids = self.new_ids.where(ours, self.ids).to(ids.device)
-        images, entries = row.images.clone(), _entries(row)
-        for sample in samples:
-            first, last = entries[sample]
-            images[first:last] = self.new_images[first:last]
-        media = {**row.media, "images": images}
+        media = dict(row.media)
+        for name, new in self.new_media.items():
+            media[name], entries = media[name].clone(), _entries(row, name)
+            for sample in samples:
+                first, last = entries[sample]
+                media[name][first:last] = new[first:last]
         row = _Tokens(ids, labels, mask).in_row(row, row.layout, media=media)
         if not row.layout.spec.expands:  # nothing of its layout depends on its ids
             return row
@@ -242,12 +254,13 @@ class Content:
         steps = torch.randint(1, count, ids.shape, generator=generator)
         return self.pool[(torch.searchsorted(self.pool, ids) + steps) % count]
 
-    def _new_images(self) -> Tensor:
-        """Noise as bright and as rich in contrast as the images."""
-        images = self.row.images
-        if not images.is_floating_point() or not images.numel():
-            return images
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(SEED))
-        known = images.float()
-        spread = known.std(correction=0).clamp(min=0.1)
-        return (noise.to(images.device) * spread + known.mean()).to(images.dtype)
+    def _new_media(self) -> dict[str, Tensor]:
+        """Noise as bright and as rich in contrast as the images and videos."""
+        found = {}
+        for name, known in self.row.media.items():
+            if known.is_floating_point() and known.numel():
+                noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(SEED))
+                spread = known.float().std(correction=0).clamp(min=0.1)
+                new = noise.to(known.device) * spread + known.float().mean()
+                found[name] = new.to(known.dtype)
+        return found
