@@ -8,6 +8,7 @@ import logging
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+import mcore_packing as mp
 from mcore_packing.testing import bridge
 
 
@@ -27,6 +28,17 @@ def losses(model, samples: list[dict], boundaries=None) -> torch.Tensor:
     return model(input_ids=ids, labels=ids, packed_seq_params=params, **media)[0]
 
 
+@torch.no_grad()
+def difference_of_rows(model, samples: list[dict]) -> float:
+    """Of the trained losses of ``mp.data``'s row, and of a row of each sample."""
+    packer = mp.data.get_packer("concatenative", mp.row_spec(model), family="qwen2_5_vl")
+    row = packer.join(samples)
+    alone = [packer.join([sample]) for sample in samples]
+    losses = [model(**one.inputs())[0] * one.loss_mask[0] for one in (row, *alone)]
+    assert row.num_trained == sum(one.num_trained for one in alone) > 20
+    return (losses[0] - torch.cat(losses[1:])).abs().max().item()
+
+
 def main():
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -36,9 +48,11 @@ def main():
         alone = torch.cat([losses(model, [sample]) for sample in samples])
         packed = losses(model, samples)
         dropped = losses(model, samples, torch.tensor([0, len(packed)]))
+        rows = difference_of_rows(model, samples)
     result = {
         "difference": (packed - alone).abs().max().item(),
         "dropped": (dropped - alone).abs().max().item(),
+        "rows": rows,
         "images": sum("pixel_values" in sample for sample in samples),
     }
     print(json.dumps(result), flush=True)

@@ -236,7 +236,7 @@ def test_many_refused_samples_in_a_row_end_no_job(long_dataset):
 def test_a_missing_setting_ends_the_job(dataset):
     """It would skip every sample with an image."""
     without = encoder(spec=mp.RowSpec())
-    with pytest.raises(FatalSampleError, match=r"need spec\\.img_seq_len"):
+    with pytest.raises(FatalSampleError, match=r"need spec\.img_seq_len"):
         list(loader_of(dataset, mp.data.energon.SkipLog(), task_encoder=without))
 
 
