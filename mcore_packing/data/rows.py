@@ -290,9 +290,10 @@ def without_training(row: Row) -> Row:
     )
 
 
-def concatenate(samples: Sequence[dict]) -> dict:
+def concatenate(samples: Sequence[dict], image_token_id: int) -> dict:
     """The tensors of a collapsed row, for a data path that knows no layouts."""
-    contents = Contents.of(RowSpec(img_seq_len=1))  # any: nothing is laid out
+    spec = RowSpec(image_token_id=image_token_id, img_seq_len=1)  # any: nothing is laid out
+    contents = Contents.of(spec)
     tensors = join_tensors([read(sample, contents) for sample in samples], contents)
     names = ("input_ids", "labels", "loss_mask", "media", "columns")
     return {name: tensors[name] for name in names}
