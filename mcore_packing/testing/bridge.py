@@ -58,7 +58,9 @@ def environment(version: str) -> dict[str, str]:
     """
     folders = [BRIDGE.unpacked(version) / "src", MEGATRON.unpacked(MEGATRON_BESIDE[version])]
     path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    # Megatron leaves there which attention a model of this process asked for, and checks it.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def make_importable() -> None:
