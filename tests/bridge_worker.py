@@ -305,16 +305,16 @@ def main():
         dist.all_reduce(packed, group=parallel_state.get_context_parallel_group())
         example = sys.modules["bridge_nemotron_vl"]
         row = job.rows[0]
-        found = example.check(job.model, row)
+        isolation, verify = found = example.check(job.model, row)
         gradients = {name: p.main_grad.norm() for name, p in job.model.named_parameters()}
         result = {
             "packed": packed[0].item(),
             "num_trained": int(packed[1]),
             "samples_per_row": [len(row.indices) for row in job.rows],
             "seq_multiple": row.layout.spec.seq_multiple,
-            "is_right": [each.is_right for each in found],
+            "is_right": [isolation.is_right, verify.is_right],
             "says": [str(each) for each in found],
-            "by_rank": found[0].by_rank,
+            "by_rank": verify.by_rank,
             "refuses": refuses(),
             "without_gradient": [name for name, norm in gradients.items() if not norm > 0],
             "gradients": {name: gradients[name].item() for name in whole_parameters(job.model)},

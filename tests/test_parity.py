@@ -142,7 +142,8 @@ def test_the_placeholder_is_the_models():
         sample["input_ids"][sample["input_ids"] == 7] = 8
     for sample in others:
         sample["input_ids"][sample["input_ids"] == tiny.IMAGE_TOKEN_ID] = 7
-    assert 7 in parity.collate(others)["labels"]
+    with pytest.raises(mp.PlaceholderMismatch, match="0 placeholders"):
+        parity.collate(others)
     assert 7 not in parity.collate(others, 7)["labels"]
     found = []
     for image, of_model in ((tiny.IMAGE_TOKEN_ID, samples), (7, others)):
