@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, overload
 
 from torch.utils.data import IterableDataset
 
@@ -362,6 +362,12 @@ class Rows(Sequence):
 
     def __len__(self) -> int:
         return len(self.bins)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
 
     def __getitem__(self, index):
         if isinstance(index, slice):
