@@ -22,9 +22,7 @@ import mcore_packing as mp
 from mcore_packing.testing import tiny
 
 IMAGE, VOCAB, PER_IMAGE, PATCH, LONGEST = 9, 256, 4, 14, 512
-FAMILY = mp.media.register_family(
-    "patch_vlm", image_token_id=IMAGE, layout={"pixel_values": "image"}
-)
+FAMILY = mp.media.Family("patch_vlm", image_token_id=IMAGE, layout={"pixel_values": "image"})
 
 
 class PatchVLM(MegatronModule):

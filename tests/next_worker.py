@@ -67,7 +67,9 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     with cpu.megatron_on_cpu(context_parallel_size=sizes.cp, tensor_model_parallel_size=sizes.tp):
-        model = tiny.llava_model("rope", img_size=SIZE, sequence_parallel=sizes.tp > 1)
+        model = tiny.llava_model(
+            "rope", img_size=SIZE, sequence_parallel=sizes.tp > 1, per_token_loss=True
+        )
         tiles, calls = [], set()
         model.vision_model.register_forward_pre_hook(
             lambda module, args: tiles.append(len(args[0]))

@@ -151,7 +151,7 @@ def test_the_first_row():
     command = [sys.executable, "-W", "ignore", "examples/first_row.py"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert "6 of 6 samples in 1 rows" in done.stdout
-    assert done.stdout.strip().endswith("token_mult_prob_error 1.000000 on rank 0")
+    assert "packed against one by one: right, token_mult_prob_error 1.000000" in done.stdout
 
 
 def test_the_rows_of_qwen():

@@ -163,8 +163,8 @@ def as_one_sequence(row: Row) -> Row:
     return laid_out_anew(row, [0, int(row.layout.cu_seqlens_collapsed[-1])])
 
 
-def with_moved_boundaries(row: Row) -> Row | None:
-    """The row with every boundary between samples one token late, or else one early.
+def with_moved_boundaries(row: Row, step: int = 1) -> Row | None:
+    """The row with every boundary between samples late by so many tokens, or else early.
 
     Where padding then needs more room than there is, the row loses some text at its end.
 
@@ -176,9 +176,9 @@ def with_moved_boundaries(row: Row) -> Row | None:
     last_image = int(is_image.nonzero()[-1]) if bool(is_image.any()) else 0
     room = edges[-1] - max(edges[-2], last_image)  # of text behind the last image
     for cut in range(min(2 * row.layout.spec.seq_multiple, room)):
-        for step in (1, -1):
+        for moves in (step, -step):
             end = edges[-1] - cut
-            moved = [0, *(edge + step for edge in edges[1:-1]), end]
+            moved = [0, *(edge + moves for edge in edges[1:-1]), end]
             if all(a < b for a, b in pairwise(moved)):
                 try:
                     return laid_out_anew(row, moved, end)

@@ -7,6 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from ..context_parallel import chunks_of
 from ..data.rows import Row
 from ..errors import PackingError
 from ..inputs import refuse_old
@@ -188,8 +189,10 @@ def _prepare(model, row, forward) -> tuple[Job, _Rows]:
     alone = [with_all_labels(sample) for sample in one_by_one(row, length)]
     row, faulty = with_all_labels(row), {}
     if len(alone) > 1:
+        # By one token, but where nobody pads what ranks then divide.
+        step = 1 if row.layout.spec.seq_multiple > 1 else chunks_of(job.cp_size)
         faulty = {
-            "every boundary off by one token": with_moved_boundaries(row),
+            f"every boundary off by {step}": with_moved_boundaries(row, step),
             "no boundary at all": as_one_sequence(row),
         }
     return job, _Rows(row, alone, {name: row for name, row in faulty.items() if row is not None})
