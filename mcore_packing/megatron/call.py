@@ -75,9 +75,6 @@ def _begin(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "PackedC
     return BoundariesOnly(plan, model, spec, given, args, kwargs)
 
 
-_HALVES = (torch.float16, torch.bfloat16)
-
-
 class PackedCall:
     """One packed ``forward`` in progress, where the expansion is ours.
 
@@ -137,9 +134,7 @@ class PackedCall:
         self.withholds = self.replaces_expansion and plan.release.reads_boundaries
         blank = PackedSeqParams(qkv_format="thd")
         passed = blank if self.withholds else copy.copy(self.params)
-        passed.packed_call = (
-            self  # for a language model that is computed again in the backward pass
-        )
+        passed.packed_call = self  # a language model may be computed again, in the backward pass
         self._pass("packed_seq_params", passed)
 
     def lay_out(self, params, input_ids: Tensor, space: str | None) -> PackedLayout:
@@ -263,7 +258,8 @@ class PackedCall:
         if layout.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             self._assert_on_gpu(queued)
             return None
-        if mask is not None and mask.dtype in _HALVES and (queued or may_look(mask)):
+        is_half = mask is not None and mask.dtype in (torch.float16, torch.bfloat16)
+        if is_half and (queued or may_look(mask)):
             queued["rounded"] = ((mask != 0) & (mask != 1)).sum().reshape(1)
         self._queued = {name: len(words) for name, words in queued.items()}
         return read_later(torch.cat(list(queued.values()))) if queued else None
