@@ -491,10 +491,10 @@ def main() -> int:
             if args.state:
                 args.state.parent.mkdir(parents=True, exist_ok=True)
                 args.state.write_text(json.dumps({"next": first + done}))
-            rate = done / (time.monotonic() - began)
-            print(
-                f"\r{first + done - args.first:,} packs, none wrong ({rate:.0f} a second)", end=""
-            )
+            if done % (10 * CHUNK) == 0:
+                rate = done / (time.monotonic() - began)
+                so_far = first + done - args.first
+                print(f"\r{so_far:,} packs, none wrong ({rate:.0f} a second)", end="", flush=True)
     print()
     return 0
 

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from .laws import examples
+from .laws import IS_FULL, examples
 
 LAUNCHED = Counter()  # kernels that ran, by op: see test_kernels.py
 
@@ -56,10 +56,11 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "ci" in item.keywords and not IS_FULL:
+            item.add_marker(pytest.mark.skip(reason="runs where MCORE_PACKING_TESTS=full"))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 from mcore_packing.testing import bridge
 from mcore_packing.testing.sources import BRIDGE, SourcesMissing
 
+pytestmark = pytest.mark.ci
+
 TESTS = Path(__file__).parent
 VERSIONS = "0.6.0", "main"
 RECIPES = "src/megatron/bridge/recipes/nemotron_vl/nemotron_nano_v2_vl.py"

@@ -15,6 +15,8 @@ import pytest
 
 from mcore_packing.testing.sources import MEGATRON
 
+pytestmark = pytest.mark.ci
+
 WORKER = Path(__file__).parent / "next_worker.py"
 FILE = Path("megatron/core/models/multimodal/llava_model.py")
 
