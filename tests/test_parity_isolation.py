@@ -211,6 +211,7 @@ def test_checks_leave_nothing_behind():
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state) and model.language_model.count == count
     assert model._packing_hook.plan.seen is seen and not seen.in_evaluation
+    assert seen.compared == {True}
     for parameter, before in zip(model.parameters(), gradients, strict=True):
         assert (parameter.grad is None) == (before is None)
         assert before is None or torch.equal(parameter.grad, before)

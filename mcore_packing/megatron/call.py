@@ -52,7 +52,7 @@ def packed_call(plan: Plan, model: LLaVAModel, args: tuple, kwargs: dict) -> "Pa
             compare(None, model)  # so that nobody waits for this rank
         raise
     if call is not None:
-        plan.seen.compared.add(model.training)
+        plan.seen.compared |= {model.training}
         if compares:
             compare(fingerprint(call.layout, call.given.get("input_ids")), model)
     return call

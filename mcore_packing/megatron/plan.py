@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron.core import __version__ as mcore_version
 from megatron.core.models.multimodal.llava_model import LLaVAModel
@@ -36,7 +36,7 @@ class Seen:
     layout: PackedLayout | None = None
     params: PackedSeqParams | None = None
     input_ids: Tensor | None = None
-    compared: set[bool] = field(default_factory=set)
+    compared: frozenset[bool] = frozenset()
 
 
 class Plan:
