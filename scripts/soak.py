@@ -380,12 +380,21 @@ def check_hostile(seed: int) -> None:
         if "tensor" in row:
             tensor = layout.to_tensor()
             row["tensor"](tensor)
-            mp.PackedLayout.from_tensor(tensor)
+            if is_same(mp.PackedLayout.from_tensor(tensor), layout):
+                return  # it fell into a gap between two parts
     except mp.PackingError:
         return
     except Exception as error:
         raise Wrong(f"{name}: {type(error).__name__}: {error}, expected a PackingError") from error
     raise Wrong(f"{name}: no error")
+
+
+def is_same(one, other) -> bool:
+    """Whether two layouts are of one row."""
+    names = ("input_ids", "expanded_start", "cu_image_embeddings", "cu_seqlens_expanded")
+    names += ("cu_seqlens_padded", "cu_seqlens_collapsed", "position_ids", "padding_mask")
+    same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+    return same and one.spec == other.spec
 
 
 def _set(key: str, make):
