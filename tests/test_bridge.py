@@ -1,8 +1,6 @@
 """The guide for Megatron-Bridge and its example, run on Bridge's own models on a CPU."""
 
 import functools
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,8 @@ import pytest
 
 from mcore_packing.testing import bridge
 from mcore_packing.testing.sources import BRIDGE, SourcesMissing
+
+from . import processes
 
 pytestmark = pytest.mark.ci
 
@@ -34,14 +34,8 @@ def run(worker: str, version: str, *sizes: str) -> dict:
         environment = bridge.environment(version)
     except SourcesMissing as missing:
         pytest.skip(str(missing))
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2" if sizes else "1", str(TESTS / worker), *sizes]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0])
+    options = {"processes": 2 if sizes else 1, "env": environment, "timeout": 600}
+    return processes.result(TESTS / worker, *sizes, **options)
 
 
 CP1 = pytest.param("main", (), id="main-cp1")

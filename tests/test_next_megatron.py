@@ -4,16 +4,15 @@ Pull request 7315 of September 2026 gives ``LLaVAModel`` a fourth form, of which
 public. The hook must then move boundaries and leave the rest alone, say so once, and be right.
 """
 
-import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mcore_packing.testing.sources import MEGATRON
+
+from . import processes
 
 pytestmark = pytest.mark.ci
 
@@ -93,15 +92,8 @@ def changed_main(folder: Path, changes: dict[str, str]) -> str:
 
 def run(folder, changes, *sizes: str) -> dict:
     path = os.pathsep.join([changed_main(folder, changes), os.environ["PYTHONPATH"]])
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2" if sizes else "1", str(WORKER), *sizes]
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0])
+    environment, count = {**os.environ, "PYTHONPATH": path}, 2 if sizes else 1
+    return processes.result(WORKER, *sizes, processes=count, env=environment, timeout=600)
 
 
 ONE = pytest.param((), id="cp1")

@@ -1,8 +1,5 @@
 """Ranks that share a row, and were given different ones."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,18 +8,15 @@ import torch
 import mcore_packing as mp
 from mcore_packing.megatron.ranks import fingerprint
 
+from . import processes
+
 WORKER = Path(__file__).parent / "ranks_worker.py"
 
 
 @pytest.fixture(scope="module", params=["--cp", "--tp"])
 def told(request):
     """What each of two ranks was told, by case."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(WORKER), request.param, "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0])
+    return processes.result(WORKER, request.param, "2")
 
 
 def test_the_same_row(told):

@@ -1,8 +1,5 @@
 """Rows without an image, in a run whose other rows have some."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,9 @@ import torch
 import torch.distributed as dist
 
 import mcore_packing as mp
-from tests.models import RELEASE, SIZE, arguments, both_expansions, install, model_of
+
+from . import processes
+from .models import RELEASE, SIZE, arguments, both_expansions, install, model_of
 
 WORKER = Path(__file__).parent / "text_rows_worker.py"
 MEGATRONS_DUMMY = RELEASE.keeps_text_rows  # of the projector
@@ -44,13 +43,8 @@ def tiles_seen(model) -> list[int]:
     ],
 )
 def test_gradients_are_those_of_both_rows_in_one_process(wrap, frozen):
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(WORKER), wrap, *frozen]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
+    found = processes.result(WORKER, wrap, *frozen)
     dummy = 0 if MEGATRONS_DUMMY and wrap == "ddp" and frozen else 1
-    found = json.loads(lines[0])
     for steps in found.values():
         assert steps["worst"] < 1e-6 and steps["largest"] > 1e-3
     assert found["images first"]["encoded"] == [[7, 7, dummy, 7], [7, dummy, dummy, 7]]

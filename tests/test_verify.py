@@ -12,19 +12,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 import mcore_packing as mp
 from mcore_packing.testing import sources, tiny
 
+from . import processes
+
 WORKER = Path(__file__).parent / "verify_worker.py"
 BRIDGE_WORKER = WORKER.with_name("bridge_verify_worker.py")
 EXAMPLE = Path(__file__).parent.parent / "examples/verify_any_vlm.py"
 SIZE = 28
 PARTS = {"language_model", "vision_model", "vision_projection"}
-
-
-def in_processes(script: Path, *sizes: str) -> str:
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(script), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -38,7 +32,7 @@ def in_processes(script: Path, *sizes: str) -> str:
     ],
 )
 def test_checks_on_every_rank(sizes, ranks, copies):
-    (line,) = (x for x in in_processes(WORKER, *sizes).splitlines() if x.startswith("{"))
+    (line,) = (x for x in processes.run(WORKER, *sizes).splitlines() if x.startswith("{"))
     found = json.loads(line)
     assert found["verdicts"] == ["right", "right", "wrong", "wrong"] and found["all_agree"]
     assert sorted(found["by_rank"]) == list(ranks)
@@ -72,7 +66,7 @@ def test_checks_on_every_rank(sizes, ranks, copies):
     ],
 )
 def test_a_model_that_is_no_llava(sizes):
-    check_example(in_processes(EXAMPLE, *sizes))
+    check_example(processes.run(EXAMPLE, *sizes))
 
 
 def test_a_model_that_is_no_llava_in_one_process():
@@ -88,13 +82,10 @@ def test_qwen25_vl_of_bridge(tp):
     bridge = pytest.importorskip("mcore_packing.testing.bridge")
     if not sources.BRIDGE.has("main"):
         pytest.skip(f"no sources of Megatron-Bridge. {sources.BRIDGE.how}")
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", tp, str(BRIDGE_WORKER), "--tp", tp]
-    done = subprocess.run(
-        command, env=bridge.environment("main"), capture_output=True, text=True, timeout=600
+    options = {"processes": int(tp), "env": bridge.environment("main"), "timeout": 600}
+    right, dropped = processes.run(BRIDGE_WORKER, "--tp", tp, **options).split(
+        "without_boundaries\n"
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    right, dropped = done.stdout.split("without_boundaries\n")
     assert "isolation: right, bit by bit" in right and "one by one: right" in right
     assert "RIGHT: gradient of language_model" in right and "RIGHT: gradient of visual" in right
     assert "sequence 4 sees 0, 1, 2, 3 (" in dropped and "one by one: wrong" in dropped

@@ -58,12 +58,11 @@ def dummy_image(model: LLaVAModel, is_ours: bool) -> Tensor | None:
 
 def _is_waited_for(model: LLaVAModel, anchors_projector: bool) -> bool:
     parts = [model.vision_model, model.vision_projection]
-    if any(_is_sharded(part) for part in parts):
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    trained = parts[:1] if anchors_projector else parts
-    return any(weight.requires_grad for part in trained for weight in part.parameters())
+    if torch.is_grad_enabled():  # looked at first: the first weight mostly says it
+        trained = parts[:1] if anchors_projector else parts
+        if any(weight.requires_grad for part in trained for weight in part.parameters()):
+            return True
+    return any(_is_sharded(part) for part in parts)
 
 
 def _is_sharded(part: torch.nn.Module) -> bool:
