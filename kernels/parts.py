@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-HEADER_SIZE = tl.constexpr(24)
+HEADER_SIZE = tl.constexpr(28)
 STATUS_SIZE = tl.constexpr(12)
 
 

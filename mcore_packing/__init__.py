@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import vision
 from .context_parallel import alignment, cp_partition
 from .errors import AmbiguousTruncation, BoundarySpaceError, PackingError, PlaceholderMismatch
 from .expand import expand_column, expand_embeddings, expand_labels

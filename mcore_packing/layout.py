@@ -23,15 +23,16 @@ from .inputs import (
 from .reference import HEADER_SIZE, STATUS_SIZE, parts_of
 from .space import SPACES, Space
 from .spec import SPEC_FIELDS, RowSpec, as_spec, round_up
+from .vision import Shares
 
 # What the host knows of a layout: these and the fields of its spec are the header of its tensor.
 _FACTS = (
     "num_seqs", "num_collapsed", "num_images", "num_expanded", "num_image_embeddings", "max_seqlen",
-    "has_tail", "is_exact", "space", "num_cut",
+    "has_tail", "is_exact", "space", "num_cut", "num_tiles", "vision_cp_size",
 )  # fmt: skip
 _HEADER = ("version", "checksum", *_FACTS, *SPEC_FIELDS)
-_VERSION = 0x6C617933  # "lay3"
-_OLD_VERSIONS = {0x6C617932: "0.1"}
+_VERSION = 0x6C617934  # "lay4"
+_OLD_VERSIONS = {0x6C617932: "0.1", 0x6C617933: "0.2 before its release"}
 _NOT_SUMMED = 0x6E6F6E65  # "none": made on a GPU, where summing would wait
 
 NO_IMAGE = -(2**31)  # an id that no tokenizer has: no token is a placeholder
@@ -80,6 +81,8 @@ class PackedLayout:
         num_image_embeddings: the sum of ``tokens_per_image``, None where the host does not know it.
         num_cut: how many tokens fell off the end of the row, None where the host has not looked.
         has_tokens: False for the layout of a stage without tokens.
+        num_tiles: how many tiles the row has, None where they are not shared over ranks.
+        vision_cp_size: over how many ranks they are.
     """
 
     def __init__(
@@ -97,14 +100,19 @@ class PackedLayout:
         num_images: int | None = None,
         num_image_embeddings: int | None = None,
         num_cut: int | None = None,
+        num_tiles: int | None = None,
+        vision_cp_size: int | None = None,
     ):
         self.tensor, self.spec = tensor, spec
         self.num_seqs, self.num_expanded, self.max_seqlen = num_seqs, num_expanded, max_seqlen
         self.has_tail, self.is_exact, self.space = has_tail, is_exact, space
         self.num_collapsed, self.num_images = num_collapsed, num_images
         self.num_image_embeddings, self.num_cut = num_image_embeddings, num_cut
+        self.num_tiles, self.vision_cp_size = num_tiles, vision_cp_size
         self.has_tokens = num_collapsed is not None
-        self._parts = parts_of(num_seqs, num_collapsed, num_images or 0)
+        self._parts = parts_of(
+            num_seqs, num_collapsed, num_images or 0, num_tiles, vision_cp_size or 0
+        )
 
     @classmethod
     def build(
@@ -305,9 +313,34 @@ class PackedLayout:
     # Between devices and processes
 
     def _with(self, tensor: Tensor, **changes) -> "PackedLayout":
-        return PackedLayout(
+        layout = PackedLayout(
             tensor, self.spec, **{name: getattr(self, name) for name in _FACTS} | changes
         )
+        if layout.num_tiles is not None and "shares" in vars(self):
+            layout.shares = self.shares
+        return layout
+
+    def with_shares(self, shares: Shares) -> "PackedLayout":
+        """The same layout, which brings ``mp.vision.shares`` of its row along."""
+        end = parts_of(self.num_seqs, self.num_collapsed, self.num_images or 0)["end"][0]
+        num_tiles, cp_size = shares.num_tiles, shares.cp_size
+        parts = parts_of(self.num_seqs, self.num_collapsed, self.num_images, num_tiles, cp_size)
+        tensor = self.tensor.new_zeros(parts["end"][0])
+        tensor[:end] = self.tensor[:end]
+        for name, value in vars(shares).items():
+            tensor.narrow(0, *parts[name]).copy_(value.reshape(-1), non_blocking=True)
+        layout = self._with(tensor, num_tiles=num_tiles, vision_cp_size=cp_size)
+        layout.shares = shares
+        return layout
+
+    @cached_property
+    def shares(self) -> Shares | None:
+        """The tiles that each context-parallel rank encodes, on the CPU; None where nobody made
+        shares. The host knows them, unless somebody pickled a layout that was on a GPU."""
+        if self.num_tiles is None:
+            return None
+        counts = self._part("counts").cpu().view(self.vision_cp_size, self.vision_cp_size)
+        return Shares(self.encoder.cpu(), self.cu_tile_embeddings.cpu(), counts)
 
     def to(self, device, non_blocking: bool = False) -> "PackedLayout":
         """The same layout on another device: one copy, or itself where it is there already."""
@@ -351,8 +384,11 @@ class PackedLayout:
         layout = self if self.is_exact else self.exact_later()()
         if boundaries_only and layout.has_tokens:
             end = parts_of(layout.num_seqs)["end"][0]
-            nothing = dict.fromkeys(("num_collapsed", "num_images", "num_image_embeddings"))
-            layout = layout._with(layout.tensor[:end].clone(), **nothing, num_cut=None)
+            nothing = dict.fromkeys((
+                "num_collapsed", "num_images", "num_image_embeddings", "num_cut", "num_tiles",
+                "vision_cp_size",
+            ))  # fmt: skip
+            layout = layout._with(layout.tensor[:end].clone(), **nothing)
         used = layout.tensor.numel()
         if size is not None and used > size:
             raise PackingError(
@@ -376,19 +412,23 @@ class PackedLayout:
 
     @staticmethod
     def tensor_size(
-        num_seqs: int, num_tokens: int | None = None, num_images: int | None = None
+        num_seqs: int,
+        num_tokens: int | None = None,
+        num_images: int | None = None,
+        num_tiles: int | None = None,
+        cp_size: int = 1,
     ) -> int:
         """How many integers ``to_tensor`` needs for a row of at most so many sequences; tokens and
-        images count too, unless it gives boundaries only."""
-        return parts_of(num_seqs, num_tokens, num_images or 0)["end"][0]
+        images count too, unless it gives boundaries only; tiles, where it brings their shares."""
+        return parts_of(num_seqs, num_tokens, num_images or 0, num_tiles, cp_size)["end"][0]
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "PackedLayout":
         """The layout that ``to_tensor`` made a tensor of.
 
         Args:
-            tensor: integer ``[size]`` or ``[1, size]``, on any device. Reads its first entries, so
-                it synchronises once on a GPU.
+            tensor: integer ``[size]`` or ``[1, size]``, on any device. Reads it, so it synchronises
+                once on a GPU.
 
         Returns:
             The layout, on the device of ``tensor`` and made of its memory, where that is int32 and
@@ -404,7 +444,8 @@ class PackedLayout:
         if tensor.dim() != 1 or tensor.numel() < HEADER_SIZE + STATUS_SIZE:
             raise PackingError(f"the layout is {list(tensor.shape)}, expected that of to_tensor()")
         tensor = tensor.int().contiguous()
-        front = tensor[: HEADER_SIZE + STATUS_SIZE].tolist()
+        on_host = tensor.cpu()  # whole: the shares of the vision tower stand at its end
+        front = on_host[: HEADER_SIZE + STATUS_SIZE].tolist()
         words = dict(zip(_HEADER, front, strict=False))
         tensor = tensor[: _end_of(words, front[HEADER_SIZE:], tensor.numel())]
         checksum = words.pop("checksum")
@@ -415,7 +456,10 @@ class PackedLayout:
             facts[name] = bool(facts[name])
         facts["space"] = SPACES[words["space"]]
         spec = RowSpec.from_ints([words[name] for name in SPEC_FIELDS])
-        return cls(tensor if _is_aligned(tensor) else tensor.clone(), spec, **facts)
+        layout = cls(tensor if _is_aligned(tensor) else tensor.clone(), spec, **facts)
+        if layout.num_tiles is not None:
+            layout.shares = cls(on_host, spec, **facts).shares
+        return layout
 
     # What is wrong with a row
 
@@ -529,6 +573,16 @@ class PackedLayout:
     def cu_image_embeddings(self) -> Tensor | None:
         """int32 ``[N + 1]``, prefix sums of ``tokens_per_image``."""
         return self._part("cu_image_embeddings")
+
+    @cached_property
+    def encoder(self) -> Tensor | None:
+        """int32 ``[tiles]``, the context-parallel rank that encodes each; see ``shares``."""
+        return self._part("encoder")
+
+    @cached_property
+    def cu_tile_embeddings(self) -> Tensor | None:
+        """int32 ``[tiles + 1]``, prefix sums of what each tile becomes."""
+        return self._part("cu_tile_embeddings")
 
     # What is known of a row
 
@@ -697,13 +751,17 @@ def _end_of(words: dict[str, int], status: list[int], size: int) -> int:
         "is_exact": (1, 1),
         "space": (0, 1),
         "num_cut": (-1, size),
+        "num_tiles": (-1, size) if has_tokens else (-1, -1),
+        "vision_cp_size": (-1, size),
         "on_overflow": (0, 1),
         "expands": (0, 1),
     }
     is_whole = words["version"] == _VERSION and not any(status[:2])  # no fault
     if is_whole and all(low <= words[name] <= high for name, (low, high) in limits.items()):
         num_tokens = words["num_collapsed"] if has_tokens else None
-        end = parts_of(words["num_seqs"], num_tokens, max(words["num_images"], 0))["end"][0]
+        num_tiles, cp_size = _from_word(words["num_tiles"]), max(words["vision_cp_size"], 0)
+        sizes = words["num_seqs"], num_tokens, max(words["num_images"], 0), num_tiles, cp_size
+        end = parts_of(*sizes)["end"][0]
         if end <= size:
             return end
     raise PackingError(

@@ -25,13 +25,17 @@ PAD = -1
 FIRST_IMAGE = -2
 
 # A layout is one int32 tensor; in front stand the header, which its owner writes, and the status.
-HEADER_SIZE = 24
+HEADER_SIZE = 28
 STATUS_SIZE = 2 * len(Status._fields)
 
 
 @functools.lru_cache
 def parts_of(
-    num_seqs: int, num_tokens: int | None = None, num_images: int = 0
+    num_seqs: int,
+    num_tokens: int | None = None,
+    num_images: int = 0,
+    num_tiles: int | None = None,
+    cp_size: int = 0,
 ) -> dict[str, tuple[int, int]]:
     """Where each part of a layout's tensor begins, and how many int32 it holds.
 
@@ -42,6 +46,8 @@ def parts_of(
         num_seqs: ``B``.
         num_tokens: ``T``, None for boundaries only: the first parts of the same tensor.
         num_images: ``N``.
+        num_tiles: how many tiles the row has, None where they are not shared over ranks.
+        cp_size: over how many they are.
 
     Returns:
         ``{name: (begin, size)}``; "end" is where the tensor ends.
@@ -61,6 +67,12 @@ def parts_of(
             "expanded_start": num_tokens + 1,
             "image_start": num_images,
             "cu_image_embeddings": num_images + 1,
+        }
+    if num_tiles is not None:  # behind all that kernels read
+        sizes |= {
+            "encoder": num_tiles,
+            "cu_tile_embeddings": num_tiles + 1,
+            "counts": cp_size**2,
         }
     slots = {  # parts of about the same size take the same room, so that kernels find them easily
         "cu_seqlens_expanded": num_seqs + 2,

@@ -143,9 +143,10 @@ class Spy:
             yield
 
 
-def run(model):
+def run(model, vision_dp_over_cp: bool = False):
     """Loss of every micro-batch, the summed gradients, by Megatron's own schedule; and the spy."""
-    with mp.install(model, compare_ranks=False):  # which the first row alone would pay for
+    options = {"vision_dp_over_cp": vision_dp_over_cp, "compare_ranks": False}
+    with mp.install(model, **options):  # comparing is what the first row alone would pay for
         batches = rows(model)
         spy = Spy(model)
         with spy.watching():
@@ -235,7 +236,7 @@ def compare(path: Path, options) -> dict:
     with cpu.megatron_on_cpu(**sizes):
         model = build(options.positions, options.sp)
         names = load(model, reference["state"])
-        losses, gradients, spy = run(model)
+        losses, gradients, spy = run(model, options.vision_dp_over_cp)
         loss = 0.0
         if parallel_state.is_pipeline_last_stage():
             loss = relative(losses, reference["losses"])
@@ -272,6 +273,7 @@ def main() -> int:
     for size in ("cp", "tp", "pp"):
         parser.add_argument(f"--{size}", type=int, default=1)
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
+    parser.add_argument("--vision-dp-over-cp", action="store_true", help="share the vision tower")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     options = parser.parse_args()
     logging.disable(logging.WARNING)

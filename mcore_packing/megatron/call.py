@@ -27,6 +27,7 @@ from .plan import Plan
 from .ranks import compare, fingerprint, shares_rows
 from .releases import tokens_per_image
 from .spec import megatrons_spec, sequences_must_divide_by, stage_length
+from .vision import share_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class PackedCall:
         self.plan, self.model, self.spec, self.given = plan, model, spec, given
         self.args, self.kwargs = list(args), dict(kwargs)
         self.num_image_embeddings = None  # that the vision model gave
+        self.share = None  # of the vision tower, where it is shared over context-parallel ranks
         self.entered = False  # whether the language model got its boundaries
         self.cp_size = model.context_parallel_lm
         self.cp_rank = model.cp_group.rank() if self.cp_size > 1 else 0
@@ -121,6 +123,8 @@ class PackedCall:
             self.layout = stage_layout(params, *stage_length(model), spec, space)
         else:
             self.layout = self.lay_out(params, input_ids, space)
+            if self.shares_vision:
+                self.share_vision()
         self.params = megatron_params(self.layout, params, plan.wants_seq_idx)
         self._read = self._start_reading()
         seen = plan.seen
@@ -128,7 +132,8 @@ class PackedCall:
         seen.layout, seen.params, seen.input_ids = self.layout, params, input_ids
         if plan.restarts_positions and model.pre_process:
             self._pass("position_ids", self.layout.position_ids_collapsed[None])
-        if self.layout.has_tokens and not self.layout.num_images:
+        has_tiles = self.layout.num_images if self.share is None else self.share.tiles
+        if self.layout.has_tokens and not has_tiles:
             self._add_dummy_image()
         # Where forward itself would read the boundaries, it gets none.
         self.withholds = self.replaces_expansion and plan.release.reads_boundaries
@@ -150,6 +155,8 @@ class PackedCall:
             counts, known = riding.cu_image_embeddings.diff().long(), riding.num_image_embeddings
         else:
             counts, known = tokens_per_image(self.model, release, self.given)
+            if self.shares_vision and riding is not None:  # images may hold this rank's tiles only
+                known = riding.num_image_embeddings
         token = self.given.get("image_token_index")
         if counts.numel() == 0 and release is not None and release.keeps_text_rows:
             token = NO_IMAGE  # placeholders are text in such a row
@@ -158,6 +165,19 @@ class PackedCall:
         if space is None and riding is None:
             raise _nobody_said(input_ids, params, counts, spec)
         return laid_out(params, input_ids, counts, spec, space=space, num_image_embeddings=known)
+
+    @property
+    def shares_vision(self) -> bool:
+        """Whether ranks encode some of the row's tiles each."""
+        return self.replaces_expansion and self.plan.shares_vision
+
+    def share_vision(self) -> None:
+        """Hand ``forward`` the tiles of this rank."""
+        model, release = self.model, self.plan.release
+        self.layout, self.share, narrowed = share_of(model, release, self.layout, self.given)
+        self.given |= narrowed
+        for name, value in narrowed.items():
+            self._pass(name, value)
 
     def _pass(self, name: str, value) -> None:
         """Another value for an argument of ``forward``, where the caller had it."""
@@ -212,6 +232,8 @@ class PackedCall:
     def _fill(self, text: Tensor, images: Tensor | None, source: Tensor) -> Tensor:
         if images is not None and images.numel() == 0:
             images = None
+        if self.share is not None:
+            return self.share.fill(text, images, source)
         dummy, tiles = None, self.given.get("num_image_tiles")
         if images is not None and images.shape[1] == 1 and tiles is not None and not tiles.numel():
             dummy, images = images, None

@@ -29,13 +29,12 @@ def dummy_image(model: LLaVAModel, is_ours: bool) -> Tensor | None:
     Source:
         Megatron-Core's main keeps the projector in the graph by itself, but not the tower.
     """
-    anchors_projector = hasattr(model, "_build_zero_projection_anchor")
-    if not model.add_encoder or not _is_waited_for(model, anchors_projector):
+    if not model.add_encoder or not is_waited_for(model):
         return None
     tower = model.vision_model
     height, width = (getattr(tower, name, None) for name in ("img_h", "img_w"))
     is_marked = getattr(tower, "_is_fsdp_managed_module", False)
-    if not (is_ours or anchors_projector or is_marked):
+    if not (is_ours or _anchors_projector(model) or is_marked):
         way_out = (
             "Megatron's own expansion, the one of this call, takes a dummy image only where "
             "vision_model._is_fsdp_managed_module is True: set it"
@@ -56,10 +55,15 @@ def dummy_image(model: LLaVAModel, is_ours: bool) -> Tensor | None:
     return None
 
 
-def _is_waited_for(model: LLaVAModel, anchors_projector: bool) -> bool:
+def _anchors_projector(model: LLaVAModel) -> bool:
+    return hasattr(model, "_build_zero_projection_anchor")
+
+
+def is_waited_for(model: LLaVAModel) -> bool:
+    """Whether others wait for the vision model of a rank that has no tile."""
     parts = [model.vision_model, model.vision_projection]
     if torch.is_grad_enabled():  # looked at first: the first weight mostly says it
-        trained = parts[:1] if anchors_projector else parts
+        trained = parts[:1] if _anchors_projector(model) else parts
         if any(weight.requires_grad for part in trained for weight in part.parameters()):
             return True
     return any(_is_sharded(part) for part in parts)

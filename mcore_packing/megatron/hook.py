@@ -33,6 +33,7 @@ def install(
     on_missing: str = "raise",
     on_overflow: str = "raise",
     max_sequences: int | None = None,
+    vision_dp_over_cp: bool = False,
     compare_ranks: bool = True,
     **old: NoReturn,
 ) -> "Installation":
@@ -62,6 +63,9 @@ def install(
             tokens went.
         max_sequences: how many sequences attention gets of every row, the tail included, where
             layers are captured as CUDA graphs: boundaries of one length for all rows.
+        vision_dp_over_cp: share the vision tower over context-parallel ranks: every tile is encoded
+            once, mostly where it is used (``mp.vision.shares``). Without context parallelism it
+            does nothing.
         compare_ranks: the first packed call in training, and the first in evaluation, compare 16
             bytes over the tensor- and context-parallel ranks of a row: all were given the same one.
 
@@ -72,7 +76,8 @@ def install(
     Raises:
         PackingError: no ``LLaVAModel`` in there, installed twice, a ``forward`` without
             ``packed_seq_params``, a language model that drops its boundaries (hybrids before
-            Megatron-Core 0.16), or captured layers without ``max_sequences``.
+            Megatron-Core 0.16), captured layers without ``max_sequences``, or a vision tower that
+            cannot be shared: with tile tags, captured, or of an expansion that is left alone.
 
     Source:
         ``LLaVAModel.forward`` of Megatron-Core 0.12.3 to main.
@@ -87,7 +92,7 @@ def install(
         raise PackingError("the same LLaVAModel is in the list twice")
     if any(hook_of(llava) is not None for llava in models):
         raise PackingError("mcore_packing is installed on this model already; remove() it first")
-    options = space, on_missing, on_overflow, max_sequences, compare_ranks
+    options = space, on_missing, on_overflow, max_sequences, vision_dp_over_cp, compare_ranks
     plans = [Plan(llava, *options) for llava in models]
     for llava, plan in zip(models, plans, strict=True):
         if plan.why_kept is not None:

@@ -16,7 +16,7 @@ from ..inputs import as_choice
 from ..layout import PackedLayout
 from ..space import SPACES
 from ..spec import ON_OVERFLOW
-from .releases import release_of, why_not_ours
+from .releases import release_of, shares_by_itself, why_not_ours
 from .spec import captures_layers, spec_of
 
 
@@ -44,7 +44,8 @@ class Plan:
 
     Args:
         model: whose ``forward`` names ``packed_seq_params``.
-        space, on_missing, on_overflow, max_sequences, compare_ranks: as ``install`` takes them.
+        space, on_missing, on_overflow, max_sequences, vision_dp_over_cp, compare_ranks: as ``install``
+            takes them.
 
     Attributes:
         spec: what the model asks of a row.
@@ -52,6 +53,7 @@ class Plan:
         release: the Megatron-Core release whose expansion the model has, None if no known one.
         why_kept: why the model's own expansion is not replaced, None where it is.
         replaces_expansion: whether it is: Megatron's own, of a known release.
+        shares_vision: whether the vision tower of this stage is shared over context-parallel ranks.
         parameters: the names of ``forward``'s positional parameters, in order.
         preprocess_parameters: likewise of ``_preprocess_data``.
         restarts_positions: whether position ids are looked up, so that they have to restart.
@@ -67,6 +69,7 @@ class Plan:
         on_missing: str,
         on_overflow: str,
         max_sequences: int | None,
+        vision_dp_over_cp: bool,
         compare_ranks: bool,
     ):
         self.space = space if space is None else as_choice(space, "space", SPACES)
@@ -96,6 +99,7 @@ class Plan:
         self.release = release_of(type(model))
         self.why_kept = why_not_ours(model)
         self.replaces_expansion = self.why_kept is None
+        self.shares_vision = vision_dp_over_cp and _may_share(model, self.why_kept)
         self.spec = spec_of(model, max_sequences, self.replaces_expansion)
         self.spec_of_calls = dataclasses.replace(self.spec, on_overflow=on_overflow)
         self.restarts_positions = (
@@ -105,6 +109,23 @@ class Plan:
         self.masks_padding = wants_padding_mask(language_model)
         self.unpacked = threading.local()
         self.seen = Seen()
+
+
+def _may_share(model: LLaVAModel, why_kept: str | None) -> bool:
+    """Whether this stage has a vision tower that context-parallel ranks can share.
+
+    Raises:
+        PackingError: it has one, and they cannot.
+    """
+    if model.context_parallel_lm == 1 or not (model.add_encoder and model.pre_process):
+        return False
+    if shares_by_itself(model):
+        return False
+    if why_kept is None and captures_layers(model.vision_model.config):
+        why_kept = "layers of the vision tower are captured as CUDA graphs"
+    if why_kept is not None:
+        raise PackingError(f"vision_dp_over_cp=True cannot be: {why_kept}")
+    return True
 
 
 def _positional(function) -> tuple[str, ...]:

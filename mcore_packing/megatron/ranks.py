@@ -24,11 +24,13 @@ def shares_rows() -> bool:
 
 
 def fingerprint(layout: PackedLayout, input_ids: Tensor | None) -> Tensor:
-    """int64 ``[2]``, never 0: of the ids, the boundaries and the counts of a row; on a stage
-    without tokens, of its boundaries."""
+    """int64 ``[2]``, never 0: of the ids, the boundaries, the counts and the shares of a row; on a
+    stage without tokens, of its boundaries."""
     parts = [layout.cu_seqlens_expanded, layout.cu_seqlens_padded]
     if input_ids is not None:
         parts += [input_ids.reshape(-1), layout.cu_image_embeddings]
+    if layout.encoder is not None:
+        parts.append(layout.encoder)
     values = torch.cat([part.long() for part in parts])
     places = torch.arange(1, len(values) + 1, device=values.device)
     mixed = (values + 1) * (places * _PRIME ^ (places >> 7))

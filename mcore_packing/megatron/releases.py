@@ -162,6 +162,16 @@ def tokens_per_image(
     return num_image_tiles.long() * model.img_seq_len, known
 
 
+def tokens_per_tile(model: LLaVAModel, release: Release, given: Mapping[str, Any]) -> Tensor | None:
+    """What each tile of a call becomes, ``[tiles]`` on the CPU, where tiles have sizes of their
+    own; None where all become ``img_seq_len``."""
+    sizes = given.get("imgs_sizes")
+    if sizes is None:
+        return None
+    dynamic = release.dynamic_tokens(model, given, torch.ones(len(sizes), dtype=torch.long))
+    return None if dynamic is None else dynamic[0].cpu()
+
+
 def why_not_ours(model: LLaVAModel) -> str | None:
     """Why the expansion of a model may not be replaced: it has to be Megatron's own, of a known
     release. None where it may."""
@@ -184,9 +194,14 @@ def why_not_ours(model: LLaVAModel) -> str | None:
             f"{release.boundary_uses} are known (as in {release.name}): it may weigh the loss by "
             "them, say"
         )
-    if model.context_parallel_lm > 1 and getattr(model, _SHARES_BY_ITSELF, False):
+    if shares_by_itself(model):
         return f"this {kind} shares its vision model over context-parallel ranks by itself"
     return None
+
+
+def shares_by_itself(model: LLaVAModel) -> bool:
+    """Whether Megatron shares the vision model over context-parallel ranks."""
+    return model.context_parallel_lm > 1 and getattr(model, _SHARES_BY_ITSELF, False)
 
 
 def _boundary_uses() -> int:
