@@ -64,6 +64,7 @@ __all__ = [
     "expand_labels",
     "find_space",
     "remap_cu_seqlens",
+    "vision",
     *_LAZY,
 ]
 

@@ -19,10 +19,10 @@ ROOT = Path(mp.__file__).parent
 ROOMS = [
     "cli", "plot", "parity", "testing", "data", "media",
     "megatron.hook", "megatron.call", "megatron.plan", "megatron.cpu", "megatron.attention",
-    "megatron.vision", "megatron.dummy", "megatron.ranks", "megatron.params", "megatron.spec", "megatron.plain",
-    "megatron.config", "megatron.releases", "megatron.find",
-    "expand", "layout", "vision", "space", "spec", "context_parallel", "ops", "copies", "reference", "inputs",
-    "errors",
+    "megatron.vision", "megatron.dummy", "megatron.ranks", "megatron.params", "megatron.spec",
+    "megatron.plain", "megatron.config", "megatron.releases", "megatron.find",
+    "expand", "layout", "vision", "space", "spec", "context_parallel", "ops", "copies",
+    "reference", "inputs", "errors",
 ]  # fmt: skip
 # Imported inside a function, because what they need may be missing, or is not wanted: {room: what}.
 LATE = {

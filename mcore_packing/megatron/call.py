@@ -123,7 +123,7 @@ class PackedCall:
             self.layout = stage_layout(params, *stage_length(model), spec, space)
         else:
             self.layout = self.lay_out(params, input_ids, space)
-            if self.shares_vision:
+            if self.replaces_expansion and plan.shares_vision:
                 self.share_vision()
         self.params = megatron_params(self.layout, params, plan.wants_seq_idx)
         self._read = self._start_reading()
@@ -155,8 +155,8 @@ class PackedCall:
             counts, known = riding.cu_image_embeddings.diff().long(), riding.num_image_embeddings
         else:
             counts, known = tokens_per_image(self.model, release, self.given)
-            if self.shares_vision and riding is not None:  # images may hold this rank's tiles only
-                known = riding.num_image_embeddings
+            if riding is not None and self.replaces_expansion and self.plan.shares_vision:
+                known = riding.num_image_embeddings  # images may hold this rank's tiles only
         token = self.given.get("image_token_index")
         if counts.numel() == 0 and release is not None and release.keeps_text_rows:
             token = NO_IMAGE  # placeholders are text in such a row
@@ -165,11 +165,6 @@ class PackedCall:
         if space is None and riding is None:
             raise _nobody_said(input_ids, params, counts, spec)
         return laid_out(params, input_ids, counts, spec, space=space, num_image_embeddings=known)
-
-    @property
-    def shares_vision(self) -> bool:
-        """Whether ranks encode some of the row's tiles each."""
-        return self.replaces_expansion and self.plan.shares_vision
 
     def share_vision(self) -> None:
         """Hand ``forward`` the tiles of this rank."""

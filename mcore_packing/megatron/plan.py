@@ -44,8 +44,8 @@ class Plan:
 
     Args:
         model: whose ``forward`` names ``packed_seq_params``.
-        space, on_missing, on_overflow, max_sequences, vision_dp_over_cp, compare_ranks: as ``install``
-            takes them.
+        space, on_missing, on_overflow, max_sequences, vision_dp_over_cp, compare_ranks: as
+            ``install`` takes them.
 
     Attributes:
         spec: what the model asks of a row.

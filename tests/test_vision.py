@@ -1,0 +1,190 @@
+"""The vision tower shared over context-parallel ranks: shares, what travels, and whole models."""
+
+import pickle
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+import mcore_packing as mp
+from mcore_packing.expand import expand_tokens
+from mcore_packing.megatron.vision import routes
+from mcore_packing.reference import FIRST_IMAGE, PAD
+
+from . import processes
+from .laws import examples
+from .packs import build, make_row, structures
+
+WORKER = Path(__file__).parent / "vision_worker.py"
+CP_SIZES = (2, 4, 8)
+
+
+def make_layout(structure, cp_size, **options):
+    row = make_row(structure, tokens_per_tile=5)
+    multiple = 2 * cp_size if cp_size > 1 else 1
+    return row, build(row, **{"seq_multiple": multiple, "cp_size": cp_size, **options})
+
+
+def needs(layout, row, cp_size):
+    """By looking at every position: how many embeddings of each tile every rank needs."""
+    need = torch.zeros(int(row.num_image_tiles.sum()), cp_size, dtype=torch.int32)
+    for rank in range(cp_size):
+        for source in expand_tokens(layout, cp_size=cp_size, cp_rank=rank).source.tolist():
+            if source < PAD:
+                need[(FIRST_IMAGE - source) // 5, rank] += 1
+    return need
+
+
+@given(structures(), st.sampled_from(CP_SIZES), st.data())
+@examples(400)
+def test_shares_are_balanced_and_count_what_travels(structure, cp_size, data):
+    row, layout = make_layout(structure, cp_size)
+    num_tiles = int(row.num_image_tiles.sum())
+    costs = st.lists(st.integers(1, 50), min_size=num_tiles, max_size=num_tiles)
+    cost = data.draw(st.none() | costs)
+    shares = mp.vision.shares(layout, row.num_image_tiles, cp_size, cost)
+    assert shares.encoder.shape == (num_tiles,) and shares.counts.shape == (cp_size, cp_size)
+    cost = torch.ones(num_tiles) if cost is None else torch.tensor(cost).float()
+    loads = torch.zeros(cp_size).index_add(0, shares.encoder, cost)
+    assert loads.max() - loads.min() <= cost.max() if num_tiles else True
+    expected = torch.zeros(cp_size, cp_size, dtype=torch.int32)
+    need = needs(layout, row, cp_size)
+    assert torch.equal(shares.counts, expected.index_add(0, shares.encoder, need))
+    of_ranks = [shares.tiles_of(rank) for rank in range(cp_size)]
+    assert sorted(tile for tiles in of_ranks for tile in tiles) == list(range(num_tiles))
+    made = sum(shares.num_embeddings_of(rank) for rank in range(cp_size))
+    assert made == row.num_image_embeddings
+
+
+@given(structures(max_tokens=20), st.sampled_from(CP_SIZES))
+@examples(200)
+def test_a_row_that_is_cut_asks_for_less(structure, cp_size):
+    limit = 2 * cp_size * (3 + len(structure))
+    row, layout = make_layout(structure, cp_size, max_length=limit, on_overflow="truncate")
+    shares = mp.vision.shares(layout, row.num_image_tiles, cp_size)
+    assert int(shares.counts.sum()) == int(needs(layout, row, cp_size).sum())
+
+
+@pytest.mark.parametrize(
+    "structure, encoder",
+    [
+        # One sequence, a tile a chunk: every tile is where it is used, the ends with rank 0.
+        ([[4]], [0, 1, 1, 0]),
+        # Short sequences in which all ranks need as much: ties go to the lowest rank.
+        ([[1], [1], [1]], [0, 1, 0]),
+    ],
+    ids=["where-it-is-used", "ties"],
+)
+def test_who_encodes_what(structure, encoder):
+    row = make_row(structure, tokens_per_tile=4)
+    layout = build(row, seq_multiple=4, cp_size=2)
+    assert mp.vision.shares(layout, row.num_image_tiles, 2).encoder.tolist() == encoder
+
+
+def test_most_of_a_long_document_stays():
+    row, layout = make_layout([[1, 0] * 200], 8)
+    counts = mp.vision.shares(layout, row.num_image_tiles, 8).counts
+    assert counts.diagonal().sum() > 0.97 * counts.sum()
+
+
+def test_tiles_of_unlike_sizes():
+    _, layout = make_layout([[2, 0, 1]], 2)
+    shares = mp.vision.shares(layout, [2, 1], 2, embeddings_per_tile=[7, 3, 5])
+    assert shares.cu_tile_embeddings.tolist() == [0, 7, 10, 15]
+    assert int(shares.counts.sum()) == 15
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([2, 1], 2, [1.0]), r"cost is \[1\], expected \[3\]"),
+        (([2, 1], 2, [1.0, -1.0, 1.0]), r"expected \[3\], none below 0"),
+        (([2], 2), "tiles_per_image has 1 entries, expected one of at least 1 for each of 2"),
+        (([3, 1], 2), "image 0: 10 embeddings are not 3 equal tiles"),
+        (([2, 1], 3), "cp_size 3 needs every sequence to be a multiple of 6"),
+        (([2, 1], 0), "cp_size is 0, expected a positive int"),
+    ],
+)
+def test_shares_that_cannot_be(arguments, message):
+    _, layout = make_layout([[2, 0, 1]], 2)
+    with pytest.raises(mp.PackingError, match=message):
+        mp.vision.shares(layout, *arguments)
+    with pytest.raises(mp.PackingError, match="embeddings_per_tile does not say"):
+        mp.vision.shares(layout, [2, 1], 2, embeddings_per_tile=[7, 2, 5])
+
+
+def same(first, second):
+    return all(torch.equal(value, vars(second)[name]) for name, value in vars(first).items())
+
+
+def test_shares_follow_the_layout():
+    row, layout = make_layout([[2, 0, 1], [0, 3]], 2)
+    shares = mp.vision.shares(layout, row.num_image_tiles, 2)
+    brings = layout.with_shares(shares)
+    assert layout.shares is None and same(brings.shares, shares)
+    assert torch.equal(brings.encoder, shares.encoder)
+    assert torch.equal(brings.tensor[: len(layout.tensor) - 1], layout.tensor[:-1])
+    size = mp.PackedLayout.tensor_size(3, 20, 9, 30, 2)
+    for sent in (brings.to_tensor(), brings.to_tensor(size), brings.to_tensor().long()):
+        assert same(mp.PackedLayout.from_tensor(sent).shares, shares)
+    assert same(pickle.loads(pickle.dumps(brings)).shares, shares)
+    stage = mp.PackedLayout.from_tensor(brings.to_tensor(boundaries_only=True))
+    assert stage.shares is None and not stage.has_tokens
+    assert mp.PackedLayout.from_tensor(layout.to_tensor()).shares is None
+
+
+@given(structures(), st.sampled_from(CP_SIZES))
+@examples(200)
+def test_what_travels_fills_every_rank(structure, cp_size):
+    row, layout = make_layout(structure, cp_size)
+    if not layout.num_images:
+        return
+    layout = layout.with_shares(mp.vision.shares(layout, row.num_image_tiles, cp_size))
+    parts = layout.shares
+    sources = [expand_tokens(layout, None, None, cp_size, r).source for r in range(cp_size)]
+    ways = [routes(layout, parts, sources[r], r) for r in range(cp_size)]
+    own = [row.images[:, parts.tiles_of(r)].transpose(0, 1).flatten(0, 1) for r in range(cp_size)]
+    sent = []
+    for rank, way in enumerate(ways):
+        sizes = parts.counts[rank].clone()
+        sizes[rank] = 0
+        sent.append(own[rank][way.sent].split(sizes.tolist()))
+    for rank, way in enumerate(ways):
+        images = row.images[:, parts.tiles_of(rank)]
+        filled = torch.ops.mcore_packing.expand_embeddings(row.text, images, way.source)
+        filled[way.arrives] = torch.cat([vectors[rank] for vectors in sent])
+        expected = mp.expand_embeddings(layout, row.text, row.images, cp_size=cp_size, cp_rank=rank)
+        assert torch.equal(filled, expected)
+        stays = way.image_position >= 0
+        assert torch.equal(filled[way.image_position[stays].long()], own[rank][stays])
+
+
+# Whole models, in processes
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.ci)])
+def found(request):
+    """What a job of so many context-parallel ranks found, by case."""
+    return processes.result(WORKER, processes=request.param)
+
+
+def test_losses_and_gradients_are_those_of_one_process(found):
+    for name, case in found["cases"].items():
+        assert case["loss"] < 1e-9 and case["gradient"] < 1e-9, name
+
+
+def test_every_rank_encodes_its_share_only(found):
+    for name, case in found["cases"].items():
+        assert case["encoded"] == case["shares"], name
+        assert max(case["encoded"]) - min(case["encoded"]) <= 3, name
+
+
+def test_what_is_on_the_wire_is_what_the_shares_said(found):
+    for name, case in found["cases"].items():
+        assert case["sent"] == case["predicted"], name
+
+
+def test_ranks_with_other_shares_are_told(found):
+    assert "was given another row than rank 0" in found["told"]

@@ -1,0 +1,209 @@
+"""Context-parallel ranks that share the vision tower of a LLaVAModel; test_vision.py starts them.
+
+Losses and gradients of each case are compared with those of one process, in fp64. Rank 0 prints
+the worst of all ranks, what they encoded, and what they sent.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import warnings
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+
+import mcore_packing as mp
+from mcore_packing import cpu, parity
+from mcore_packing.megatron.hook import hook_of
+from mcore_packing.testing import tiny
+
+SIZE = 28  # pixels: 5 positions a tile, 4 without the class token
+RECOMPUTES = {"recompute_granularity": "full", "recompute_method": "uniform"}
+RECOMPUTES |= {"recompute_num_layers": 1}
+
+
+def text_sample(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(1, 500, (length,), generator=generator), "images": None}
+
+
+def one_tile():
+    return [tiny.samples(1, img_size=SIZE, dtype=torch.float64)[0], text_sample(30, 1)]
+
+
+CASES = {
+    # name: (seeds and samples of the rows, options of the model, what is frozen, how rows come)
+    "packs": ([(6, 0), (3, 1), (5, 2)], {}, (), "shares"),
+    "no shares": ([(5, 3)], {}, (), "layouts"),
+    "no layouts": ([(5, 3)], {}, (), "collapsed"),
+    "one tile": ([one_tile], {}, (), "shares"),
+    "text row": ([lambda: [text_sample(40, 2), text_sample(9, 3)], (4, 1)], {}, (), "shares"),
+    "frozen tower": ([(4, 4)], {}, ("vision_model",), "shares"),
+    "frozen projector": ([(4, 4)], {}, ("vision_projection",), "shares"),
+    "frozen both, one tile": ([one_tile], {}, ("vision_model", "vision_projection"), "shares"),
+    "recomputed": (
+        [(4, 5)],
+        {"language": RECOMPUTES, "vision": RECOMPUTES, "per_token_loss": True},
+        (),
+        "shares",
+    ),
+    "no class tokens": ([(4, 6)], {"drop_vision_class_token": True}, (), "shares"),
+    "pixel shuffle": (
+        [(4, 6)],
+        {"drop_vision_class_token": True, "pixel_shuffle": True},
+        (),
+        "shares",
+    ),
+}
+
+
+def samples_of(row):
+    if callable(row):
+        return row()
+    count, seed = row
+    return tiny.samples(count, img_size=SIZE, dtype=torch.float64, seed=seed)
+
+
+def build(options, frozen):
+    model = tiny.llava_model("rope", img_size=SIZE, **{"per_token_loss": True, **options}).double()
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    return model
+
+
+def arguments(model, samples, how, cp_size):
+    """Of ``forward``."""
+    row = parity.collate(samples)
+    given = {name: row[name] for name in NAMES} | {"attention_mask": None}
+    counts = row["num_image_tiles"] * model.img_seq_len
+    layout = mp.PackedLayout.build(
+        row["input_ids"], row["cu_seqlens"], counts, mp.row_spec(model), space="collapsed"
+    )
+    if how == "collapsed":
+        edges, longest = row["cu_seqlens"], row["max_seqlen"]
+        params = PackedSeqParams("thd", edges, edges, None, None, longest, longest)
+        return given | {"packed_seq_params": params}
+    if how == "shares" and cp_size > 1 and layout.num_images:
+        layout = layout.with_shares(mp.vision.shares(layout, row["num_image_tiles"], cp_size))
+    return given | {"packed_seq_params": mp.packed_seq_params(layout)}
+
+
+NAMES = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
+
+
+def step(model, case, cp_size):
+    """Losses of its rows, summed gradients; the layouts seen."""
+    rows, _, _, how = CASES[case]
+    losses, layouts = [], []
+    for row in rows:
+        loss, mask = model(**arguments(model, samples_of(row), how, cp_size))
+        total = (loss.double() * mask).sum()
+        total.backward()
+        losses.append(total.detach())
+        layouts.append(hook_of(model).plan.seen.layout)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return torch.stack(losses), gradients, layouts
+
+
+@contextlib.contextmanager
+def counted(model, wire, tiles):
+    """Counts embeddings that are sent to others, and the tiles that go through the tower."""
+    exchange = dist.all_to_all_single
+
+    def counting(received, sent, gets, sends, **options):
+        assert len(sent) == sum(sends) and len(received) == sum(gets)
+        wire.append(sends)
+        return exchange(received, sent, gets, sends, **options)
+
+    hook = model.vision_model.register_forward_pre_hook(
+        lambda module, args: tiles.append(len(args[0]) if args[0].any() else 0)
+    )
+    with patch.object(dist, "all_to_all_single", counting):
+        yield
+    hook.remove()
+
+
+def run(case, expected, cp_size, rank):
+    """One case on this rank."""
+    _, options, frozen, _ = CASES[case]
+    model, wire, tiles = build(options, frozen), [], []
+    space = "collapsed" if CASES[case][3] == "collapsed" else None
+    with mp.install(model, space, vision_dp_over_cp=True), counted(model, wire, tiles):
+        losses, gradients, layouts = step(model, case, cp_size)
+    dist.all_reduce(losses)
+    worst = 0.0
+    for name, gradient in gradients.items():
+        assert gradient is not None, name  # DDP would wait for it
+        wanted = expected[case][1][name]
+        dist.all_reduce(gradient)
+        worst = max(worst, float((gradient - wanted).abs().max() / (wanted.abs().max() + 1e-12)))
+    shares = [layout.shares for layout in layouts]
+    predicted = []
+    for one in shares:
+        if one is not None:
+            counts = one.counts.clone().fill_diagonal_(0)
+            predicted.append(counts[rank].tolist())
+            if set(frozen) < {"vision_model", "vision_projection"}:
+                predicted.append(counts[:, rank].tolist())
+    return {
+        "loss": float(((losses - expected[case][0]) / expected[case][0]).abs().max()),
+        "gradient": worst,
+        "encoded": sum(tiles),
+        "shares": sum(len(one.tiles_of(rank)) for one in shares if one is not None),
+        "sent": wire,
+        "predicted": predicted,
+    }
+
+
+def told_of_other_shares(rank):
+    """What each rank is told where rank 1 has other shares of the same row."""
+    model = build({}, ())
+    given = arguments(model, samples_of((4, 1)), "shares", dist.get_world_size())
+    if rank == 1:
+        layout = given["packed_seq_params"].layout
+        shares = dataclasses.replace(layout.shares, encoder=layout.shares.encoder.flip(0))
+        given["packed_seq_params"] = mp.packed_seq_params(layout.with_shares(shares))
+    with mp.install(model, vision_dp_over_cp=True):
+        try:
+            model(**given)
+        except mp.PackingError as error:
+            return str(error)
+    return "nothing"
+
+
+def main():
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, cp_size = dist.get_rank(), dist.get_world_size()
+    expected = {}
+    with cpu.megatron_on_cpu():
+        for case, (_, options, frozen, how) in CASES.items():
+            model = build(options, frozen)
+            with mp.install(model, "collapsed" if how == "collapsed" else None):
+                expected[case] = step(model, case, 1)
+    with cpu.megatron_on_cpu(context_parallel_size=cp_size):
+        mine = {case: run(case, expected, cp_size, rank) for case in CASES}
+        told = told_of_other_shares(rank)
+    everyones = [None] * cp_size
+    dist.all_gather_object(everyones, mine)
+    if rank == 0:
+        found = {
+            case: {
+                name: max(one[case][name] for one in everyones)
+                if name in ("loss", "gradient")
+                else [one[case][name] for one in everyones]
+                for name in mine[case]
+            }
+            for case in CASES
+        }
+        print(json.dumps({"cases": found, "told": told}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
