@@ -19,6 +19,7 @@ SIZE = 28  # pixels: a tile becomes 5 positions
 POSITIONS = ("learned_absolute", "rope")
 OLD = tuple(map(int, mcore_version.split(".")[:2])) < (0, 16)
 RELEASE = release_of()
+PACKS_VISION = RELEASE.name == "0.18 and 0.19"  # its vision tower gets boundaries from the caller
 
 
 class OwnExpansion(LLaVAModel):
@@ -86,3 +87,55 @@ def reached(model, given) -> dict:
     finally:
         stop.remove()
     raise AssertionError("the language model was not reached")
+
+
+# Images in their own resolution
+
+SIZES = [[(56, 84), (28, 28)], [(28, 28), (56, 28)], [(84, 28)]]
+PLACES = ([2], [0, 3], [11])
+
+
+def radio(**options):
+    options = {"drop_vision_class_token": True, **options}
+    model = model_of("rope", vision_model_type="radio", dynamic_resolution=True, **options)
+    return model.eval()  # in training, RADIO moves its positions at random
+
+
+def resolution_samples(tiles):
+    """``(input_ids, patches, sizes, tiles)`` of three samples."""
+    samples = []
+    for sample, (at, count) in enumerate(zip(PLACES, tiles, strict=True)):
+        ids = torch.randint(1, 500, (12,), generator=torch.Generator().manual_seed(sample))
+        ids[at] = tiny.IMAGE_TOKEN_ID
+        sizes = SIZES[sample][: sum(count)]
+        patches = sum(height * width for height, width in sizes) // 14**2
+        samples.append((ids, torch.randn(patches, 3 * 14**2), sizes, count))
+    return samples
+
+
+def resolution_row(samples, cu_seqlens=None):
+    """Keyword arguments of ``forward``."""
+    ids, patches = (torch.cat([sample[i] for sample in samples]) for i in (0, 1))
+    labels = torch.cat([torch.cat([sample[0][1:], sample[0].new_ones(1)]) for sample in samples])
+    sizes = torch.tensor([size for sample in samples for size in sample[2]])
+    given = {
+        "images": patches[None],
+        "input_ids": ids[None],
+        "position_ids": torch.arange(ids.numel())[None],
+        "attention_mask": None,
+        "labels": labels[None],
+        "loss_mask": torch.ones(1, ids.numel()),
+        "num_image_tiles": torch.tensor([n for s in samples for n in s[3]], dtype=torch.int),
+        "imgs_sizes": sizes,
+    }
+    if PACKS_VISION:
+        lengths = (sizes // 14).prod(-1)
+        edges = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        longest = int(lengths.max())
+        given["vision_packed_seq_params"] = PackedSeqParams(
+            "thd", edges, edges, None, None, longest, longest
+        )
+    if cu_seqlens is not None:
+        edges = torch.tensor(cu_seqlens, dtype=torch.int32)
+        given["packed_seq_params"] = PackedSeqParams("thd", edges, edges, None, None, 12, 12)
+    return given

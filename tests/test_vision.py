@@ -177,7 +177,8 @@ def test_losses_and_gradients_are_those_of_one_process(found):
 
 def test_every_rank_encodes_its_share_only(found):
     for name, case in found["cases"].items():
-        assert case["encoded"] == case["shares"], name
+        dummies = 1 if name == "sizes, one image" else 0  # the smallest tile of the row
+        assert case["encoded"] == [max(tiles, dummies) for tiles in case["shares"]], name
         assert max(case["encoded"]) - min(case["encoded"]) <= 3, name
 
 

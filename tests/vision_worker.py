@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from models import RELEASE, radio, resolution_row, resolution_samples
 
 import mcore_packing as mp
 from mcore_packing import cpu, parity
@@ -59,15 +60,28 @@ CASES = {
     ),
 }
 
+if RELEASE.name != "0.12 to 0.17":
+    CASES |= {
+        "sizes": ([[[1], [1, 1], [1]]], {}, (), "sizes"),
+        "sizes, shuffled": ([[[1], [1, 1], [1]]], {"pixel_shuffle": True}, (), "sizes"),
+        "sizes, one image": ([lambda: resolution_samples([[1], [1, 1], [1]])[:1]], {}, (), "sizes"),
+    }
+if RELEASE.name == "main":
+    CASES["sizes, tiles"] = ([[[2], [1, 1], [1]]], {"max_num_tiles": 4}, (), "sizes")
+
 
 def samples_of(row):
+    if isinstance(row, list):
+        return resolution_samples(row)
     if callable(row):
         return row()
     count, seed = row
     return tiny.samples(count, img_size=SIZE, dtype=torch.float64, seed=seed)
 
 
-def build(options, frozen):
+def build(options, frozen, how=None):
+    if how == "sizes":
+        return radio(**options).double()
     model = tiny.llava_model("rope", img_size=SIZE, **{"per_token_loss": True, **options}).double()
     for name in frozen:
         getattr(model, name).requires_grad_(False)
@@ -76,6 +90,9 @@ def build(options, frozen):
 
 def arguments(model, samples, how, cp_size):
     """Of ``forward``."""
+    if how == "sizes":
+        row = resolution_row(samples, list(range(0, 12 * len(samples) + 1, 12)))
+        return row | {"images": row["images"].double()}
     row = parity.collate(samples)
     given = {name: row[name] for name in NAMES} | {"attention_mask": None}
     counts = row["num_image_tiles"] * model.img_seq_len
@@ -118,9 +135,11 @@ def counted(model, wire, tiles):
         wire.append(sends)
         return exchange(received, sent, gets, sends, **options)
 
-    hook = model.vision_model.register_forward_pre_hook(
-        lambda module, args: tiles.append(len(args[0]) if args[0].any() else 0)
-    )
+    def see(module, args, kwargs):
+        sizes = kwargs.get("imgs_sizes")
+        tiles.append(len(args[0] if sizes is None else sizes) if args[0].any() else 0)
+
+    hook = model.vision_model.register_forward_pre_hook(see, with_kwargs=True)
     with patch.object(dist, "all_to_all_single", counting):
         yield
     hook.remove()
@@ -128,9 +147,9 @@ def counted(model, wire, tiles):
 
 def run(case, expected, cp_size, rank):
     """One case on this rank."""
-    _, options, frozen, _ = CASES[case]
-    model, wire, tiles = build(options, frozen), [], []
-    space = "collapsed" if CASES[case][3] == "collapsed" else None
+    _, options, frozen, how = CASES[case]
+    model, wire, tiles = build(options, frozen, how), [], []
+    space = None if how in ("shares", "layouts") else "collapsed"
     with mp.install(model, space, vision_dp_over_cp=True), counted(model, wire, tiles):
         losses, gradients, layouts = step(model, case, cp_size)
     dist.all_reduce(losses)
@@ -183,8 +202,8 @@ def main():
     expected = {}
     with cpu.megatron_on_cpu():
         for case, (_, options, frozen, how) in CASES.items():
-            model = build(options, frozen)
-            with mp.install(model, "collapsed" if how == "collapsed" else None):
+            model = build(options, frozen, how)
+            with mp.install(model, None if how in ("shares", "layouts") else "collapsed"):
                 expected[case] = step(model, case, 1)
     with cpu.megatron_on_cpu(context_parallel_size=cp_size):
         mine = {case: run(case, expected, cp_size, rank) for case in CASES}
