@@ -50,6 +50,7 @@ def comparison(model: torch.nn.Module, a: Tensor, b: Tensor, mask: Tensor) -> No
 
 def images(prompt: list[int]) -> None:
     assert_type(mp.media.num_image_tokens("qwen2_vl", 224, 308), int)
+    assert_type(mp.media.num_image_tokens("qwen2_vl", size=(308, 224)), int)
     mp.media.splice_image_blocks(prompt, [[1]], turn_opener=[2])
 
 
