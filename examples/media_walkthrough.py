@@ -29,10 +29,9 @@ for part in mp.media.split_samples(batch, family, num_images=[1, 0], chunks=1):
     print({key: len(value) for key, value in part.items()})
 
 # Into a packed row, as Megatron takes it: one placeholder for each image.
-ids = cut.output_ids
-row = [token for p, token in enumerate(ids) if token != image or ids[p - 1] != image]
+left = [counts[kept] for kept in cut.kept_images]
+row = [cut.output_ids[at] for at in mp.media.collapse(cut.output_ids, left, family=family)]
 bounds = torch.tensor([0, len(row), len(row + user)], dtype=torch.int32)
-tokens = [[counts[kept] for kept in cut.kept_images], []]
-spec = mp.RowSpec(image_token_id=image)
-layout = mp.PackedLayout.build(torch.tensor(row + user), bounds, tokens, spec, space="collapsed")
+spec, ids = mp.RowSpec(image_token_id=image), torch.tensor(row + user)
+layout = mp.PackedLayout.build(ids, bounds, [left, []], spec, space="collapsed")
 print(bounds.tolist(), "->", layout.cu_seqlens_expanded.tolist())

@@ -77,6 +77,60 @@ def test_a_mask_that_is_no_padding_is_refused(mask, reason):
     assert reason in only_reason(image(5, 6, 7, attention_mask=torch.tensor(mask)))
 
 
+# Placeholders
+
+
+@pytest.mark.parametrize(
+    "sample, advice",
+    [
+        (
+            {"input_ids": torch.tensor([5, IMAGE, 6]), "images": torch.zeros(3, 3, 2, 2)},
+            "1 placeholders (id -200) but 3 images; num_image_tiles is not given, so that each of "
+            "the 3 tiles counts as an image: give it, how many tiles each image has",
+        ),
+        (
+            {
+                "input_ids": torch.tensor([5, IMAGE, 6]),
+                "images": torch.zeros(3, 3, 2, 2),
+                "num_image_tiles": [2, 1],
+            },
+            "1 placeholders (id -200) but 2 images; give every image one placeholder",
+        ),
+        (
+            {"input_ids": torch.tensor([5, -201, 6, -201]), "images": torch.zeros(2, 3, 2, 2)},
+            "no token has the id -200 of spec.image_token_id, but 2 have -201 (the first is token "
+            "1). Give every image one of that id, or say yours: mp.RowSpec(image_token_id=...)",
+        ),
+        (
+            {"input_ids": torch.tensor([5, 151655, 6]), "images": torch.zeros(1, 3, 2, 2)},
+            "but 1 have 151655, the placeholder of ",
+        ),
+        (
+            {"input_ids": torch.tensor([5, *[151655] * 4]), "images": torch.zeros(1, 3, 2, 2)},
+            "but 4 have 151655, the placeholder of ",
+        ),
+        (
+            {"input_ids": torch.tensor([5, 151655, 6]), "images": torch.zeros(2, 3, 2, 2)},
+            "no token has the id -200 of spec.image_token_id. Give",
+        ),
+        (
+            {"input_ids": torch.tensor([5, *[IMAGE] * 4]), "images": torch.zeros(1, 3, 2, 2)},
+            "so these ids are expanded already, but this model expands them itself",
+        ),
+        (
+            {"input_ids": torch.tensor([5, IMAGE, 6])},
+            "1 placeholders (id -200) but 0 images; give their images, or take the placeholders",
+        ),
+    ],
+    ids=["tiles", "said", "other-id", "family", "expanded-family", "chance", "expanded", "none"],
+)
+def test_what_is_wrong_with_placeholders_is_said(sample, advice):
+    """All were told to give every image one placeholder, which most of these have."""
+    _, report = pack(sample)
+    assert report.causes == {"PlaceholderMismatch": 1}
+    assert advice in report.refused[0].reason
+
+
 # What trains
 
 

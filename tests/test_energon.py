@@ -150,6 +150,16 @@ def test_what_cannot_be_packed_is_named_and_all_else_is_trained(dataset, num_wor
     assert str(log).startswith("skipped 7 samples: 2 PlaceholderMismatch")
 
 
+def test_what_is_too_long_is_cut_where_that_is_asked_for(long_dataset, caplog):
+    log = mp.data.energon.SkipLog()
+    make = encoder(on_too_long="truncate")
+    rows = list(loader_of(long_dataset, log, task_encoder=make))
+    assert len(keys_of(rows)) == 205 and not log.skipped
+    assert all(row.layout.num_expanded <= CAPACITY for row in rows)
+    cut = [message for message in caplog.messages if message.startswith("cut sample too-long-")]
+    assert len(cut) == 200 and "31 tokens, 31 of them trained, and 0 images are gone" in cut[0]
+
+
 def test_a_row_has_what_the_model_takes_and_both_spaces(dataset):
     rows = list(loader_of(dataset, mp.data.energon.SkipLog()))
     for row in rows:

@@ -47,6 +47,27 @@ def test_remove_restores_the_model():
     assert model.__dict__ == before
 
 
+def test_a_handle_says_what_it_does():
+    model = model_of()
+    handle = mp.install(model, space="expanded", on_missing="pass")
+    assert repr(handle) == (
+        "Installation(LLaVAModel, space='expanded', on_missing='pass', on_overflow='raise', "
+        "expansion replaced)"
+    )
+    handle.remove()
+    assert repr(handle) == "Installation(removed)"
+    chunks = [model_of(), model_of()]
+    chunks[1]._preprocess_data = functools.partial(LLaVAModel._preprocess_data, chunks[1])
+    with pytest.warns(UserWarning, match="the expansion is left alone"):
+        handle = mp.install(chunks, on_overflow="truncate")
+    said = repr(handle)
+    assert said.startswith("Installation(2 chunks of LLaVAModel, space=None, on_missing='raise', ")
+    assert "on_overflow='truncate', expansion left alone, since " in said
+    del chunks[:]
+    gc.collect()
+    assert repr(handle) == "Installation(the model is gone)"
+
+
 def test_remove_puts_another_wrapper_back():
     model = model_of()
     model.forward = wrapper = lambda *args, **kwargs: LLaVAModel.forward(model, *args, **kwargs)

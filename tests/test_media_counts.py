@@ -4,6 +4,8 @@ import json
 import math
 import pickle
 import random
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mcore_packing import PackingError, PlaceholderMismatch
 from mcore_packing.media import (
@@ -20,6 +23,7 @@ from mcore_packing.media import (
     count_with_processor,
     get_family,
     num_image_tokens,
+    num_video_tokens,
     register_family,
 )
 
@@ -470,6 +474,78 @@ def test_area_weighted_tiling():
     # 900 x 1200: (1, 1) covers 0.186 only, times 0.75; (2, 1) covers 0.372, times 0.67.
     assert megatron_tiles(900, 1200, **few) == 2
     assert megatron_tiles(900, 1200, max_num_tiles=2) == 1  # by ratio alone
+
+
+def test_a_size_is_said_in_one_of_three_ways():
+    """A swapped pair is silent, so that an image says its own size, and a bare pair is refused."""
+    image = Image.new("RGB", (280, 560))  # width, height
+    for family in ("qwen2_vl", "internvl3", "llama4", "gemma3"):
+        settings = {"do_pan_and_scan": True} if family == "gemma3" else {}
+        expected = num_image_tokens(family, 560, 280, **settings)
+        assert num_image_tokens(family, image, **settings) == expected
+        assert num_image_tokens(family, size=image.size, **settings) == expected
+        assert num_image_tokens(family, width=280, height=560, **settings) == expected
+    long = num_image_tokens("internvl3", size=(448, 1792))
+    assert long == 5 * 256 and num_image_tokens("llama4", size=(300, 1000)) != num_image_tokens(
+        "llama4", size=(1000, 300), max_patches=2
+    )
+    for sides, found in (
+        (((280, 560),), "is a pair, and does not say which side is first"),
+        ((image, 280), "an image says its own size"),
+        ((280,), "the size of the image is not said"),
+        ((), "the size of the image is not said"),
+    ):
+        with pytest.raises(PackingError, match=found):
+            num_image_tokens("qwen2_vl", *sides)
+        with pytest.raises(PackingError, match=found):
+            num_video_tokens("qwen2_vl", 8, *sides)
+    for sides in ((560, 280), (560,), (image,)):
+        with pytest.raises(PackingError, match="size"):
+            num_image_tokens("qwen2_vl", *sides, size=(280, 560))
+    videos = [((), {"size": (280, 560)}), ((image,), {}), ((560, 280), {})]
+    counts = {num_video_tokens("qwen3_vl", 8, *sides, **named) for sides, named in videos}
+    assert len(counts) == 1
+
+
+def test_what_is_no_pair_is_the_setting_of_that_name():
+    """Of InternVL's processor, among others: a tile."""
+    image = Image.new("RGB", (900, 500))
+    expected = num_image_tokens("internvl3", 500, 900, size=224)
+    assert expected != num_image_tokens("internvl3", 500, 900)
+    for size in (224, {"height": 224, "width": 224}):
+        assert num_image_tokens("internvl3", image, size=size) == expected
+    with pytest.raises(PackingError, match="has no setting size"):
+        num_image_tokens("qwen2_vl", image, size=224)
+
+
+def test_a_processor_counts_images_too():
+    pytest.importorskip("transformers")
+    from .hf_processors import make_processor
+
+    processor = made(make_processor, "qwen2_vl", {})
+    image, other = Image.new("RGB", (280, 560)), Image.new("RGB", (112, 112))
+    expected = count_with_processor(processor, [(560, 280), (112, 112)])
+    assert count_with_processor(processor, [image, other]) == expected
+    assert count_with_processor(processor, [image, (112, 112)]) == expected
+    for sizes, size in ((None, image.size), (image, None)):
+        assert count_with_processor(processor, sizes, size=size) == expected[:1]
+    for sizes, size in ((None, None), ([image], (280, 560))):
+        with pytest.raises(PackingError, match="one of both"):
+            count_with_processor(processor, sizes, size=size)
+    least = {"shortest_edge": 64 * 28 * 28, "longest_edge": 64 * 28 * 28}
+    assert count_with_processor(processor, [image], size=least)[0] < expected[0]
+
+
+def test_nobody_needs_pil():
+    """To say a size without an image."""
+    code = (
+        "import sys; sys.modules['PIL'] = None; import mcore_packing as mp\n"
+        "print(mp.media.num_image_tokens('qwen2_vl', size=(224, 224)))\n"
+        "try:\n    mp.media.num_image_tokens('qwen2_vl', object(), 3)\n"
+        "except mp.PackingError as error:\n    print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.startswith("64\nheight is <object") and not found.stderr, found.stderr
 
 
 @pytest.mark.parametrize("height, width", [(0, 5), (5, 0), (-1, 5), (5.0, 5), ("5", 5), (True, 5)])

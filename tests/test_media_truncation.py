@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_packing import AmbiguousTruncation, PackingError, PlaceholderMismatch
-from mcore_packing.media import get_family, reconcile, truncate
+from mcore_packing.media import collapse, get_family, reconcile, truncate
 
 from .laws import IS_FULL, examples
 
@@ -369,31 +369,92 @@ def test_a_packed_row_is_its_sequences(parts, data):
     assert found.kept_images == kept
 
 
+WITH_ONE_RUN = st.tuples(
+    st.just(IMAGE), st.lists(st.integers(1, 3), min_size=1, max_size=1), st.just(TEXT),
+    st.integers(0, 2),
+)  # fmt: skip
+
+
 @LAW
-@given(st.lists(samples(videos=False, breaks=False), min_size=1, max_size=3), st.data())
-def test_a_packed_row_cut_as_a_whole(parts, data):
-    """One length for the row: sequences beyond it go, and flat counts are split by the row."""
-    row = [token for part in parts for token in part.ids]
-    bounds = torch.tensor([0, *accumulate(len(part.ids) for part in parts)], dtype=torch.int32)
-    limit = data.draw(st.integers(0, len(row) + 2))
-    side = data.draw(st.sampled_from(["left", "right"]))
-    nested = [part.per_image() for part in parts]
-    cut = truncate(row, nested, limit, IMAGE, side=side, cu_seqlens=bounds, **MARKERS)
-    assert len(cut.output_ids) <= limit
-    assert cut.cu_seqlens.dtype == torch.int32
-    assert cut.cu_seqlens.tolist()[-1] == len(cut.output_ids)
-    start = max(0, len(row) - limit) if side == "left" else 0
-    stop = min(limit, len(row)) if side == "right" else len(row)
-    kept, first = [], 0
-    for part, (low, high) in zip(parts, pairwise(bounds.tolist()), strict=True):
-        window = min(max(start, low), high) - low, max(min(stop, high), low) - low
-        kept += [first + image for image in part.kept(*window, IMAGE)]
-        first += len(part.runs[IMAGE])
-    assert cut.kept_images == kept
-    if all(len(runs) == 1 for part in parts for runs in part.runs[IMAGE]):
-        flat = [count for part in parts for count in part.per_image()]
-        same = truncate(row, flat, limit, IMAGE, side=side, cu_seqlens=bounds, **MARKERS)
-        assert same.kept_images == kept and same.output_ids == cut.output_ids
+@given(
+    rows=st.lists(
+        st.builds(Sample, st.lists(WITH_ONE_RUN, max_size=4), st.booleans()), min_size=1, max_size=3
+    ),
+    data=st.data(),
+)
+def test_a_collapsed_row_is_cut_as_its_expansion(rows, data):
+    """Images that adjoin, packed rows and either way to say lengths included."""
+    bounds = [0]
+    keeps = [collapse(row.ids, row.per_image(), IMAGE) for row in rows]
+    for keep in keeps:
+        bounds.append(bounds[-1] + len(keep))
+    expanded = [token for row in rows for token in row.ids]
+    starts = [0, *accumulate(len(row.ids) for row in rows)]
+    collapsed = [row.ids[at] for row, keep in zip(rows, keeps, strict=True) for at in keep]
+    places = [start + at for start, keep in zip(starts, keeps, strict=False) for at in keep]
+    counts = [row.per_image() for row in rows]
+    given_counts = data.draw(st.sampled_from([counts, [n for each in counts for n in each]]))
+    if data.draw(st.booleans()):
+        limit = data.draw(st.integers(0, len(expanded)))
+    else:
+        limit = [data.draw(st.integers(0, len(row.ids))) for row in rows]
+    options = {"side": data.draw(st.sampled_from(["left", "right"])), **MARKERS}
+    whole = truncate(expanded, given_counts, limit, IMAGE, cu_seqlens=starts, **options)
+    cut = truncate(
+        collapsed, given_counts, limit, IMAGE, cu_seqlens=bounds, space="collapsed", **options
+    )
+    assert cut.kept_images == whole.kept_images and cut.dropped_images == whole.dropped_images
+    assert [places[at] for at in cut.keep_positions] == [
+        at for at in whole.keep_positions if at in places
+    ]
+    assert cut.kept_sequences == whole.kept_sequences
+    assert cut.output_ids == [collapsed[at] for at in cut.keep_positions]
+    assert cut.noop == (len(cut.output_ids) == len(collapsed) and cut.cu_seqlens == bounds)
+    lengths = [stop - start for start, stop in pairwise(cut.cu_seqlens)]
+    assert cut.max_seqlen == max(lengths, default=0)
+
+
+def test_a_collapsed_row_has_a_count_for_each_placeholder():
+    row, bounds = [1, IMAGE, IMAGE, 2, IMAGE], [0, 4, 5]
+    with pytest.raises(PlaceholderMismatch, match=r"3 image placeholders \(id 9\), but tokens_per"):
+        truncate(row, [2, 3], 4, IMAGE, space="collapsed")
+    with pytest.raises(PlaceholderMismatch, match="sequence 0: 2 image placeholders"):
+        truncate(row, [[2], [3, 1]], 4, IMAGE, space="collapsed", cu_seqlens=bounds)
+    with pytest.raises(PackingError, match="holds a list, expected one row of ints"):
+        truncate(row, [[2, 2], 3, 1], 4, IMAGE, space="collapsed")
+    with pytest.raises(PackingError, match="space is 'auto'"):
+        truncate(row, [2, 3, 1], 4, IMAGE, space="auto")
+
+
+def test_images_that_adjoin_collapse_to_as_many():
+    row = torch.tensor([[1, *[IMAGE] * 5, 2, IMAGE]])
+    keep = collapse(row, [2, 3, 1], IMAGE)
+    assert row[0, keep].tolist() == [1, IMAGE, IMAGE, 2, IMAGE] and keep == [0, 1, 3, 6, 7]
+    with pytest.raises(PlaceholderMismatch, match="runs of"):
+        collapse(row, [2, 4], IMAGE)  # the second would begin before the text and end behind it
+    assert collapse([1, 2], [], IMAGE) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "values, found",
+    [
+        ([-100, -100, 2, 3, 4], "values hold -100"),
+        ([71, 9, 9, 25, 3], "values go back from 71 to 9 at token 1"),
+        (torch.tensor([[0, 1, 2, 5, 3]]), "values go back from 5 to 3 at token 4"),
+    ],
+    ids=["labels", "ids", "tensor"],
+)
+def test_labels_are_no_position_ids(values, found):
+    """They were renumbered as if they were, in silence."""
+    cut = truncate([1, 9, 9, 2, 3], [2], 4, IMAGE)
+    with pytest.raises(PackingError, match=found):
+        cut.apply(values, per="position")
+    for name in ("labels", "loss_mask", "input_ids"):
+        with pytest.raises(PackingError, match=f"{name} are no position ids"):
+            cut.apply({name: [0, 1, 2, 3, 4]}, per="position")
+    assert cut.apply([1, 1, 0, 1, 2], per="position") == [1, 1, 0, 1]  # padding on the left
+    packed = truncate([1, 9, 9, 2, 3], [2], 4, IMAGE, cu_seqlens=[0, 3, 5])
+    assert packed.apply([5, 6, 7, 4, 5], per="position") == [0, 1, 2, 0]
 
 
 def cut_anywhere(sample, data):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import assert_type
 
 import mcore_packing as mp
@@ -50,6 +51,7 @@ def comparison(model: torch.nn.Module, a: Tensor, b: Tensor, mask: Tensor) -> No
 
 def images(prompt: list[int]) -> None:
     assert_type(mp.media.num_image_tokens("qwen2_vl", 224, 308), int)
+    assert_type(mp.media.num_image_tokens("qwen2_vl", size=(308, 224)), int)
     mp.media.splice_image_blocks(prompt, [[1]], turn_opener=[2])
 
 
@@ -58,13 +60,19 @@ def errors(error: mp.PackingError) -> None:
     mp.PlaceholderMismatch(actual=1, expected=2)
 
 
-def rows(model: torch.nn.Module, samples: list[dict]) -> None:
+def rows(model: torch.nn.Module, samples: list[dict], dataset: Dataset[dict]) -> None:
     packed, report = mp.data.pack(samples, mp.row_spec(model), capacity=4096)
     assert_type(packed, mp.data.Rows)
+    mp.data.pack(dataset, mp.row_spec(model))
+    assert_type(DataLoader(packed, batch_size=None), DataLoader[mp.data.Row])
+    assert_type(next(iter(packed)).num_trained, int)
     assert_type(report, mp.data.Report)
     assert_type(mp.data.split(packed[0]), list[dict])
     columns = {"advantages": mp.data.Column(0.0, shifted=True)}
     mp.data.pack(samples, mp.row_spec(model), family="qwen2_5_vl", columns=columns)
+    packer = mp.data.get_packer("fullest", mp.row_spec(model), on_too_long="truncate")
+    packed, report = packer.pack(samples, lengths=[packer.length(one) for one in samples])
+    assert_type(report.cut_off, dict[str, int])
     assert_type(packed[0].inputs(cp_rank=0), dict)
     assert_type(packed[0].num_trained, int)
     assert_type(mp.expand_column(packed[0].layout, torch.zeros(3), 0.0, cp_size=2), Tensor)

@@ -108,7 +108,12 @@ class PackingTaskEncoder(TaskEncoder):
         An exception from here would cost the whole buffer, so a sample that does not fit the others
         is reported and left out.
         """
-        found = self.packer.measure(samples, lambda index, error: _report(error, samples[index]))
+        found = self.packer.measure(samples, lambda i, _, error: _report(error, samples[i]))
+        for one in found.truncated.values():
+            logger.warning(
+                "cut sample %s to fit: %d tokens, %d of them trained, and %d images are gone",
+                one.key, one.tokens, one.trained, one.images,
+            )  # fmt: skip
         kept = found.kept
         rows = [[samples[kept[i]] for i in bin_] for bin_ in self.packer.place_samples(found)]
         # Longest-first algorithms give the longest samples first. Keys as the seed: the same buffer

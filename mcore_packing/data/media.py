@@ -16,7 +16,7 @@ from .columns import OWN, Column, kind_of
 MEGATRON = {"images": "tile", "imgs_sizes": "image"}  # beside num_image_tiles
 _COUNTED = ("num_image_tiles", "tokens_per_image")
 _TYPES = "token_type_ids"  # what a family has for each token
-_COUNT_BY_GRIDS = ("qwen_vl", "glm_vl")  # rules by which merge_size ** 2 patches become a position
+COUNT_BY_GRIDS = ("qwen_vl", "glm_vl")  # rules by which merge_size ** 2 patches become a position
 Form = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -142,7 +142,7 @@ def check_media(
         frames_per_video=[sizes.get("video_frame", 0)] if frames is None else frames,
     )
     grid, merge = media.get("image_grid_thw"), family.settings.get("merge_size")
-    if grid is None or "video_grid_thw" in media or family.count not in _COUNT_BY_GRIDS:
+    if grid is None or "video_grid_thw" in media or family.count not in COUNT_BY_GRIDS:
         return
     embeddings = sum(prod(entry) // merge**2 for entry in grid.tolist())
     if embeddings != placeholders:

@@ -1,6 +1,9 @@
 """Many samples into rows: which go together, and what becomes of those that fit nowhere."""
 
 import dataclasses
+import logging
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +11,31 @@ from functools import cached_property
 from math import inf
 from typing import NamedTuple, NoReturn, overload
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import INT32_MAX, PackingError
 from ..inputs import as_choice, as_int, as_positive, refuse_old
 from ..media.families import Family
 from ..spec import RowSpec, as_spec, round_up
 from .algorithms import check_algorithm, imbalance_of, place, split_bins
+from .cutting import cut
 from .media import Form, as_forms, check_forms, commonest_forms
-from .report import Refused, Report, key_of, name_of
+from .report import Refused, Report, Truncated, key_of, name_of
 from .rows import Row, join, join_tokens, without_training
-from .samples import Contents, Sample, SampleTooLong, UntrainedSample, look, read
+from .samples import (
+    Contents,
+    EmptySample,
+    Length,
+    Sample,
+    SampleTooLong,
+    UntrainedSample,
+    as_lengths,
+    look,
+    read,
+)
 from .weights import LOSS_WEIGHTS, scale_of, weight_of
+
+logger = logging.getLogger(__name__)
 
 # What a patch costs in the vision tower, in squared positions, which is what attention costs in the
 # language model: ViT-L beside a model of 7 billion parameters, (24 h^2 + 4 p h) l / (2 H L) of a
@@ -28,6 +44,7 @@ VISION_COST = 2_500.0
 
 
 AT_A_TIME = 64  # samples that are looked at together
+MANY = 10_000  # samples that take so long that progress is shown
 
 
 class Measured(NamedTuple):
@@ -35,19 +52,48 @@ class Measured(NamedTuple):
 
     Attributes:
         kept: which ones these are, as indices into all.
+        keys: of each, its ``__key__``.
         lengths: of each, in positions, not aligned.
-        trained: how many tokens of each are trained.
+        trained: how many tokens of each are trained, None where nobody said.
         tiles: how many images each has, or tiles where images have several.
         patches: how many positions its images become, or patches where those are counted.
         left_out: what samples have that is in no row, by name, and how many have it.
+        truncated: those that were cut to fit, by index.
     """
 
     kept: list[int]
+    keys: list[str | None]
     lengths: list[int]
-    trained: list[int]
+    trained: list[int | None]
     tiles: list[int]
     patches: list[int]
     left_out: Counter
+    truncated: dict[int, Truncated]
+
+    @classmethod
+    def nothing(cls) -> "Measured":
+        """Of no sample yet."""
+        return cls([], [], [], [], [], [], Counter(), {})
+
+    def add(self, index: int, key: str | None, length: Length) -> None:
+        """One more that can be packed."""
+        self.kept.append(index)
+        self.keys.append(key)
+        self.lengths.append(length.positions)
+        self.trained.append(length.trained)
+        self.tiles.append(length.tiles or 0)
+        self.patches.append(length.patches or 0)
+
+    def drop(self, wrong: Mapping) -> None:
+        """Without those."""
+        stays = [at for at, index in enumerate(self.kept) if index not in wrong]
+        for values in self[:6]:
+            values[:] = [values[at] for at in stays]
+        for index in self.truncated.keys() & wrong.keys():
+            del self.truncated[index]
+
+
+Refuse = Callable[[int, str | None, PackingError], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +107,7 @@ class Packer:
     columns: Mapping | None = None
     forms: Mapping[str, Form] | None = None
     on_refused: str = "report"
+    on_too_long: str = "refuse"
     refuse_untrained: bool = False
     loss_weights: str = "token"
     num_rows_multiple: int = 1
@@ -71,11 +118,13 @@ class Packer:
     balance: bool = False
     vision_cost: float = VISION_COST
     seed: int = 0
+    progress: bool = True
 
     def __post_init__(self):
         as_spec(self.spec)
         check_algorithm(self.algorithm)
         as_choice(self.on_refused, "on_refused", ("report", "raise"))
+        as_choice(self.on_too_long, "on_too_long", ("refuse", "truncate"))
         as_choice(self.loss_weights, "loss_weights", LOSS_WEIGHTS)
         as_choice(self.fill_rows, "fill_rows", ("split", "empty"))
         as_positive(self.num_rows_multiple, "num_rows_multiple")
@@ -160,43 +209,82 @@ class Packer:
         )
 
     def num_positions(self, sample: dict) -> int:
-        """How many positions a sample becomes, without alignment.
+        """How many positions a sample takes in a row, without alignment.
 
         Raises:
             PackingError: what is wrong with the sample, as ``pack`` would report it.
         """
-        found = read(sample, self.contents)
-        self._trained([found])
-        return found.num_positions
+        part, _ = self._fit(sample, read(sample, self.contents))
+        self._trained([part])
+        return part.num_positions
 
-    def measure(
-        self, samples: Sequence[dict], refuse: Callable[[int, PackingError], None]
-    ) -> Measured:
-        """Look at samples; ``refuse`` is told the index of every one that cannot be packed, and
-        what is wrong with it."""
-        measured, wrong, forms = Measured([], [], [], [], [], Counter()), {}, {}
-        for begin in range(0, len(samples), AT_A_TIME):
+    def length(self, sample: dict) -> Length:
+        """How long a sample is: one entry of what ``pack`` takes as ``lengths``.
+
+        Raises:
+            PackingError: what is wrong with the sample, as ``pack`` would report it; but how long
+                it is, and whether any of it is trained, is asked when it is packed.
+        """
+        found = read(sample, self.contents)
+        return found.length(self._look_at([found])[0])
+
+    def measure(self, samples: Sequence[dict], refuse: Refuse, progress: bool = False) -> Measured:
+        """Look at samples; ``refuse`` is told the index and key of every one that cannot be packed,
+        and what is wrong with it."""
+        measured, keys, wrong, forms = Measured.nothing(), {}, {}, {}
+        for indices in _in_parts(len(samples), progress):
             parts = {}
-            for index in range(begin, min(begin + AT_A_TIME, len(samples))):
+            for index in indices:
+                sample = samples[index]
+                keys[index] = key_of(sample)
                 try:
-                    parts[index] = read(samples[index], self.contents)
+                    part, gone = self._fit(sample, read(sample, self.contents))
                 except PackingError as error:
                     wrong[index] = error
+                    continue
+                parts[index] = part
+                if gone is not None:
+                    measured.truncated[index] = Truncated(index, keys[index], *gone)
             for index, trained in self._look(parts, wrong).items():
                 sample = parts[index]
                 forms[index] = sample.forms
-                measured.kept.append(index)
-                measured.lengths.append(sample.num_positions)
-                measured.trained.append(trained)
-                measured.tiles.append(sample.num_tiles)
-                measured.patches.append(sample.num_patches)
+                measured.add(index, keys[index], sample.length(trained))
                 measured.left_out.update(sample.left_out)
-        self._refuse_rare_forms(measured, wrong, forms)
+        self._refuse_rare_forms(wrong, forms)
+        if wrong:
+            measured.drop(wrong)
         for index in sorted(wrong):
-            refuse(index, wrong[index])
+            refuse(index, keys[index], wrong[index])
         return measured
 
-    def _refuse_rare_forms(self, measured: Measured, wrong: dict, forms: dict) -> None:
+    def measure_said(
+        self, samples: Sequence[dict], lengths: Sequence[Length], refuse: Refuse
+    ) -> Measured:
+        """The same, by what is said of samples: only those that have to be cut are looked at."""
+        measured = Measured.nothing()
+        for index, length in enumerate(lengths):
+            key = gone = None
+            try:
+                if not length.positions:
+                    raise EmptySample("lengths say that it has no position")
+                if not self._fits(length.positions):
+                    if self.on_too_long == "refuse":
+                        raise self._too_long(length.positions)
+                    sample = samples[index]
+                    key = key_of(sample)
+                    part, gone = self._fit(sample, read(sample, self.contents), length)
+                    length = part.length(*self._trained([part]))
+                if self.refuse_untrained and not length.trained:
+                    raise _untrained()
+            except PackingError as error:
+                refuse(index, key, error)
+                continue
+            if gone is not None:
+                measured.truncated[index] = Truncated(index, key, *gone)
+            measured.add(index, key, length)
+        return measured
+
+    def _refuse_rare_forms(self, wrong: dict, forms: dict) -> None:
         """Media of a row are one tensor. What most samples have says what it holds, so that one
         strange sample does not refuse all others; or ``forms`` does."""
         wanted = commonest_forms(forms.values()) | self.forms
@@ -205,11 +293,6 @@ class Packer:
                 check_forms(found, wanted)
             except PackingError as error:
                 wrong[index] = error
-        if not wrong:
-            return
-        kept = [at for at, index in enumerate(measured.kept) if index not in wrong]
-        for values in measured[:-1]:
-            values[:] = [values[at] for at in kept]
 
     def _look(self, parts: dict[int, Sample], wrong: dict[int, PackingError]) -> dict[int, int]:
         """How many tokens of each sample are trained; what is wrong with others goes to ``wrong``.
@@ -228,48 +311,88 @@ class Packer:
 
     def _trained(self, parts: list[Sample]) -> list[int]:
         """How many tokens of each of these are trained, once all that is wrong is refused."""
-        if not parts:
-            return []
-        ids, given = join_tokens(parts)
-        trained = look(parts, ids, given, self.contents).trained_per_sample
+        trained = self._look_at(parts) if parts else []
         if self.refuse_untrained and not all(trained):
-            raise UntrainedSample("no token of it is trained: all labels are -100")
+            raise _untrained()
         for part in parts:
             self.check_length(part)
         return trained
 
+    def _look_at(self, parts: list[Sample]) -> list[int]:
+        """The same, however long they are, and whether any is."""
+        ids, given = join_tokens(parts)
+        return look(parts, ids, given, self.contents).trained_per_sample
+
+    def _fit(
+        self, sample: dict, found: Sample, said: Length | None = None
+    ) -> tuple[Sample, tuple[int, int, int] | None]:
+        """A sample that was read, cut where it has to be, and how many tokens, trained tokens and
+        images are gone then. Where it is too long and is not cut, it is as it was.
+
+        Raises:
+            PackingError: what is wrong with one that has to be cut.
+            WrongLength: it is not as it was said.
+        """
+        if said is not None:
+            said.check(found.length())
+        if self.on_too_long == "refuse" or self._fits(found.num_positions):
+            return found, None
+        (before,) = self._look_at([found])
+        if said is not None:
+            said.check(found.length(before))
+        left, images = cut(sample, found, self.contents, self.usable)
+        part = read(left, self.contents)
+        (after,) = self._look_at([part])
+        return part, (found.member.num_tokens - part.member.num_tokens, before - after, images)
+
+    def _fits(self, num_positions: int) -> bool:
+        return round_up(num_positions, self.spec.seq_multiple) <= self.usable
+
     def check_length(self, sample: Sample) -> None:
         """Refuse a sample that no row has room for."""
-        length = sample.num_positions
-        aligned = round_up(length, self.spec.seq_multiple)
-        if aligned > self.usable:
-            padded = "" if aligned == length else f", {aligned} when aligned"
-            raise SampleTooLong(
-                f"{length} positions{padded}, but a row has room for {self.usable}; cut it "
-                f"(mp.media.truncate) or raise the capacity"
-            )
+        if not self._fits(sample.num_positions):
+            raise self._too_long(sample.num_positions)
 
-    def pack(self, samples: Sequence[dict] | Iterable[dict]) -> tuple["Rows", Report]:
+    def _too_long(self, length: int) -> SampleTooLong:
+        aligned = round_up(length, self.spec.seq_multiple)
+        padded = "" if aligned == length else f", {aligned} when aligned"
+        longest = self.spec.longest
+        can_grow = longest is None or aligned <= longest
+        return SampleTooLong(
+            f"{length} positions{padded}, but a row has room for {self.usable}; have it cut with "
+            f"on_too_long='truncate'" + (", or raise the capacity" if can_grow else "")
+        )
+
+    def pack(
+        self, samples: Sequence[dict] | Iterable[dict] | Dataset, lengths: Sequence | None = None
+    ) -> tuple["Rows", Report]:
         """As the function ``pack`` does."""
         if isinstance(samples, Mapping):
             raise PackingError("samples are one mapping, expected a list of samples")
-        if isinstance(samples, IterableDataset) or not hasattr(samples, "__getitem__"):
+        is_stream = isinstance(samples, IterableDataset) or not hasattr(samples, "__getitem__")
+        if lengths is not None:
+            if is_stream:
+                raise PackingError("lengths are of a list or a map-style dataset, not of a stream")
+            lengths = as_lengths(lengths, len(samples))
+            self._check_said(lengths)
+        if is_stream:
             samples = list(iter(samples))
         refused = []
 
-        def refuse(index: int, error: PackingError) -> None:
-            key = key_of(samples[index])
+        def refuse(index: int, key: str | None, error: PackingError) -> None:
             if self.on_refused == "raise":
-                error.args = (f"{name_of(index, key)}: {error}",)
-                raise error
+                raise _named(error, index, key)
             refused.append(Refused(index, key, type(error).__name__, str(error)))
 
-        found = self.measure(samples, refuse)
+        if lengths is None:
+            found = self.measure(samples, refuse, self.progress)
+        else:
+            found = self.measure_said(samples, lengths, refuse)
         placed = self.place_samples(found)
         bins = [[found.kept[i] for i in bin_] for bin_ in placed]
         num_empty = -len(bins) % self.num_rows_multiple if bins else 0
         num_aligned = sum(round_up(length, self.spec.seq_multiple) for length in found.lengths)
-        untrained = [i for i, trained in zip(found.kept, found.trained, strict=True) if not trained]
+        known = zip(found.kept, found.keys, found.trained, strict=True)
         capacity = self.capacity
         if capacity == INT32_MAX:  # no limit: one row, as long as it needs to be
             capacity = round_up(num_aligned, self.spec.total_multiple)
@@ -281,12 +404,42 @@ class Packer:
             num_aligned=num_aligned,
             refused=tuple(refused),
             left_out=dict(found.left_out),
-            untrained=tuple((index, key_of(samples[index])) for index in untrained),
+            untrained=tuple((index, key) for index, key, trained in known if trained == 0),
             num_empty=num_empty,
             imbalance=self._imbalance(found, placed),
+            truncated=tuple(found.truncated.values()),
         )
+        if refused and not bins:
+            causes = ", ".join(f"{count:,} {cause}" for cause, count in report.causes.items())
+            warnings.warn(
+                f"mcore_packing: all {len(refused):,} samples were refused ({causes}), so there is "
+                f"no row; {refused[0]}",
+                stacklevel=3,
+            )
+        if report.truncated:
+            logger.warning("%s (on_too_long='truncate')", report.say_cut())
         scale = scale_of(self.loss_weights, found.trained)
-        return Rows(self, samples, bins, scale, num_empty), report
+        return Rows(self, samples, bins, scale, num_empty, lengths), report
+
+    def _check_said(self, lengths: Sequence[Length]) -> None:
+        """Refuse lengths that do not say what these settings ask for."""
+        asks = {
+            "trained": self.refuse_untrained or self.loss_weights != "token",
+            "tiles": self.max_tiles is not None,
+            "patches": self.balance and self.vision_cost > 0,
+        }
+        why = {
+            "trained": "loss_weights and refuse_untrained count trained tokens",
+            "tiles": "max_tiles counts tiles",
+            "patches": "balance counts patches, unless vision_cost is 0",
+        }
+        for name, asked in asks.items():
+            for index, length in enumerate(lengths if asked else ()):
+                if getattr(length, name) is None:
+                    raise PackingError(
+                        f"lengths[{index}] does not say {name}, but {why[name]}: give what "
+                        f"packer.length(sample) does, mp.data.Length({', '.join(Length._fields)})"
+                    )
 
     def stream(self, samples: Iterable[dict], buffer_size: int) -> Iterator[tuple["Rows", Report]]:
         """Rows and the report of every ``buffer_size`` samples, and of what is left at the end."""
@@ -312,32 +465,59 @@ class Packer:
         samples: Sequence[dict],
         indices: Sequence[int] | None = None,
         scale: float | None = None,
+        lengths: Sequence[Length] | None = None,
     ) -> Row:
         """One row of these samples, in this order.
 
         Args:
             samples: dicts, as ``pack`` takes them.
-            indices: which samples these are; by default counted from 0.
+            indices: which samples these are; by default counted from 0. An error names them.
             scale: of the loss weights, as ``pack`` found it over all its samples; by default the
                 mean weight of this row's trained tokens is 1.
+            lengths: what was said of each.
 
         Raises:
             PackingError: they do not fit, or what is wrong with one.
+            WrongLength: one is not as long as it was said.
         """
-        parts = [read(sample, self.contents) for sample in samples]
-        for part in parts:
-            self.check_length(part)
-        kind, weigh = self.loss_weights, None
-        if kind != "token":
+        parts, said, is_cut = [], lengths or [None] * len(samples), []
+        for at, sample in enumerate(samples):
+            try:
+                part, gone = self._fit(sample, read(sample, self.contents), said[at])
+                self.check_length(part)
+            except PackingError as error:
+                raise _named_of(error, indices, at, sample) from error.__cause__
+            parts.append(part)
+            is_cut.append(gone is not None)
+        kind = self.loss_weights
 
-            def weigh(trained: list[int]) -> list[float]:
-                by = scale_of(kind, trained) if scale is None else scale
-                return [by * weight_of(kind, number) for number in trained]
+        def weigh(trained: list[int]) -> list[float]:
+            for at, number in enumerate(trained):
+                if said[at] is not None and not is_cut[at]:
+                    try:
+                        said[at].check(Length(said[at].positions, number))
+                    except PackingError as error:
+                        raise _named_of(error, indices, at, samples[at]) from None
+            by = scale_of(kind, trained) if scale is None else scale
+            return [by * weight_of(kind, number) for number in trained]
 
-        return join(parts, self.contents, indices, weigh)
+        counts = kind != "token" or any(one and one.trained is not None for one in said)
+        try:
+            return join(parts, self.contents, indices, weigh if counts else None)
+        except PackingError as error:
+            raise self._blame(error, parts, indices, samples) from None
+
+    def _blame(self, error: PackingError, parts: list[Sample], indices, samples) -> PackingError:
+        """The error of the sample that is wrong by itself, where one is."""
+        for at, part in enumerate(parts):
+            try:
+                self._look_at([part])
+            except PackingError as own:
+                return _named_of(own, indices, at, samples[at])
+        return error
 
 
-class Rows(Sequence):
+class Rows(Dataset[Row], Sequence[Row]):
     """Packed rows, each made when it is asked for: of a list of samples, or of a map-style dataset.
 
     It is a map-style dataset itself: ``DataLoader(rows, batch_size=None)`` makes rows in workers.
@@ -346,6 +526,7 @@ class Rows(Sequence):
         bins: the samples of each row, as indices into what was packed; at the end a bin without any
             for each row that only fills up a job.
         scale: of the loss weights.
+        lengths: what was said of each sample, None where it was looked at.
     """
 
     def __init__(
@@ -355,8 +536,9 @@ class Rows(Sequence):
         bins: list[list[int]],
         scale: float = 1.0,
         num_empty: int = 0,
+        lengths: Sequence[Length] | None = None,
     ):
-        self.packer, self.samples, self.scale = packer, samples, scale
+        self.packer, self.samples, self.scale, self.lengths = packer, samples, scale, lengths
         self._stand_in = min(bins, key=len) if bins else []  # what an empty row is made of
         self.bins = [*bins, *([] for _ in range(num_empty))]
 
@@ -371,14 +553,60 @@ class Rows(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            rows = Rows(self.packer, self.samples, self.bins[index], self.scale)
+            rows = Rows(
+                self.packer, self.samples, self.bins[index], self.scale, lengths=self.lengths
+            )
             rows._stand_in = self._stand_in
             return rows
         members = self.bins[index]
-        if members:
-            return self.packer.join([self.samples[i] for i in members], members, self.scale)
-        stand_in = [self.samples[i] for i in self._stand_in]
-        return without_training(self.packer.join(stand_in))
+        return self._join(members) if members else without_training(self._join(self._stand_in))
+
+    def _join(self, members: list[int]) -> Row:
+        samples = [self.samples[i] for i in members]
+        said = None if self.lengths is None else [self.lengths[i] for i in members]
+        return self.packer.join(samples, members, self.scale, said)
+
+    def __repr__(self) -> str:
+        number, empty = sum(map(len, self.bins)), self.bins.count([])
+        filled = f", {empty:,} of them empty" if empty else ""
+        capacity = self.packer.capacity
+        limit = "" if capacity == INT32_MAX else f" of at most {capacity:,} positions"
+        return f"Rows({len(self):,} rows{limit}{filled}, with {number:,} samples)"
+
+
+def _untrained() -> UntrainedSample:
+    return UntrainedSample("no token of it is trained: all labels are -100")
+
+
+def _named(error: PackingError, index: int, key: str | None) -> PackingError:
+    """The same error, which says first of which sample it is."""
+    error.args = (f"{name_of(index, key)}: {error}",)
+    return error
+
+
+def _named_of(error: PackingError, indices, at: int, sample) -> PackingError:
+    """The same, where it is known which samples a row is made of."""
+    return error if indices is None else _named(error, indices[at], key_of(sample))
+
+
+def _in_parts(number: int, progress: bool) -> Iterator[range]:
+    """Indices of samples, a few at a time, beside a progress bar where they are many."""
+    bar = None
+    if progress and number > MANY:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:  # a log gets a line now and then
+            often = 0.1 if sys.stderr.isatty() else 30
+            bar = tqdm(total=number, desc="packing", unit=" samples", mininterval=often)
+    for begin in range(0, number, AT_A_TIME):
+        part = range(begin, min(begin + AT_A_TIME, number))
+        yield part
+        if bar is not None:
+            bar.update(len(part))
+    if bar is not None:
+        bar.close()
 
 
 _RENAMED = dict.fromkeys(
@@ -389,7 +617,7 @@ _RENAMED = dict.fromkeys(
 
 
 def pack(
-    samples: Sequence[dict] | Iterable[dict],
+    samples: Sequence[dict] | Iterable[dict] | Dataset,
     spec: RowSpec,
     capacity: int | None = None,
     algorithm: str = "fullest",
@@ -397,7 +625,9 @@ def pack(
     family: str | Family | None = None,
     columns: Mapping | None = None,
     forms: Mapping[str, Form] | None = None,
+    lengths: Sequence | None = None,
     on_refused: str = "report",
+    on_too_long: str = "refuse",
     refuse_untrained: bool = False,
     loss_weights: str = "token",
     num_rows_multiple: int = 1,
@@ -408,6 +638,7 @@ def pack(
     balance: bool = False,
     vision_cost: float = VISION_COST,
     seed: int = 0,
+    progress: bool = True,
     **old: NoReturn,
 ) -> tuple[Rows, Report]:
     """Pack samples into rows that fit the model, each with its layout.
@@ -440,8 +671,14 @@ def pack(
             column is filled with.
         forms: ``{"images": (dtype, shape of a tile)}``: what rows take. By default what most of
             these samples have.
+        lengths: how long each sample is, so that none is read before its row is made: positions,
+            or ``mp.data.Length`` with what else these settings ask for, as ``Packer.length`` says
+            it. A sample that is not as it was said is an error when its row is made.
         on_refused: "report" leaves out a sample that cannot be packed and reports it, "raise"
             raises its error.
+        on_too_long: "refuse" does that with a sample that no row has room for; "truncate" cuts off
+            its end, but never inside an image. ``report.truncated`` and a warning in the log count
+            what is gone.
         refuse_untrained: whether to refuse samples without a trained token too; by default they are
             packed, and ``report.untrained`` names them.
         loss_weights: "token" counts each trained token alike, "sample" each sample, "square" a
@@ -456,9 +693,14 @@ def pack(
             tower; ``algorithms.place`` says at which price. ``report.imbalance`` has the result.
         vision_cost: what a patch costs in the vision tower, in squared positions of attention.
         keep_order, seed: as ``algorithms.place`` has them.
+        progress: whether to show a bar while more than 10,000 samples are looked at, where tqdm is
+            installed.
 
     Returns:
         The rows, and a report. Every sample is in exactly one of both.
+
+    Warns:
+        UserWarning: all samples were refused.
 
     Raises:
         PackingError: options that contradict each other; with ``on_refused="raise"`` also a sample
@@ -484,12 +726,12 @@ def pack(
     refuse_old("mp.data.pack", old, _RENAMED)
     packer = get_packer(
         algorithm, spec, capacity, family=family, columns=columns, forms=forms,
-        on_refused=on_refused, refuse_untrained=refuse_untrained, loss_weights=loss_weights,
-        num_rows_multiple=num_rows_multiple, fill_rows=fill_rows, max_sequences=max_sequences,
-        max_tiles=max_tiles, keep_order=keep_order, balance=balance, vision_cost=vision_cost,
-        seed=seed,
+        on_refused=on_refused, on_too_long=on_too_long, refuse_untrained=refuse_untrained,
+        loss_weights=loss_weights, num_rows_multiple=num_rows_multiple, fill_rows=fill_rows,
+        max_sequences=max_sequences, max_tiles=max_tiles, keep_order=keep_order, balance=balance,
+        vision_cost=vision_cost, seed=seed, progress=progress,
     )  # fmt: skip
-    return packer.pack(samples)
+    return packer.pack(samples, lengths)
 
 
 def get_packer(algorithm: str, spec: RowSpec, capacity: int | None = None, **options) -> Packer:

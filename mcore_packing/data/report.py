@@ -27,6 +27,25 @@ class Refused:
         return f"{name_of(self.index, self.key)}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """A sample that was cut to fit its row.
+
+    Attributes:
+        index: of the sample, in what was packed.
+        key: its ``__key__``, where it has one.
+        tokens: how many of its tokens are gone, its placeholders among them.
+        trained: how many tokens that were trained are not any more.
+        images: how many images are gone.
+    """
+
+    index: int
+    key: str | None
+    tokens: int
+    trained: int
+    images: int
+
+
 def key_of(sample) -> str | None:
     """The ``__key__`` of a sample, where it is one and has one."""
     return sample.get("__key__") if isinstance(sample, dict) else None
@@ -53,6 +72,7 @@ class Report:
         num_empty: how many of the rows only fill up a job.
         imbalance: where rows were balanced, how much more than the mean the row that costs most
             costs, before and after; of several reports the largest.
+        truncated: the packed samples that were cut to fit, and how much of each.
     """
 
     num_samples: int = 0
@@ -65,6 +85,7 @@ class Report:
     untrained: tuple[tuple[int, str | None], ...] = ()
     num_empty: int = 0
     imbalance: tuple[float, float] | None = None
+    truncated: tuple[Truncated, ...] = ()
 
     @property
     def fill(self) -> float:
@@ -90,6 +111,15 @@ class Report:
         return len(self.untrained)
 
     @property
+    def cut_off(self) -> dict[str, int]:
+        """How many samples were cut to fit, and what of them is in no row."""
+        parts = {
+            name: sum(getattr(one, name) for one in self.truncated)
+            for name in ("tokens", "trained", "images")
+        }
+        return {"samples": len(self.truncated), **parts}
+
+    @property
     def causes(self) -> Counter:
         """How many samples were refused, by cause."""
         return Counter(refused.cause for refused in self.refused)
@@ -102,28 +132,39 @@ class Report:
             "fill_aligned": self.fill_aligned,
             "waste": self.waste,
             "causes": dict(self.causes),
+            "cut_off": self.cut_off,
             "num_untrained": self.num_untrained,
         }
+
+    def say_cut(self) -> str:
+        """What was cut off, in a line."""
+        gone, names = self.cut_off, _names([(one.index, one.key) for one in self.truncated])
+        return (
+            f"cut to fit {gone['samples']:,}, by {gone['tokens']:,} tokens ({gone['trained']:,} "
+            f"trained) and {gone['images']:,} images: {names}"
+        )
 
     def _share(self, positions: int) -> float:
         return positions / (self.num_rows * self.capacity) if self.num_rows else 0.0
 
     def __add__(self, other: "Report") -> "Report":
         """Both together; the samples of ``other`` come after those of this one."""
-        moved = (
-            replace(refused, index=self.num_samples + refused.index) for refused in other.refused
-        )
+
+        def moved(entries):
+            return (replace(entry, index=self.num_samples + entry.index) for entry in entries)
+
         return Report(
             self.num_samples + other.num_samples,
             self.num_rows + other.num_rows,
             max(self.capacity, other.capacity),
             self.num_real + other.num_real,
             self.num_aligned + other.num_aligned,
-            (*self.refused, *moved),
+            (*self.refused, *moved(other.refused)),
             dict(Counter(self.left_out) + Counter(other.left_out)),
             (*self.untrained, *((self.num_samples + index, key) for index, key in other.untrained)),
             self.num_empty + other.num_empty,
             _larger(self.imbalance, other.imbalance),
+            (*self.truncated, *moved(other.truncated)),
         )
 
     def __str__(self) -> str:
@@ -145,9 +186,10 @@ class Report:
             names = ", ".join(f"{name!r} of {count:,}" for name, count in self.left_out.items())
             lines.append(f"left out of rows, since it is not plain: {names}")
         if self.untrained:
-            names = ", ".join(name_of(*one) for one in self.untrained[:SHOWN])
-            more = ", ..." if self.num_untrained > SHOWN else ""
-            lines.append(f"without a trained token {self.num_untrained:,}: {names}{more}")
+            names = _names(self.untrained)
+            lines.append(f"without a trained token {self.num_untrained:,}: {names}")
+        if self.truncated:
+            lines.append(self.say_cut())
         if self.refused:
             causes = ", ".join(f"{count:,} {cause}" for cause, count in self.causes.most_common())
             lines.append(f"refused {len(self.refused):,}: {causes}")
@@ -155,6 +197,12 @@ class Report:
             if len(self.refused) > SHOWN:
                 lines.append(f"  and {len(self.refused) - SHOWN:,} more: see report.refused")
         return "\n".join(lines)
+
+
+def _names(samples) -> str:
+    """The first few of samples."""
+    more = ", ..." if len(samples) > SHOWN else ""
+    return ", ".join(name_of(*one) for one in samples[:SHOWN]) + more
 
 
 def _larger(one, other):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PackingError, PlaceholderMismatch
-from ..media.families import Family
+from ..media.families import FAMILIES, Family
 from ..spec import RowSpec
 from .columns import OWN, Column, Tokens, as_columns, check_tokens, kind_of, look_at
 from .media import (
@@ -35,6 +36,35 @@ class SampleTooLong(PackingError):
 
 class UntrainedSample(PackingError):
     """A sample without a trained token, where those are refused."""
+
+
+class WrongLength(PackingError):
+    """A sample that is not as long as ``lengths`` said."""
+
+
+class Length(NamedTuple):
+    """How long a sample is: what packing has to know of it. ``Packer.length(sample)`` says it.
+
+    Attributes:
+        positions: how many it becomes, without alignment.
+        trained: how many of its tokens are trained; None where that is not known.
+        tiles: how many images it has, or tiles where images have several; or None.
+        patches: how many positions its images become, or patches where those are counted; or None.
+    """
+
+    positions: int
+    trained: int | None = None
+    tiles: int | None = None
+    patches: int | None = None
+
+    def check(self, found: "Length") -> None:
+        """Refuse what is not as it was said here."""
+        for name, said, real in zip(self._fields, self, found, strict=True):
+            if None not in (said, real) and said != real:
+                raise WrongLength(
+                    f"lengths say {said} {name}, but it has {real}; make them anew "
+                    f"(packer.length(sample))"
+                )
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,12 @@ class Sample(NamedTuple):
     member: Member
 
     @property
+    def says_images(self) -> bool:
+        """Whether it says itself how many images its tiles are."""
+        known = self.member.plain | self.member.counts
+        return any(known.get(name) is not None for name in COUNTS)
+
+    @property
     def num_tiles(self) -> int:
         """How many tiles, images and videos it has: what ``max_tiles`` counts."""
         if self.num_image_tiles:
@@ -153,8 +189,12 @@ class Sample(NamedTuple):
         """How many positions it becomes, without alignment."""
         return self.member.num_tokens - len(self.tokens_per_image) + sum(self.tokens_per_image)
 
+    def length(self, trained: int | None = None) -> Length:
+        """How long it is; how many tokens are trained, only their values tell."""
+        return Length(self.num_positions, trained, self.num_tiles, self.num_patches)
 
-_COUNTS = ("num_image_tiles", "tokens_per_image")
+
+COUNTS = ("num_image_tiles", "tokens_per_image")
 _PLAIN = {str, int, float, bool, bytes, type(None)}
 
 
@@ -194,7 +234,7 @@ def read(sample: dict, contents: Contents) -> Sample:
             forms[name] = value.dtype, tuple(value.shape[1:])
         elif is_plain(value):
             plain[name] = value
-        elif name in _COUNTS and isinstance(value, Tensor):
+        elif name in COUNTS and isinstance(value, Tensor):
             counts[name] = value.dtype
             if not contents.spec.expands:  # no row has it
                 plain[name] = value.tolist()
@@ -214,7 +254,7 @@ def read(sample: dict, contents: Contents) -> Sample:
     if sample.get("position_ids") is not None:
         positions = _positions(sample["position_ids"], num_tokens, contents.spec)
     if sample.get("attention_mask") is not None:
-        span = _attended(sample["attention_mask"], num_tokens)
+        span = attended(sample, num_tokens)
         ids = ids[span]
         num_tokens = ids.numel()
         columns = {name: value[span] for name, value in columns.items()}
@@ -242,15 +282,17 @@ def look(
     spec = contents.spec
     bounds = np.array([0, *(sample.member.num_tokens for sample in samples)]).cumsum()
     tokens = look_at(ids, labels, bounds, contents.placeholders, spec.expands)
-    for sample, found in zip(samples, tokens.placeholders_per_sample, strict=True):
+    edges = zip(samples, tokens.placeholders_per_sample, bounds, bounds[1:], strict=False)
+    for sample, found, start, stop in edges:
         if not spec.expands:
             if contents.family is not None and (sample.media or found):
                 tiles = sample.num_image_tiles
                 check_media(sample.media, contents.media, tiles, contents.family, found)
         elif found != len(sample.tokens_per_image):
             images = len(sample.tokens_per_image)
+            advice = _advise(sample, tokens.ids[start:stop], found, spec.image_token_id)
             raise PlaceholderMismatch(
-                f"{found} {contents.where} but {images} images; give every image one placeholder",
+                f"{found} {contents.where} but {images} images; {advice}",
                 actual=images,
                 expected=found,
             )
@@ -260,6 +302,73 @@ def look(
                 f"{found}"
             )
     return tokens
+
+
+def _advise(sample: Sample, ids: np.ndarray, found: int, token: int) -> str:
+    """What is likely wrong with a sample that has another number of placeholders than images."""
+    images, tiles = len(sample.tokens_per_image), sum(sample.num_image_tiles)
+    if not images:
+        return "give their images, or take the placeholders out"
+    if found == sum(sample.tokens_per_image):
+        return (
+            "there are as many as image embeddings, so these ids are expanded already, but this "
+            "model expands them itself: give every image one placeholder (mp.media.collapse)"
+        )
+    if not found:
+        other = _other_placeholder(ids, token, (images, sum(sample.tokens_per_image)))
+        return (
+            f"no token has the id {token} of spec.image_token_id{other}. Give every image one of "
+            f"that id, or say yours: mp.RowSpec(image_token_id=...)"
+        )
+    if found < images == tiles and not sample.says_images:
+        return (
+            f"num_image_tiles is not given, so that each of the {tiles} tiles counts as an image: "
+            f"give it, how many tiles each image has"
+        )
+    return "give every image one placeholder"
+
+
+def _other_placeholder(ids: np.ndarray, token: int, counts: tuple[int, int]) -> str:
+    """What else could stand for images: a negative id, or some family's, once an image or once a
+    position."""
+    values, first, times = np.unique(ids, return_index=True, return_counts=True)
+    families = {family.image_token_id: name for name, family in FAMILIES.items()}
+    for value, at, number in zip(values.tolist(), first.tolist(), times.tolist(), strict=True):
+        if value < 0 and value != token:
+            return f", but {number} have {value} (the first is token {at})"
+        if value in families and number in counts:
+            return f", but {number} have {value}, the placeholder of {families[value]}"
+    return ""
+
+
+def as_lengths(lengths, number: int) -> list[Length]:
+    """How long each of so many samples is.
+
+    Args:
+        lengths: ints or ``Length`` (or lists in that order), in a list, a tensor or an array.
+        number: of the samples.
+    """
+    if hasattr(lengths, "tolist"):
+        lengths = lengths.tolist()
+    if isinstance(lengths, str | Mapping) or not isinstance(lengths, Sequence):
+        raise PackingError(f"lengths are a {kind_of(lengths)}, expected one for each sample")
+    if len(lengths) != number:
+        raise PackingError(f"there are {len(lengths)} lengths, but {number} samples")
+    return [_as_length(index, length) for index, length in enumerate(lengths)]
+
+
+def _as_length(index: int, given) -> Length:
+    values = given if isinstance(given, list | tuple) else (given,)
+    is_right = 1 <= len(values) <= len(Length._fields) and values[0] is not None
+    for value in values:
+        is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+        is_right = is_right and (value is None or is_count)
+    if not is_right:
+        raise PackingError(
+            f"lengths[{index}] is {given!r}, expected positions, or mp.data.Length("
+            f"{', '.join(Length._fields)})"
+        )
+    return Length(*values)
 
 
 def is_plain(value) -> bool:
@@ -273,13 +382,16 @@ def is_plain(value) -> bool:
     return isinstance(value, tuple(_PLAIN))
 
 
-def _attended(mask, num_tokens: int) -> slice:
-    """The tokens that an attention mask leaves, without the padding at either end.
+def attended(sample: dict, num_tokens: int) -> slice:
+    """The tokens that a sample's attention mask leaves, without the padding at either end.
 
     Raises:
         EmptySample: it leaves none.
         PackingError: it is no mask of these tokens, or hides one between others.
     """
+    mask = sample.get("attention_mask")
+    if mask is None:
+        return slice(0, num_tokens)
     if isinstance(mask, list | tuple):
         mask = torch.tensor(mask) if is_plain(mask) else None
     if not isinstance(mask, Tensor) or mask.dim() != 1 or mask.numel() != num_tokens:

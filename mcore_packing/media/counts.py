@@ -1,6 +1,7 @@
 """How many tokens images and videos become, and whether a prompt has that many placeholders."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,18 +12,28 @@ from .kinds import as_boundaries, as_ids, as_int, as_list, holds_ints, nested, r
 from .rules import SIZES, apply_rule
 
 
-def num_image_tokens(family: str | Family, height: int, width: int, **settings: Any) -> int:
+def num_image_tokens(
+    family: str | Family, height: Any = None, width: int | None = None, *, size: Any = None,
+    **settings: Any,
+) -> int:  # fmt: skip
     """How many placeholders an image of this size needs: begin, end and breaks are not counted.
+
+    Libraries do not agree on which side is first, and a swapped pair is another number of
+    placeholders without an error. So pass the image, or name what is said.
 
     Args:
         family: a family that has a count rule.
-        height, width: of the image as it is loaded, in pixels.
+        height: of the image as it is given to the processor, in pixels; or a PIL image, which says
+            both sides.
+        width: likewise.
+        size: in place of both ``(width, height)``, as PIL has it in ``image.size``. What is no pair
+            is a setting: some processors have one of this name.
         **settings: those of the family's processor, by its own names;
             ``get_family(family).settings`` lists them with their defaults.
 
     Raises:
-        PackingError: a size is not positive, the family or a setting is unknown, or the processor
-            would refuse the image or the setting.
+        PackingError: a size is not positive, said twice or not at all, the family or a setting is
+            unknown, or the processor would refuse the image or the setting.
 
     Source:
         ``replace_image_token`` and the image processors of transformers 5.24.0; for Megatron's
@@ -30,21 +41,23 @@ def num_image_tokens(family: str | Family, height: int, width: int, **settings: 
         examples/multimodal/image_processing.py.
 
     Example:
-        >>> num_image_tokens("qwen2_vl", 224, 224), num_image_tokens("gemma4", 3, 900)
+        >>> num_image_tokens("qwen2_vl", 224, 224), num_image_tokens("gemma4", size=(900, 3))
         (64, 280)
     """
-    return _count(family, "count", (height, width), settings)
+    sides = _sides(height, width, size, settings)
+    return _count(family, "count", sides, settings)
 
 
 def num_video_tokens(
-    family: str | Family, frames: int, height: int, width: int, **settings: Any
-) -> int:
+    family: str | Family, frames: int, height: Any = None, width: int | None = None, *,
+    size: Any = None, **settings: Any,
+) -> int:  # fmt: skip
     """How many placeholders a video needs, in all its frames: no timestamps, no markers.
 
     Args:
         family: a family that has a video rule.
         frames: how many are given to the model, after sampling.
-        height, width: of each, in pixels.
+        height, width, size: of each frame, in pixels, as ``num_image_tokens`` takes them.
         **settings: those of the family's video processor, as in ``Family.video_settings``.
 
     Raises:
@@ -57,7 +70,38 @@ def num_video_tokens(
         >>> num_video_tokens("qwen3_vl", 8, 224, 224), num_video_tokens("internvl3", 8, 224, 224)
         (196, 2048)
     """
-    return _count(family, "video_count", (frames, height, width), settings)
+    sides = _sides(height, width, size, settings)
+    return _count(family, "video_count", (frames, *sides), settings)
+
+
+_SAY = "the image itself, size=(width, height) as PIL has it, or height= and width="
+
+
+def _sides(height, width, size, settings: dict) -> tuple:
+    """``(height, width)``, said in one of three ways; what is no pair goes to ``settings``."""
+    if size is not None and not _is_pair(size):
+        settings["size"], size = size, None
+    said = [value is not None for value in (height, width, size)]
+    found = f"{height!r} is a pair, and does not say which side is first"
+    require(not _is_pair(height), f"{found}; say {_SAY}")
+    if _is_image(height):
+        require(sum(said) == 1, "an image says its own size; leave out width and size")
+        return height.size[::-1]
+    if said == [False, False, True]:
+        return tuple(size)[::-1]
+    require(not said[2], "height or width, and size too, are said; say one of them")
+    require(all(said[:2]), f"the size of the image is not said; say {_SAY}")
+    return height, width
+
+
+def _is_pair(value) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
+
+
+def _is_image(value) -> bool:
+    """Whether it is a PIL image: there is none where nobody has imported PIL."""
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(value, pil.Image)
 
 
 def _count(family: str | Family, count: str, size: tuple, given: dict) -> int:
@@ -85,8 +129,8 @@ def _as_size(sides: Sequence, names: Sequence[str], where: str = "") -> tuple[in
 
 
 def count_with_processor(
-    processor: Any, sizes: Iterable[Sequence[int]], *, image_token_id: int | None = None,
-    family: str | Family | None = None, **images_kwargs: Any,
+    processor: Any, sizes: Iterable | None = None, *, size: Any = None,
+    image_token_id: int | None = None, family: str | Family | None = None, **images_kwargs: Any,
 ) -> list[int]:  # fmt: skip
     """How many placeholders each image of one sample needs, as its processor itself writes them.
 
@@ -95,14 +139,17 @@ def count_with_processor(
 
     Args:
         processor: a processor object with its image processor and tokenizer.
-        sizes: ``(height, width)`` of each image of the sample, in pixels.
+        sizes: of each image of the sample ``(height, width)`` in pixels, or the PIL image.
+        size: in their place ``(width, height)`` of one image, as PIL has it in ``image.size``. What
+            is no pair goes to the image processor.
         image_token_id: the placeholder in ``input_ids``; by default what ``family`` says, else what
             the processor says.
         family: a registered family, or a ``Family``, where the processor has its real tokenizer.
         **images_kwargs: passed on to the image processor.
 
     Raises:
-        PackingError: a size is not positive, the processor refuses it, or it cannot be asked.
+        PackingError: a size is not positive, or said twice, the processor refuses it, or it cannot
+            be asked.
 
     Source:
         ``replace_image_token`` of the processors in transformers 5.24.0.
@@ -112,9 +159,17 @@ def count_with_processor(
         [391]
     """
     name, checked = type(processor).__name__, []
-    for i, size in enumerate(as_list(sizes, "sizes")):
-        sides = as_list(size, f"sizes[{i}]")
-        require(len(sides) == 2, f"sizes[{i}] is {size!r}, expected (height, width)")
+    if size is not None and not _is_pair(size):
+        images_kwargs["size"], size = size, None
+    one = (sizes is None) != (size is None)
+    require(one, "say sizes of all images, or size=(width, height) of one: one of both")
+    if sizes is None or _is_image(sizes):
+        each = [tuple(size)[::-1] if sizes is None else sizes]
+    else:
+        each = as_list(sizes, "sizes")
+    for i, one in enumerate(each):
+        sides = one.size[::-1] if _is_image(one) else as_list(one, f"sizes[{i}]")
+        require(len(sides) == 2, f"sizes[{i}] is {one!r}, expected (height, width), or an image")
         checked.append(_as_size(sides, SIZES["count"], f"sizes[{i}]: "))
     if not checked:
         return []

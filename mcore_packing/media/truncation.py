@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from ..errors import AmbiguousTruncation, PlaceholderMismatch
+from ..inputs import as_choice
 from ..reference import IGNORE_INDEX
+from ..space import SPACES
 from . import kinds
 from .families import Family, resolve
 from .kinds import as_flag, as_ids, as_int, as_list, like, require, shorten
@@ -19,6 +21,7 @@ from .kinds import as_flag, as_ids, as_int, as_list, like, require, shorten
 _KINDS = ("image", "video")
 # What a batch says of its tokens themselves, never of the next one: keys, or ends of keys.
 _OF_TOKENS = ("input_ids", "tokens", "attention_mask", "token_type_ids")
+_NO_POSITIONS = (*_OF_TOKENS, "labels", "mask")
 _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 
 
@@ -26,7 +29,8 @@ _MAX_CANDIDATES = 8  # an error that lists more helps nobody
 class Truncation:
     """What is left of a row, and of everything that belongs to it.
 
-    Positions are those of the row that was given; images (videos) are numbered through all of it.
+    Positions are those of the row that was given, so tokens of a collapsed one; images (videos) are
+    numbered through all of it.
 
     Attributes:
         output_ids: the ids that stay, of the same kind as those given.
@@ -109,8 +113,9 @@ class Truncation:
             no entry of one is left: vision encoders do not take none.
 
         Raises:
-            PackingError: ``values`` has another length, holds no signed ints for -100, or looks
-                like M-RoPE's position ids, which a mere cut would leave with an offset.
+            PackingError: ``values`` has another length, holds no signed ints for -100, looks like
+                M-RoPE's position ids, which a mere cut would leave with an offset, or is cut as
+                position ids, but cannot be any: it is negative somewhere, or goes back.
 
         Example:
             >>> cut = truncate([9, 9, 7, 5, 9, 9], [2, 2], 5, 9, side="left", vision_end_id=7)
@@ -122,6 +127,8 @@ class Truncation:
             cut = {}
             for key, value in values.items():
                 by = "position" if per == "token" and str(key).endswith("position_ids") else per
+                fits = by != "position" or not str(key).endswith(_NO_POSITIONS)
+                require(fits, f'{key} are no position ids; leave per="position" out')
                 zero = 0 if fill is None and "mask" in str(key) else fill
                 next_one = shifted and not str(key).endswith(_OF_TOKENS)
                 if key == "attention_mask":
@@ -164,6 +171,7 @@ class Truncation:
         cut = values[(*before, self.keep_positions)]
         if positions:
             require(ints, "position ids are no ints; pass them as the processor gave them")
+            self._check_positions(values)
             offsets = like(cut.reshape(-1), self._offsets(values, dim))
             cut = cut - offsets.reshape(-1, *[1] * (cut.ndim - dim - 1))
         elif shifted and self._holes:
@@ -177,9 +185,25 @@ class Truncation:
             require(not moved, 'values look like position ids of M-RoPE; pass per="position"')
         return type(given)(cut.tolist()) if isinstance(given, (list, tuple)) else cut
 
+    def _check_positions(self, values) -> None:
+        """Refuse what no position ids are, such as labels, which would be renumbered as if."""
+        rows = _on_host(values)
+        advice = 'which position ids never do; leave per="position" out for all else'
+        if rows.size:
+            require(rows.min() >= 0, f"values hold {rows.min()}, {advice}")
+        if rows.size != self._starts[-1]:
+            return  # M-RoPE's go back inside of a video
+        row = rows.reshape(-1)
+        back = np.flatnonzero(np.diff(row) < 0) + 1
+        back = back[row[back] > 1]  # 0 begins a sequence, and padding is 0 or 1
+        back = np.setdiff1d(back, self._starts)
+        if len(back):
+            found = f"values go back from {row[back[0] - 1]} to {row[back[0]]} at token {back[0]}"
+            require(False, f"{found}, {advice}")
+
     def _offsets(self, values, dim: int) -> list[int]:
         """By how much each position that stays moves forward, from all that was removed before."""
-        rows = np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)
+        rows = _on_host(values)
         at = rows.min(axis=(*range(dim), *range(dim + 1, rows.ndim)))
         kept, offsets = np.array(self.keep_positions, dtype=np.int64), []
         sequences = np.split(kept, np.searchsorted(kept, self._starts[1:-1]))
@@ -190,12 +214,17 @@ class Truncation:
         return offsets
 
 
+def _on_host(values) -> np.ndarray:
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values, dtype=np.int64)
+
+
 def truncate(
     input_ids: Any,
     tokens_per_image: Any,
     max_length: int | Sequence[int],
     image_token_id: int | None = None,
     *,
+    space: str = "expanded",
     side: str | Sequence[str] = "right",
     family: str | Family | None = None,
     tokens_per_video: Any = None,
@@ -207,12 +236,16 @@ def truncate(
     An image whose placeholders all stay is kept, though the cut may have taken its begin marker.
 
     Args:
-        input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per image embedding.
+        input_ids: the whole row ``[T]`` or ``[1, T]``, one placeholder per image embedding, or per
+            image, as ``space`` says.
         tokens_per_image: how many placeholders each image has, in order; the list of its runs
             where they stand in several (runs that adjoin are one): ``[[20, 20]]`` for two frames of
             a video. For a packed row flat ints, or one list per sequence, with runs one level
-            deeper: ``[[[2, 2]], [[2, 2]]]``.
-        max_length: how many tokens may stay, of the row; or a list, of each sequence.
+            deeper: ``[[[2, 2]], [[2, 2]]]``. Of a collapsed row, how many positions each
+            placeholder becomes.
+        max_length: how many positions may stay, of the row; or a list, of each sequence.
+        space: "expanded", or "collapsed" where each image, and each video, is one placeholder, as
+            ``mp.data.pack`` takes it for ``LLaVAModel``; then ``cu_seqlens`` count tokens too.
         side: the side that is cut off: "right" or "left"; one per sequence if ``max_length`` is.
         family: a registered family, or a ``Family``: its placeholders, markers and break tokens.
         tokens_per_video: the same for videos, which stay or go whole, with their timestamps.
@@ -231,9 +264,14 @@ def truncate(
         >>> cut = truncate(row, [2, 3], 9, 9, vision_start_id=7, vision_end_id=8)
         >>> cut.output_ids, cut.kept_images
         ([1, 7, 9, 9, 8, 2], [0])
+        >>> truncate([1, 9, 9, 2], [2, 3], 5, 9, space="collapsed").output_ids
+        [1, 9]
     """
     row = _Row(input_ids, image_token_id, family, cu_seqlens, overrides)
-    streams = row.streams(tokens_per_image, tokens_per_video)
+    counts = tokens_per_image, tokens_per_video
+    if as_choice(space, "space", SPACES) == "collapsed":
+        counts = row.lengthen(counts)
+    streams = row.streams(*counts)
     windows = _windows(row, max_length, _sides(side, row, ("left", "right")))
     return row.result(input_ids, cu_seqlens, streams, windows)
 
@@ -282,6 +320,43 @@ def reconcile(
     sides = _sides(side, row, ("left", "right", None))
     streams = row.streams(tokens_per_image, tokens_per_video, sides)
     return row.result(input_ids, cu_seqlens, streams, pairwise(row.starts))
+
+
+def collapse(
+    input_ids: Any,
+    tokens_per_image: Sequence[int],
+    image_token_id: int | None = None,
+    *,
+    family: str | Family | None = None,
+) -> list[int]:
+    """Which tokens of a row stay where each image becomes one placeholder, its first.
+
+    For ids that a processor expanded, and a model that expands them itself. Images that adjoin stay
+    as many.
+
+    Args:
+        input_ids: ``[T]`` or ``[1, T]``, one placeholder per image embedding.
+        tokens_per_image: how many each image has, in order.
+        image_token_id: the placeholder; by default that of ``family``.
+
+    Returns:
+        Where they stand: ``[ids[at] for at in kept]``, or ``ids[kept]`` of a tensor; labels and
+        masks of the row likewise.
+
+    Raises:
+        PlaceholderMismatch: the row does not have these placeholders.
+
+    Example:
+        >>> collapse([1, 9, 9, 9, 9, 9, 2], [2, 3], 9)
+        [0, 1, 3, 6]
+    """
+    row = _Row(input_ids, image_token_id, family, None, {})
+    counts = as_ids(tokens_per_image, "tokens_per_image", 1)
+    [stream], _ = row.streams(counts, None)
+    keep = np.ones(len(row.ids), dtype=bool)
+    keep[stream.positions] = False
+    keep[stream.positions[stream.starts[:-1]]] = True
+    return np.flatnonzero(keep).tolist()
 
 
 # How a cut is explained: `_Row` reads what each token is, `_Stream` finds which placeholders of
@@ -459,6 +534,7 @@ class _Row:
         bounds = kinds.as_boundaries(cu_seqlens, size)
         self.num_seqs, self.packed = len(bounds) - 1, cu_seqlens is not None
         self.starts = kinds.with_tail(bounds, size)
+        self.edges = range(size + 1)  # where each token begins, in positions
         self.spans = [self._unpadded(start, stop) for start, stop in pairwise(self.starts)]
         self._read_roles(marks, known)
         self._refuse_two_roles(known, types is not None)
@@ -520,6 +596,29 @@ class _Row:
             found = f"position {start - 1}: markers stand around {stop - start} tokens of id "
             fits = others or stop - start == 1
             require(fits, f"{found}{token}; for a video pass video_token_id, or its family")
+
+    def lengthen(self, counts: Sequence) -> list:
+        """Make every placeholder as long as the image that it stands for; what is left to count of
+        each image is one placeholder."""
+        lengths, left = np.ones(len(self.ids), dtype=np.int64), []
+        for kind, spec in zip(_KINDS, counts, strict=True):
+            name, read = f"tokens_per_{kind}", as_list if self.packed else kinds.as_row
+            entries = [] if spec is None else read(spec, name)
+            each = self.packed and any(e is None or kinds.nested(e) for e in entries)
+            lists = [[] if e is None else e for e in entries] if each else [entries]
+            given = [as_ids(one, name, 1) for one in lists]
+            positions = [*chain(*given)]
+            places = np.flatnonzero(self.roles == ord(_PLACEHOLDERS[kind]))
+            if len(places) != len(positions):
+                token = self.tokens.get(kind)
+                found = f"{len(places)} {kind} placeholders ({token}), but {name} has"
+                message = f"{found} {len(positions)} entries; a collapsed row has one for each"
+                raise PlaceholderMismatch(message, actual=len(positions), expected=len(places))
+            lengths[places] = positions
+            ones = [[1] * len(one) for one in given]
+            left.append(ones if each else ones[0])
+        self.edges = [0, *lengths.cumsum().tolist()]
+        return left
 
     def streams(self, tokens_per_image, tokens_per_video, sides=None) -> list[list[_Stream]]:
         """The images, and the videos, of every sequence; all of them where no side was cut."""
@@ -715,12 +814,19 @@ def _as_items(entries, where: str) -> list[list[int]]:
 
 def _windows(row: _Row, max_length, sides: list) -> list[tuple[int, int]]:
     """What stays of every sequence, and of the tail, before anything is repaired."""
+    windows = _windows_of_positions(row, max_length, sides)
+    inside = ((bisect_left(row.edges, a), bisect_right(row.edges, b) - 1) for a, b in windows)
+    return [(start, max(start, stop)) for start, stop in inside]  # whole tokens
+
+
+def _windows_of_positions(row: _Row, max_length, sides: list) -> list[tuple[int, int]]:
+    starts = [row.edges[start] for start in row.starts]
     if not kinds.nested(max_length):
-        limit = min(as_int(max_length, "max_length", minimum=0), len(row.ids))
+        limit = min(as_int(max_length, "max_length", minimum=0), starts[-1])
         require(len({*sides[:-1]}) < 2, "side differs, but max_length is one, of the whole row")
-        first = 0 if sides[0] == "right" else len(row.ids) - limit
-        return list(pairwise(min(max(first, edge), first + limit) for edge in row.starts))
-    limits, seqs = as_ids(max_length, "max_length", minimum=0), list(pairwise(row.starts))
+        first = 0 if sides[0] == "right" else starts[-1] - limit
+        return list(pairwise(min(max(first, edge), first + limit) for edge in starts))
+    limits, seqs = as_ids(max_length, "max_length", minimum=0), list(pairwise(starts))
     found = f"max_length has {len(limits)} entries for {row.num_seqs} sequences"
     require(len(limits) == row.num_seqs, found)
     cuts = zip(seqs, limits, sides, strict=False)  # not of the tail

@@ -179,6 +179,21 @@ class Installation:
             hook_of(model).remove(model)
         self._models = []
 
+    def __repr__(self) -> str:
+        models = [model for ref in self._models if (model := ref()) is not None]
+        plans = [hook.plan for model in models if (hook := hook_of(model)) is not None]
+        if not plans:
+            return f"Installation({'the model is gone' if self._models else 'removed'})"
+        plan, name = plans[0], type(models[0]).__name__
+        what = name if len(plans) == 1 else f"{len(plans)} chunks of {name}"
+        kept = next((one.why_kept for one in plans if one.why_kept is not None), None)
+        expansion = "replaced" if kept is None else f"left alone, since {kept}"
+        return (
+            f"Installation({what}, space={plan.space!r}, "
+            f"on_missing={'raise' if plan.raises_if_missing else 'pass'!r}, "
+            f"on_overflow={plan.spec_of_calls.on_overflow!r}, expansion {expansion})"
+        )
+
     def __enter__(self) -> "Installation":
         return self
 
