@@ -57,7 +57,7 @@ def check_known(name: str, spec: RowSpec) -> None:
 
 def as_media(name: str, value) -> Tensor:
     """A tensor ``[entries, ...]``, from a list of numbers too."""
-    if isinstance(value, list | tuple) and value:
+    if not isinstance(value, Tensor) and isinstance(value, list | tuple) and value:
         with suppress(TypeError, ValueError):
             value = torch.tensor(value)
     if not isinstance(value, Tensor) or value.dim() == 0:
@@ -91,6 +91,15 @@ def commonest_forms(samples: Iterable[Mapping[str, Form]]) -> dict[str, Form]:
             seen = counts.setdefault(name, {})
             seen[form] = seen.get(form, 0) + 1
     return {name: max(seen, key=seen.__getitem__) for name, seen in counts.items()}
+
+
+def check_alike(samples: Sequence[Mapping[str, Form]]) -> None:
+    """Refuse a sample that has not the form that most samples of a row have."""
+    forms = {form for found in samples for form in found.items()}
+    if len(forms) > len({name for name, _ in forms}):
+        wanted = commonest_forms(samples)
+        for found in samples:
+            check_forms(found, wanted)
 
 
 def check_forms(found: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:

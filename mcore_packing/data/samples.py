@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import PackingError, PlaceholderMismatch
 from ..media.families import Family
+from ..reference import prefix_sum
 from ..spec import RowSpec
 from .columns import OWN, Column, Tokens, as_columns, check_tokens, kind_of, look_at
 from .media import (
@@ -182,22 +183,22 @@ def read(sample: dict, contents: Contents) -> Sample:
             check_tokens(name, value)
             columns[name] = value
         elif name in contents.media:
-            media[name] = as_media(name, value)
-            if not isinstance(value, Tensor):
+            media[name] = entries = as_media(name, value)
+            if entries is not value:
                 plain[name] = value
-            if form := form_of(media[name]):
+            if form := form_of(entries):
                 forms[name] = form
         elif name in contents.columns:
             if not isinstance(value, Tensor) or value.dim() == 0:
                 raise PackingError(f"{name}: found {kind_of(value)}, expected a tensor [t, ...]")
             columns[name] = value
             forms[name] = value.dtype, tuple(value.shape[1:])
-        elif is_plain(value):
-            plain[name] = value
         elif name in _COUNTS and isinstance(value, Tensor):
             counts[name] = value.dtype
             if not contents.spec.expands:  # no row has it
                 plain[name] = value.tolist()
+        elif is_plain(value):
+            plain[name] = value
         elif name not in OWN and not str(name).startswith("__"):  # a loader's own
             check_known(name, contents.spec)
             left_out.append(name)
@@ -224,7 +225,7 @@ def read(sample: dict, contents: Contents) -> Sample:
         else:
             counts["attention_mask"] = sample["attention_mask"].dtype
     tiles, per_image = _count(sample, media.get("images"), contents.spec)
-    sizes = {name: len(value) or (value.dtype, value.shape) for name, value in media.items()}
+    sizes = {name: value.shape[0] or (value.dtype, value.shape) for name, value in media.items()}
     dims = 0 if positions is None else positions.dim()
     member = Member(num_tokens, plain, sizes, counts, tuple(columns), dims)
     return Sample(ids, columns, media, forms, tiles, per_image, positions, left_out, member)
@@ -240,7 +241,7 @@ def look(
         PackingError: a label that is no token.
     """
     spec = contents.spec
-    bounds = np.array([0, *(sample.member.num_tokens for sample in samples)]).cumsum()
+    bounds = prefix_sum(np.array([sample.member.num_tokens for sample in samples]))
     tokens = look_at(ids, labels, bounds, contents.placeholders, spec.expands)
     for sample, found in zip(samples, tokens.placeholders_per_sample, strict=True):
         if not spec.expands:
