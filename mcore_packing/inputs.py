@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,14 @@ from .errors import INT32_MAX, PackingError
 def may_look(tensor: Tensor) -> bool:
     """Whether reading a value costs nothing."""
     return tensor.device.type == "cpu"
+
+
+def fits_int32(tensor: Tensor) -> bool:
+    """Whether int32 holds all of its integers."""
+    if tensor.dtype == torch.int32:
+        return True
+    values = tensor.cpu().numpy()  # torch takes four times as long for a few thousand
+    return bool((values.astype(np.int32) == values).all())
 
 
 def as_int(value, name: str) -> int:

@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -17,6 +16,7 @@ from .inputs import (
     as_row,
     as_size,
     as_tokens_per_image,
+    fits_int32,
     may_look,
     refuse_old,
 )
@@ -185,7 +185,7 @@ class PackedLayout:
         counts, images_per_seq = as_tokens_per_image(tokens_per_image, ids, num_seqs)
         num_image_embeddings = as_size(num_image_embeddings, "num_image_embeddings")
         looks = may_look(ids) or (num_image_embeddings is None and spec.fixed_length is None)
-        if looks and ids.dtype == torch.int64 and not torch.equal(ids.int().long(), ids):
+        if looks and not fits_int32(ids):
             raise PackingError("input_ids hold an id beyond int32, more than a layout can")
 
         known = num_image_embeddings
@@ -295,20 +295,18 @@ class PackedLayout:
 
     def _shrink(self) -> None:
         """Count what is cut; and leave to the tail only what it needs, and the row's multiple."""
-        edges, starts = self.cu_seqlens_padded.tolist(), self.seq_start_expanded.tolist()
-        sequences = zip(pairwise(starts), pairwise(edges), strict=True)
-        is_whole = all(end - start <= b - a for (start, end), (a, b) in sequences)
-        self.num_cut = 0 if is_whole else int(self.is_cut.sum())
-        last, tail = edges[-2], starts[-1] - starts[-2]
+        edges, starts = self.cu_seqlens_padded.cpu().numpy(), self.seq_start_expanded.cpu().numpy()
+        lengths, rooms = starts[1:] - starts[:-1], edges[1:] - edges[:-1]
+        self.num_cut = 0 if (lengths <= rooms).all() else int(self.is_cut.sum())
+        last = int(edges[-2])
         if self.spec.fixed_length is None:
-            needed = round_up(last + tail, self.spec.total_multiple)
+            needed = round_up(last + int(lengths[-1]), self.spec.total_multiple)
             self.num_expanded = min(needed, self.num_expanded)
         self.has_tail = self.num_expanded > last
         if edges[-1] != self.num_expanded:
-            edges[-1] = self.cu_seqlens_padded[-1] = self.num_expanded
-        longest = max(b - a for a, b in pairwise(edges))
-        if longest != self.max_seqlen:
-            self.max_seqlen = self.status[4] = longest
+            self.cu_seqlens_padded[-1] = self.num_expanded
+            rooms[-1] = self.num_expanded - last
+            self.max_seqlen = self.status[4] = int(rooms.max())
 
     # Between devices and processes
 

@@ -84,10 +84,9 @@ def look_at(
 def _check(labels: np.ndarray, is_placeholder: np.ndarray, bounds: np.ndarray, placeholders):
     """Refuse labels that are no tokens: negative ones but -100, and the placeholders' at a token
     that is none. (Megatron's loss reads garbage at -200, in silence.)"""
-    is_wrong = (labels < 0) & (labels != IGNORE_INDEX)
+    is_wrong, is_text = (labels < 0) & (labels != IGNORE_INDEX), ~is_placeholder
     for token in placeholders:
-        is_wrong |= labels == token
-        is_wrong &= (labels != token) | ~is_placeholder
+        np.copyto(is_wrong, is_text, where=labels == token)
     if not is_wrong.any():
         return
     at = int(is_wrong.argmax())

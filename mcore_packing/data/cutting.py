@@ -62,7 +62,7 @@ def cut(sample: dict, found: Sample, contents: Contents, room: int) -> tuple[dic
             value = how.apply(value[here], shifted=False)
         elif name in COUNTS and how.dropped_images:
             value = how.apply(value, per="image")
-        elif name in entries and how.dropped_images:
+        elif name in entries and how.dropped_images and not callable(value):
             value = how.apply(value, per="image", rows=entries[name])
         left[name] = value
     return left, len(how.dropped_images)

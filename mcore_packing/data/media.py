@@ -1,6 +1,6 @@
 """Images and videos of samples: which tensors these are, joined along their first dimension."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 
@@ -55,9 +55,34 @@ def check_known(name: str, spec: RowSpec) -> None:
         )
 
 
+class LaterTiles:
+    """The tiles of a sample whose ``images`` are a callable: made when its row is.
+
+    Args:
+        make: from which of the sample's tiles, ``list[int]``, to a tensor of them, ``[tiles, 3, h,
+            w]``.
+        count: how many tiles the sample has.
+    """
+
+    def __init__(self, make: Callable[[list[int]], Tensor], count: int):
+        self.make, self.shape = make, (count,)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, tiles: list[int]) -> Tensor:
+        made = self.make(tiles)
+        if not isinstance(made, Tensor) or made.dim() == 0 or made.shape[0] != len(tiles):
+            raise PackingError(
+                f"images made {kind_of(made)} of {len(tiles)} tiles, expected a tensor "
+                f"[{len(tiles)}, 3, h, w]"
+            )
+        return made
+
+
 def as_media(name: str, value) -> Tensor:
     """A tensor ``[entries, ...]``, from a list of numbers too."""
-    if isinstance(value, list | tuple) and value:
+    if not isinstance(value, Tensor) and isinstance(value, list | tuple) and value:
         with suppress(TypeError, ValueError):
             value = torch.tensor(value)
     if not isinstance(value, Tensor) or value.dim() == 0:
@@ -91,6 +116,15 @@ def commonest_forms(samples: Iterable[Mapping[str, Form]]) -> dict[str, Form]:
             seen = counts.setdefault(name, {})
             seen[form] = seen.get(form, 0) + 1
     return {name: max(seen, key=seen.__getitem__) for name, seen in counts.items()}
+
+
+def check_alike(samples: Sequence[Mapping[str, Form]]) -> None:
+    """Refuse a sample that has not the form that most samples of a row have."""
+    forms = {form for found in samples for form in found.items()}
+    if len(forms) > len({name for name, _ in forms}):
+        wanted = commonest_forms(samples)
+        for found in samples:
+            check_forms(found, wanted)
 
 
 def check_forms(found: Mapping[str, Form], wanted: Mapping[str, Form]) -> None:
@@ -152,6 +186,28 @@ def check_media(
             actual=embeddings,
             expected=placeholders,
         )
+
+
+def join_tiles(
+    samples: Sequence[Mapping], device: torch.device, kept: list[int] | None = None
+) -> Tensor:
+    """The ``images`` of a row, from the media of its samples; with ``kept``, those tiles only."""
+    values, first = [], 0
+    for media in samples:
+        images = media.get("images")
+        if images is None:
+            continue
+        last = first + images.shape[0]
+        if kept is not None:
+            here = [tile - first for tile in kept if first <= tile < last]
+        else:
+            here = range(last - first)
+        if isinstance(images, Tensor):
+            values.append(images if kept is None else images[here])
+        elif here:
+            values.append(images[list(here)])
+        first = last
+    return join_media(values) if values else torch.empty(0, device=device)
 
 
 def join_media(values: Sequence[Tensor]) -> Tensor:

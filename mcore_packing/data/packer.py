@@ -1,5 +1,6 @@
 """Many samples into rows: which go together, and what becomes of those that fit nowhere."""
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -13,6 +14,7 @@ from typing import NamedTuple, NoReturn, overload
 
 from torch.utils.data import Dataset, IterableDataset
 
+from ..context_parallel import check_rank
 from ..errors import INT32_MAX, PackingError
 from ..inputs import as_choice, as_int, as_positive, refuse_old
 from ..media.families import Family
@@ -466,6 +468,7 @@ class Packer:
         indices: Sequence[int] | None = None,
         scale: float | None = None,
         lengths: Sequence[Length] | None = None,
+        vision_share: tuple[int, int] | None = None,
     ) -> Row:
         """One row of these samples, in this order.
 
@@ -475,6 +478,7 @@ class Packer:
             scale: of the loss weights, as ``pack`` found it over all its samples; by default the
                 mean weight of this row's trained tokens is 1.
             lengths: what was said of each.
+            vision_share: as ``Rows.shard_vision`` takes it, to hold that rank's tiles only.
 
         Raises:
             PackingError: they do not fit, or what is wrong with one.
@@ -503,7 +507,7 @@ class Packer:
 
         counts = kind != "token" or any(one and one.trained is not None for one in said)
         try:
-            return join(parts, self.contents, indices, weigh if counts else None)
+            return join(parts, self.contents, indices, weigh if counts else None, vision_share)
         except PackingError as error:
             raise self._blame(error, parts, indices, samples) from None
 
@@ -527,6 +531,7 @@ class Rows(Dataset[Row], Sequence[Row]):
             for each row that only fills up a job.
         scale: of the loss weights.
         lengths: what was said of each sample, None where it was looked at.
+        vision_share: the context-parallel rank, and of how many, whose tiles alone rows hold.
     """
 
     def __init__(
@@ -541,6 +546,32 @@ class Rows(Dataset[Row], Sequence[Row]):
         self.packer, self.samples, self.scale, self.lengths = packer, samples, scale, lengths
         self._stand_in = min(bins, key=len) if bins else []  # what an empty row is made of
         self.bins = [*bins, *([] for _ in range(num_empty))]
+        self.vision_share: tuple[int, int] | None = None
+
+    def shard_vision(self, cp_rank: int, cp_size: int) -> "Rows":
+        """The same rows with the tiles of one context-parallel rank only.
+
+        For a model that shares its vision tower (``vision_dp_over_cp`` of ``mp.install``): a rank's
+        tiles are all that it decodes, keeps and copies to the GPU. Where ``images`` of a sample are
+        a callable, from tiles ``list[int]`` to a tensor ``[tiles, 3, h, w]``, it is called for
+        those; ``num_image_tiles`` then says how many the sample has.
+
+        Args:
+            cp_rank: ``parallel_state.get_context_parallel_rank()``.
+            cp_size: context-parallel size, that of the spec.
+
+        Raises:
+            PackingError: a rank that there is not, or another size.
+        """
+        check_rank(cp_size, cp_rank)
+        if cp_size != self.packer.spec.cp_size:
+            raise PackingError(
+                f"cp_size is {cp_size}, but rows are packed for {self.packer.spec.cp_size} "
+                f"context-parallel ranks: see mp.row_spec"
+            )
+        rows = copy.copy(self)
+        rows.vision_share = (cp_rank, cp_size) if cp_size > 1 else None
+        return rows
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -556,7 +587,7 @@ class Rows(Dataset[Row], Sequence[Row]):
             rows = Rows(
                 self.packer, self.samples, self.bins[index], self.scale, lengths=self.lengths
             )
-            rows._stand_in = self._stand_in
+            rows._stand_in, rows.vision_share = self._stand_in, self.vision_share
             return rows
         members = self.bins[index]
         return self._join(members) if members else without_training(self._join(self._stand_in))
@@ -564,7 +595,7 @@ class Rows(Dataset[Row], Sequence[Row]):
     def _join(self, members: list[int]) -> Row:
         samples = [self.samples[i] for i in members]
         said = None if self.lengths is None else [self.lengths[i] for i in members]
-        return self.packer.join(samples, members, self.scale, said)
+        return self.packer.join(samples, members, self.scale, said, self.vision_share)
 
     def __repr__(self) -> str:
         number, empty = sum(map(len, self.bins)), self.bins.count([])

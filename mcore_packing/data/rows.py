@@ -14,8 +14,9 @@ from ..expand import Column, expand_column
 from ..layout import PackedLayout
 from ..reference import IGNORE_INDEX
 from ..spec import RowSpec
-from .columns import join_column
-from .media import check_forms, commonest_forms, join_media
+from ..vision import shares
+from .columns import Tokens, join_column
+from .media import check_alike, join_media, join_tiles
 from .samples import Contents, Member, Sample, look, read
 
 
@@ -47,6 +48,8 @@ class Row:
         indices: which samples these are, of those that were packed; empty for a row that only fills
             up a job.
         members: what else is known of each sample.
+        vision_share: the context-parallel rank whose tiles alone are in ``images``, and of how many
+            ranks; None where all are.
     """
 
     input_ids: Tensor
@@ -59,6 +62,7 @@ class Row:
     layout: PackedLayout
     indices: tuple[int, ...]
     members: tuple[Member, ...]
+    vision_share: tuple[int, int] | None = None
 
     @property
     def images(self) -> Tensor:
@@ -174,8 +178,10 @@ def split(row: Row) -> list[dict]:
         ``report.left_out`` names them.
 
     Raises:
-        PackingError: the boundaries of the row are not those that it was packed with.
+        PackingError: the boundaries of the row are not those that it was packed with; or it has but
+            a share of its tiles.
     """
+    check_whole(row)
     if not row.members:
         return []
     layout, expands = row.layout, row.layout.spec.expands
@@ -216,6 +222,16 @@ def split(row: Row) -> list[dict]:
     return samples
 
 
+def check_whole(row: Row) -> None:
+    """Refuse a row of ``shard_vision``."""
+    if row.vision_share is not None:
+        rank, size = row.vision_share
+        raise PackingError(
+            f"this row holds the tiles of context-parallel rank {rank} of {size} only "
+            f"(rows.shard_vision); this takes whole rows, those before shard_vision"
+        )
+
+
 def check_members(row: Row) -> list[int]:
     """How many tokens each sample of a row has.
 
@@ -248,6 +264,7 @@ def join(
     contents: Contents,
     indices: Sequence[int] | None = None,
     weigh: Callable[[list[int]], list[float]] | None = None,
+    vision_share: tuple[int, int] | None = None,
 ) -> Row:
     """One row of samples that were read, in this order.
 
@@ -257,25 +274,36 @@ def join(
         indices: which samples these are.
         weigh: from how many tokens of each sample are trained to what each of these counts; by
             default 1.
+        vision_share: a context-parallel rank, and of how many, whose tiles alone to take.
 
     Raises:
         PackingError: they do not fit, or what is wrong with the values of one.
     """
-    spec, tensors = contents.spec, join_tensors(parts, contents, weigh)
-    ids = tensors["input_ids"]
-    bounds = np.array([0, *(part.member.num_tokens for part in parts)]).cumsum(dtype=np.int32)
+    ids, tokens, tensors = join_tensors(parts, contents, weigh)
+    counts = [count for part in parts for count in part.tokens_per_image]
     layout = PackedLayout.build(
         ids,
-        torch.from_numpy(bounds).to(ids.device),
-        _on([count for part in parts for count in part.tokens_per_image], torch.int64, ids),
-        spec,
+        _on(ids.device, tokens.bounds.astype(np.int32)),
+        _on(ids.device, np.array(counts, dtype=np.int64)),
+        contents.spec,
         space="collapsed",
+        num_image_embeddings=sum(counts),
     )
-    if not spec.expands:
+    if not contents.spec.expands:
         _fill_up(tensors, layout, contents)
+    else:
+        has_sizes = "imgs_sizes" in tensors["media"]  # what tiles become, only the model can say
+        if contents.spec.cp_size > 1 and counts and not has_sizes:
+            tiles = tensors["media"]["num_image_tiles"]
+            layout = layout.with_shares(shares(layout, tiles.cpu(), contents.spec.cp_size))
+        kept = None
+        if vision_share is not None and layout.shares is not None:
+            kept = layout.shares.tiles_of(vision_share[0])
+        tensors["media"]["images"] = join_tiles([part.media for part in parts], ids.device, kept)
     return Row(
         **tensors,
         layout=layout,
+        vision_share=vision_share,
         indices=tuple(range(len(parts)) if indices is None else indices),
         members=tuple(part.member for part in parts),
     )
@@ -294,47 +322,52 @@ def concatenate(samples: Sequence[dict], image_token_id: int) -> dict:
     """The tensors of a collapsed row, for a data path that knows no layouts."""
     spec = RowSpec(image_token_id=image_token_id, img_seq_len=1)  # any: nothing is laid out
     contents = Contents.of(spec)
-    tensors = join_tensors([read(sample, contents) for sample in samples], contents)
+    parts = [read(sample, contents) for sample in samples]
+    ids, _, tensors = join_tensors(parts, contents)
+    tensors["media"]["images"] = join_tiles([part.media for part in parts], ids.device)
     names = ("input_ids", "labels", "loss_mask", "media", "columns")
     return {name: tensors[name] for name in names}
 
 
-def join_tensors(parts: Sequence[Sample], contents: Contents, weigh=None) -> dict:
-    """The tensors of a row, as ``Row`` has them, collapsed."""
+def join_tensors(
+    parts: Sequence[Sample], contents: Contents, weigh=None
+) -> tuple[Tensor, Tokens, dict]:
+    """All tokens, what their values say, and a row's tensors as ``Row`` has them, collapsed; of an
+    expanding model all but its ``images``."""
     if not parts:
         raise PackingError("there are no samples to join, expected one or more")
-    wanted = commonest_forms([part.forms for part in parts])
-    for part in parts:
-        check_forms(part.forms, wanted)
+    check_alike([part.forms for part in parts])
     ids, given = join_tokens(parts)
     columns = {} if given is None else {"labels": given[None]}
-    names = dict.fromkeys(name for part in parts for name in part.columns if name != "labels")
     lengths = [part.member.num_tokens for part in parts]
-    for name in names:
+    for name, column in contents.columns.items():
         values = [part.columns.get(name) for part in parts]
-        columns[name] = join_column(values, lengths, contents.columns[name])[None]
+        if any(value is not None for value in values):
+            columns[name] = join_column(values, lengths, column)[None]
     tokens = look(parts, ids, given, contents)
     media = {}
-    for name in dict.fromkeys(name for part in parts for name in part.media):
-        media[name] = join_media([part.media[name] for part in parts if name in part.media])
+    for name in contents.media:
+        if name == "images" and contents.spec.expands:
+            continue  # the layout says which
+        if values := [part.media[name] for part in parts if name in part.media]:
+            media[name] = join_media(values)
     if contents.spec.expands:
-        media.setdefault("images", torch.empty(0, device=ids.device))
         tiles = [count for part in parts for count in part.num_image_tiles]
-        media["num_image_tiles"] = _on(tiles, torch.int32, ids)
-    loss_mask = torch.from_numpy(tokens.trains).to(ids.device, torch.float32)
+        media["num_image_tiles"] = _on(ids.device, np.array(tiles, dtype=np.int32))
+    loss_mask = tokens.trains.astype(np.float32)
     if weigh is not None:
-        weights = torch.tensor(weigh(tokens.trained_per_sample), dtype=torch.float64)
-        each = weights.repeat_interleave(torch.tensor(lengths))
-        loss_mask = (each.to(ids.device) * loss_mask).float()
-    return {
+        weights = np.array(weigh(tokens.trained_per_sample), dtype=np.float64)
+        loss_mask = (weights.repeat(lengths) * loss_mask).astype(np.float32)
+    tensors = {
         "input_ids": ids[None],
-        "labels": torch.from_numpy(tokens.labels).to(ids.device)[None],
-        "loss_mask": loss_mask[None],
+        "labels": _on(ids.device, tokens.labels[None]),
+        "loss_mask": _on(ids.device, loss_mask[None]),
         "positions": _join_positions(parts),
         "media": media,
         "columns": columns,
         "num_trained": sum(tokens.trained_per_sample),
     }
+    return ids, tokens, tensors
 
 
 def join_tokens(parts: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
@@ -348,14 +381,14 @@ def join_tokens(parts: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
 def _join_positions(parts: Sequence[Sample]) -> Tensor | None:
     """``[1, T]`` or ``[axes, 1, T]`` of what samples brought; one that brought nothing counts its
     tokens, as processors do for text."""
+    if all(part.positions is None for part in parts):
+        return None
     axes = {part.positions.shape[0] for part in parts if getattr(part.positions, "ndim", 0) == 2}
     if len(axes) > 1:
         raise PackingError(
             f"position_ids of these samples have {' and '.join(map(str, sorted(axes)))} axes, "
             f"expected the same number in every sample of a row"
         )
-    if all(part.positions is None for part in parts):
-        return None
     positions = []
     for part in parts:
         own = part.positions
@@ -381,5 +414,5 @@ def _fill_up(tensors: dict, layout: PackedLayout, contents: Contents) -> None:
         tensors["columns"][name] = physical(values[0], fill)[None]
 
 
-def _on(values: list[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device)
+def _on(device: torch.device, values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).to(device)

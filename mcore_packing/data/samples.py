@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..errors import PackingError, PlaceholderMismatch
 from ..media.families import FAMILIES, Family
+from ..reference import prefix_sum
 from ..spec import RowSpec
 from .columns import OWN, Column, Tokens, as_columns, check_tokens, kind_of, look_at
 from .media import (
     Form,
+    LaterTiles,
     as_family,
     as_media,
     check_known,
@@ -222,22 +224,25 @@ def read(sample: dict, contents: Contents) -> Sample:
             check_tokens(name, value)
             columns[name] = value
         elif name in contents.media:
-            media[name] = as_media(name, value)
-            if not isinstance(value, Tensor):
+            if name == "images" and callable(value):
+                media[name] = LaterTiles(value, _num_tiles_said(sample))
+                continue
+            media[name] = entries = as_media(name, value)
+            if entries is not value:
                 plain[name] = value
-            if form := form_of(media[name]):
+            if form := form_of(entries):
                 forms[name] = form
         elif name in contents.columns:
             if not isinstance(value, Tensor) or value.dim() == 0:
                 raise PackingError(f"{name}: found {kind_of(value)}, expected a tensor [t, ...]")
             columns[name] = value
             forms[name] = value.dtype, tuple(value.shape[1:])
-        elif is_plain(value):
-            plain[name] = value
         elif name in COUNTS and isinstance(value, Tensor):
             counts[name] = value.dtype
             if not contents.spec.expands:  # no row has it
                 plain[name] = value.tolist()
+        elif is_plain(value):
+            plain[name] = value
         elif name not in OWN and not str(name).startswith("__"):  # a loader's own
             check_known(name, contents.spec)
             left_out.append(name)
@@ -264,7 +269,7 @@ def read(sample: dict, contents: Contents) -> Sample:
         else:
             counts["attention_mask"] = sample["attention_mask"].dtype
     tiles, per_image = _count(sample, media.get("images"), contents.spec)
-    sizes = {name: len(value) or (value.dtype, value.shape) for name, value in media.items()}
+    sizes = {name: value.shape[0] or (value.dtype, value.shape) for name, value in media.items()}
     dims = 0 if positions is None else positions.dim()
     member = Member(num_tokens, plain, sizes, counts, tuple(columns), dims)
     return Sample(ids, columns, media, forms, tiles, per_image, positions, left_out, member)
@@ -280,7 +285,7 @@ def look(
         PackingError: a label that is no token.
     """
     spec = contents.spec
-    bounds = np.array([0, *(sample.member.num_tokens for sample in samples)]).cumsum()
+    bounds = prefix_sum(np.array([sample.member.num_tokens for sample in samples]))
     tokens = look_at(ids, labels, bounds, contents.placeholders, spec.expands)
     edges = zip(samples, tokens.placeholders_per_sample, bounds, bounds[1:], strict=False)
     for sample, found, start, stop in edges:
@@ -450,6 +455,16 @@ def _count(sample: dict, images: Tensor | None, spec: RowSpec) -> tuple[list[int
     if counts and not num_given:
         raise PackingError(f"tokens_per_image names {len(counts)} images, but there are none")
     return tiles, counts
+
+
+def _num_tiles_said(sample: dict) -> int:
+    """How many tiles a sample has whose images are made later."""
+    tiles = as_ints(sample, "num_image_tiles")
+    if tiles is None:
+        raise PackingError(
+            "images are a callable, so num_image_tiles has to say how many tiles they are"
+        )
+    return sum(tiles)
 
 
 def as_ints(sample: dict, name: str) -> list[int] | None:
