@@ -1,5 +1,6 @@
 """The vision tower shared over context-parallel ranks: shares, what travels, and whole models."""
 
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import mcore_packing as mp
 from mcore_packing.expand import expand_tokens
 from mcore_packing.megatron.vision import routes
 from mcore_packing.reference import FIRST_IMAGE, PAD
+from mcore_packing.testing import tiny
 
 from . import processes
 from .laws import examples
@@ -159,6 +161,100 @@ def test_what_travels_fills_every_rank(structure, cp_size):
         assert torch.equal(filled, expected)
         stays = way.image_position >= 0
         assert torch.equal(filled[way.image_position[stays].long()], own[rank][stays])
+
+
+# Rows
+
+
+SPEC = mp.RowSpec(image_token_id=tiny.IMAGE_TOKEN_ID, img_seq_len=5, cp_size=2, seq_multiple=4)
+
+
+def pack(samples, spec=SPEC):
+    return mp.data.pack(samples, spec, capacity=256, algorithm="concatenative")[0]
+
+
+def test_rows_bring_shares_and_hold_the_tiles_of_a_rank():
+    rows = pack(tiny.samples(9, img_size=28))
+    assert len(rows) > 1
+    for at, whole in enumerate(rows):
+        shares = whole.layout.shares
+        found = mp.vision.shares(whole.layout, whole.num_image_tiles, 2)
+        assert same(shares, found)
+        for rank in range(2):
+            row = rows.shard_vision(rank, 2)[at:][0]
+            assert torch.equal(row.images, whole.images[shares.tiles_of(rank)])
+            assert torch.equal(row.layout.tensor, whole.layout.tensor)
+            assert torch.equal(row.num_image_tiles, whole.num_image_tiles)
+    assert pack(tiny.samples(3, img_size=28), mp.RowSpec(img_seq_len=5))[0].layout.shares is None
+
+
+def test_images_that_are_made_later_are_made_by_the_rank_that_encodes_them():
+    samples, made = tiny.samples(9, img_size=28), []
+
+    def later(sample):
+        images = sample["images"]
+        if images is None:
+            return sample
+        return sample | {"images": lambda tiles: made.append(len(tiles)) or images[tiles]}
+
+    whole, lazy = pack(samples), pack([later(sample) for sample in samples])
+    assert not made  # packing decodes nothing
+    for at, row in enumerate(whole):
+        assert torch.equal(lazy[at].images, row.images)
+        made.clear()
+        for rank in range(2):
+            mine = lazy.shard_vision(rank, 2)[at].images
+            assert torch.equal(mine, whole.shard_vision(rank, 2)[at].images)
+        assert sum(made) == len(row.images)
+        made.clear()
+
+
+@pytest.mark.parametrize("cp_size", CP_SIZES)
+def test_a_rank_keeps_its_part_of_the_pixels(cp_size):
+    spec = dataclasses.replace(SPEC, cp_size=cp_size, seq_multiple=2 * cp_size)
+    rows, _ = mp.data.pack(tiny.samples(90, img_size=28), spec, capacity=16384)
+    of_all = rows[0].images.nbytes
+    for rank in range(cp_size):
+        assert rows.shard_vision(rank, cp_size)[0].images.nbytes <= 1.1 * of_all / cp_size
+
+
+def test_a_sample_that_is_cut_makes_fewer_tiles():
+    sample = tiny.samples(3, img_size=28)[2]
+    images = sample["images"]
+    later = sample | {"images": lambda tiles: images[tiles]}
+    packed = [
+        mp.data.pack([one], SPEC, capacity=12, on_too_long="truncate")[0][0]
+        for one in (sample, later)
+    ]
+    assert 0 < len(packed[0].images) < len(images)
+    assert torch.equal(packed[0].images, packed[1].images)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (lambda tiles: torch.zeros(7, 3, 28, 28), r"images made torch.float32 \[7"),
+        (lambda tiles: None, "images made"),
+    ],
+)
+def test_images_that_are_made_wrong(images, message):
+    sample = tiny.samples(1, img_size=28)[0] | {"images": images}
+    with pytest.raises(mp.PackingError, match=message):
+        _ = pack([sample])[0]
+    without = {name: value for name, value in sample.items() if name != "num_image_tiles"}
+    rows, report = mp.data.pack([without], SPEC, capacity=256)
+    assert not rows and "num_image_tiles has to say" in str(report.refused[0])
+
+
+def test_a_row_with_a_share_says_so():
+    rows = pack(tiny.samples(3, img_size=28))
+    row = rows.shard_vision(1, 2)[0]
+    with pytest.raises(mp.PackingError, match="context-parallel rank 1 of 2 only"):
+        mp.data.split(row)
+    with pytest.raises(mp.PackingError, match="cp_size is 4, but rows are packed for 2"):
+        rows.shard_vision(0, 4)
+    with pytest.raises(mp.PackingError, match="cp_rank is 2"):
+        rows.shard_vision(2, 2)
 
 
 # Whole models, in processes

@@ -40,6 +40,7 @@ CASES = {
     "packs": ([(6, 0), (3, 1), (5, 2)], {}, (), "shares"),
     "no shares": ([(5, 3)], {}, (), "layouts"),
     "no layouts": ([(5, 3)], {}, (), "collapsed"),
+    "rows of a share": ([(6, 0), (1, 1), lambda: [text_sample(30, 1)]], {}, (), "rows"),
     "one tile": ([one_tile], {}, (), "shares"),
     "text row": ([lambda: [text_sample(40, 2), text_sample(9, 3)], (4, 1)], {}, (), "shares"),
     "frozen tower": ([(4, 4)], {}, ("vision_model",), "shares"),
@@ -90,6 +91,13 @@ def build(options, frozen, how=None):
 
 def arguments(model, samples, how, cp_size):
     """Of ``forward``."""
+    if how == "rows":
+        rows = mp.data.pack(samples, mp.row_spec(model), algorithm="concatenative")[0]
+        rank = dist.get_rank() if cp_size > 1 else 0
+        row = rows.shard_vision(rank, cp_size)[0]
+        if row.layout.shares is not None:
+            assert len(row.images) == len(row.layout.shares.tiles_of(rank))
+        return row.inputs()
     if how == "sizes":
         row = resolution_row(samples, list(range(0, 12 * len(samples) + 1, 12)))
         return row | {"images": row["images"].double()}
@@ -149,7 +157,7 @@ def run(case, expected, cp_size, rank):
     """One case on this rank."""
     _, options, frozen, how = CASES[case]
     model, wire, tiles = build(options, frozen, how), [], []
-    space = None if how in ("shares", "layouts") else "collapsed"
+    space = "collapsed" if how in ("collapsed", "sizes") else None
     with mp.install(model, space, vision_dp_over_cp=True), counted(model, wire, tiles):
         losses, gradients, layouts = step(model, case, cp_size)
     dist.all_reduce(losses)
@@ -203,7 +211,7 @@ def main():
     with cpu.megatron_on_cpu():
         for case, (_, options, frozen, how) in CASES.items():
             model = build(options, frozen, how)
-            with mp.install(model, None if how in ("shares", "layouts") else "collapsed"):
+            with mp.install(model, "collapsed" if how in ("collapsed", "sizes") else None):
                 expected[case] = step(model, case, 1)
     with cpu.megatron_on_cpu(context_parallel_size=cp_size):
         mine = {case: run(case, expected, cp_size, rank) for case in CASES}

@@ -181,7 +181,6 @@ def split(row: Row) -> list[dict]:
         PackingError: the boundaries of the row are not those that it was packed with; or it has but
             a share of its tiles.
     """
-    check_whole(row)
     if not row.members:
         return []
     layout, expands = row.layout, row.layout.spec.expands
@@ -222,22 +221,19 @@ def split(row: Row) -> list[dict]:
     return samples
 
 
-def check_whole(row: Row) -> None:
-    """Refuse a row of ``shard_vision``."""
-    if row.vision_share is not None:
-        rank, size = row.vision_share
-        raise PackingError(
-            f"this row holds the tiles of context-parallel rank {rank} of {size} only "
-            f"(rows.shard_vision); this takes whole rows, those before shard_vision"
-        )
-
-
 def check_members(row: Row) -> list[int]:
     """How many tokens each sample of a row has.
 
     Raises:
-        PackingError: the boundaries of the row are not those that it was packed with.
+        PackingError: the boundaries of the row are not those that it was packed with; or it has but
+            a share of its tiles.
     """
+    if row.vision_share is not None:
+        rank, size = row.vision_share
+        raise PackingError(
+            f"this row holds the tiles of context-parallel rank {rank} of {size} only: take it "
+            f"from the rows before shard_vision"
+        )
     lengths = row.layout.cu_seqlens_collapsed.diff().tolist()
     if len(lengths) != len(row.members):
         raise PackingError(
