@@ -124,7 +124,7 @@ def test_the_advice_for_a_long_sample_works():
 
 
 def test_what_is_cut_is_counted_and_logged(caplog):
-    structures = [0, 2, 0, 1, 0, 0], [0, 0], [2, 0]
+    structures = [0, 0, 0, 2, 0, 1, 0, 0], [0, 0], [2, 0]
     samples = [make_sample(structure, labels=False) for structure in structures]
     packer = mp.data.get_packer("fullest", SPEC, 7, columns=COLUMNS, on_too_long="truncate")
     with caplog.at_level(logging.WARNING):
@@ -134,15 +134,15 @@ def test_what_is_cut_is_counted_and_logged(caplog):
     assert said in str(report) and caplog.messages == [f"{said} (on_too_long='truncate')"]
     (refused,) = report.refused
     assert "room for 7, and no cut leaves anything: its first image alone does" in refused.reason
-    assert report.untrained == ((0, "k"),)  # one token is left, which predicts nothing
     both = report + report
     assert [one.index for one in both.truncated] == [0, 3] and both.cut_off["tokens"] == 10
     assert both.to_dict()["cut_off"]["images"] == 4
     assert both.to_dict()["truncated"][1] == {
         "index": 3, "key": "k", "tokens": 5, "trained": 1, "images": 2
     }  # fmt: skip
-    assert packer.num_positions(samples[0]) == 1
-    assert packer.join(samples[1::-1]).input_ids.tolist() == rows[0].input_ids.tolist()
+    assert packer.num_positions(samples[0]) == 3
+    again = packer.join([samples[index] for index in rows[0].indices])
+    assert again.input_ids.tolist() == rows[0].input_ids.tolist()
 
 
 def test_what_is_wrong_with_a_long_sample_is_still_said():
