@@ -110,14 +110,20 @@ def test_the_advice_for_a_long_sample_works():
     with pytest.raises(mp.data.SampleTooLong) as refused:
         mp.data.pack([sample], SPEC, 10, columns=COLUMNS, on_refused="raise")
     assert str(refused.value) == (
-        "sample 0 (k): 16 positions, but a row has room for 10; have it cut with "
-        "on_too_long='truncate', or raise the capacity"
+        "sample 0 (k): 16 positions, but a row has room for 10; have it cut "
+        "(on_too_long='truncate', or mp.media.truncate(space='collapsed') before), or raise the "
+        "capacity"
     )
     for options in ({"on_too_long": "truncate"}, {"capacity": 16}):
         rows, _ = mp.data.pack([sample], SPEC, **{"capacity": 10, "columns": COLUMNS, **options})
         assert len(rows) == 1
+    how = mp.media.truncate(sample["input_ids"], [8, 4], 10, IMAGE, space="collapsed")
+    images = how.apply(sample["images"], per="image", rows=[2, 1])
+    cut = {"input_ids": how.output_ids, "images": images, "num_image_tiles": [2]}
+    (row,), _ = mp.data.pack([cut], SPEC, 10)
+    assert row.input_ids.tolist() == [[100, IMAGE, 102]]
     spec = mp.RowSpec(img_seq_len=TILE, max_length=10)
-    with pytest.raises(mp.data.SampleTooLong, match=r"'truncate'$"):  # there is no larger capacity
+    with pytest.raises(mp.data.SampleTooLong, match=r"before\)$"):  # there is no larger capacity
         mp.data.get_packer("fullest", spec, columns=COLUMNS).num_positions(sample)
     with pytest.raises(mp.PackingError, match="on_too_long is 'cut', expected 'refuse' or"):
         mp.data.get_packer("fullest", spec, on_too_long="cut")
