@@ -110,21 +110,27 @@ def test_the_advice_for_a_long_sample_works():
     with pytest.raises(mp.data.SampleTooLong) as refused:
         mp.data.pack([sample], SPEC, 10, columns=COLUMNS, on_refused="raise")
     assert str(refused.value) == (
-        "sample 0 (k): 16 positions, but a row has room for 10; have it cut with "
-        "on_too_long='truncate', or raise the capacity"
+        "sample 0 (k): 16 positions, but a row has room for 10; have it cut "
+        "(on_too_long='truncate', or mp.media.truncate(space='collapsed') before), or raise the "
+        "capacity"
     )
     for options in ({"on_too_long": "truncate"}, {"capacity": 16}):
         rows, _ = mp.data.pack([sample], SPEC, **{"capacity": 10, "columns": COLUMNS, **options})
         assert len(rows) == 1
+    how = mp.media.truncate(sample["input_ids"], [8, 4], 10, IMAGE, space="collapsed")
+    images = how.apply(sample["images"], per="image", rows=[2, 1])
+    cut = {"input_ids": how.output_ids, "images": images, "num_image_tiles": [2]}
+    (row,), _ = mp.data.pack([cut], SPEC, 10)
+    assert row.input_ids.tolist() == [[100, IMAGE, 102]]
     spec = mp.RowSpec(img_seq_len=TILE, max_length=10)
-    with pytest.raises(mp.data.SampleTooLong, match=r"'truncate'$"):  # there is no larger capacity
+    with pytest.raises(mp.data.SampleTooLong, match=r"before\)$"):  # there is no larger capacity
         mp.data.get_packer("fullest", spec, columns=COLUMNS).num_positions(sample)
     with pytest.raises(mp.PackingError, match="on_too_long is 'cut', expected 'refuse' or"):
         mp.data.get_packer("fullest", spec, on_too_long="cut")
 
 
 def test_what_is_cut_is_counted_and_logged(caplog):
-    structures = [0, 2, 0, 1, 0, 0], [0, 0], [2, 0]
+    structures = [0, 0, 0, 2, 0, 1, 0, 0], [0, 0], [2, 0]
     samples = [make_sample(structure, labels=False) for structure in structures]
     packer = mp.data.get_packer("fullest", SPEC, 7, columns=COLUMNS, on_too_long="truncate")
     with caplog.at_level(logging.WARNING):
@@ -134,15 +140,15 @@ def test_what_is_cut_is_counted_and_logged(caplog):
     assert said in str(report) and caplog.messages == [f"{said} (on_too_long='truncate')"]
     (refused,) = report.refused
     assert "room for 7, and no cut leaves anything: its first image alone does" in refused.reason
-    assert report.untrained == ((0, "k"),)  # one token is left, which predicts nothing
     both = report + report
     assert [one.index for one in both.truncated] == [0, 3] and both.cut_off["tokens"] == 10
     assert both.to_dict()["cut_off"]["images"] == 4
     assert both.to_dict()["truncated"][1] == {
         "index": 3, "key": "k", "tokens": 5, "trained": 1, "images": 2
     }  # fmt: skip
-    assert packer.num_positions(samples[0]) == 1
-    assert packer.join(samples[1::-1]).input_ids.tolist() == rows[0].input_ids.tolist()
+    assert packer.num_positions(samples[0]) == 3
+    again = packer.join([samples[index] for index in rows[0].indices])
+    assert again.input_ids.tolist() == rows[0].input_ids.tolist()
 
 
 def test_what_is_wrong_with_a_long_sample_is_still_said():

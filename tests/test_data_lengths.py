@@ -218,6 +218,7 @@ def test_rows_are_a_dataset_and_say_what_they_are():
 
 
 def test_progress_is_shown_where_samples_are_many(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
     samples = make_samples([1] * 100, images=())
     mp.data.pack(samples, SPEC, 64)
     assert not capsys.readouterr().err

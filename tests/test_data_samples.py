@@ -92,9 +92,9 @@ def test_a_mask_that_is_no_padding_is_refused(mask, reason):
             {
                 "input_ids": torch.tensor([5, IMAGE, 6]),
                 "images": torch.zeros(3, 3, 2, 2),
-                "num_image_tiles": [2, 1],
+                "num_image_tiles": [1, 1, 1],
             },
-            "1 placeholders (id -200) but 2 images; give every image one placeholder",
+            "1 placeholders (id -200) but 3 images; give every image one placeholder",
         ),
         (
             {"input_ids": torch.tensor([5, -201, 6, -201]), "images": torch.zeros(2, 3, 2, 2)},

@@ -360,9 +360,11 @@ class Packer:
         padded = "" if aligned == length else f", {aligned} when aligned"
         longest = self.spec.longest
         can_grow = longest is None or aligned <= longest
+        before = "space='collapsed'" if self.spec.expands else "family="
         return SampleTooLong(
-            f"{length} positions{padded}, but a row has room for {self.usable}; have it cut with "
-            f"on_too_long='truncate'" + (", or raise the capacity" if can_grow else "")
+            f"{length} positions{padded}, but a row has room for {self.usable}; have it cut "
+            f"(on_too_long='truncate', or mp.media.truncate({before}) before)"
+            + (", or raise the capacity" if can_grow else "")
         )
 
     def pack(
