@@ -12,9 +12,11 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from .context_parallel import cp_partition
 from .expand import expand_tokens
 from .layout import PackedLayout
 from .parity import Comparison
+from .reference import FIRST_IMAGE, PAD
 
 SEQUENCE_COLOURS = plt.get_cmap("tab10").colors
 TAIL_COLOUR = "0.9"
@@ -73,6 +75,78 @@ def draw_row(layout: PackedLayout, path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_shares(layout: PackedLayout, path) -> None:
+    """One row under context parallelism: which rank owns which position, which encodes which tile,
+    and the embeddings that travel.
+
+    Args:
+        layout: of the row, on the CPU, with its shares.
+        path: of the picture.
+    """
+    shares = layout.shares
+    owner = torch.empty(layout.num_expanded, dtype=torch.int64)
+    encoder, tile_of = torch.full_like(owner, -1), torch.full_like(owner, -1)
+    for rank in range(shares.cp_size):
+        owner[cp_partition(layout.cu_seqlens_padded, len(owner), shares.cp_size, rank)] = rank
+    source = expand_tokens(layout).source.long()
+    at = (source < PAD).nonzero().squeeze(1)
+    embedding = FIRST_IMAGE - source[at]
+    tile_of[at] = torch.searchsorted(shares.cu_tile_embeddings, embedding.int(), right=True) - 1
+    encoder[at] = shares.encoder.long()[tile_of[at]]
+    figure, (owns, encodes) = plt.subplots(2, 1, figsize=(12, 4.2), layout="constrained")
+    for begin, end in _runs(owner):
+        owns.axvspan(begin, end, facecolor=SEQUENCE_COLOURS[int(owner[begin])], linewidth=0)
+        owns.text((begin + end) / 2, 0.5, int(owner[begin]), ha="center", va="center", fontsize=9)
+    for begin, end in _runs(tile_of):
+        if tile_of[begin] < 0:
+            continue
+        colour = SEQUENCE_COLOURS[int(encoder[begin])]
+        encodes.axvspan(begin, end, facecolor=colour, edgecolor="white", linewidth=1)
+        travels = owner[begin:end] != encoder[begin]
+        for left, right in _runs(travels.long()):
+            if travels[left]:
+                encodes.axvspan(begin + left, begin + right, facecolor="none", edgecolor="black",
+                                hatch="////", linewidth=0)  # fmt: skip
+        encodes.text((begin + end) / 2, 0.5, f"tile {int(tile_of[begin])}", rotation=90,
+                     ha="center", va="center", fontsize=8, bbox=LABEL_BOX)  # fmt: skip
+    edges = layout.cu_seqlens_padded.tolist()
+    for axis in owns, encodes:
+        axis.vlines(edges, 0, 1, RIGHT, linewidth=2.5, clip_on=False)
+        axis.set_xlim(0, len(owner))
+        axis.set_ylim(0, 1)
+        axis.set_yticks([])
+        for side in ("left", "right", "top"):
+            axis.spines[side].set_visible(False)
+    total, stays = int(shares.counts.sum()), int(shares.counts.diagonal().sum())
+    owns.set_title(
+        f"Which rank owns which of {len(owner)} positions: of every sequence the r-th chunk from "
+        f"either end",
+        loc="left",
+    )
+    encodes.set_title(
+        f"Which rank encodes which of {shares.num_tiles} tiles: {total - stays} of {total} "
+        f"embeddings travel",
+        loc="left",
+    )
+    handles = [
+        Patch(facecolor=SEQUENCE_COLOURS[rank], label=f"rank {rank}")
+        for rank in range(shares.cp_size)
+    ]
+    handles += [
+        Patch(facecolor="white", edgecolor="black", hatch="////", label="goes to the owner above"),
+        plt.Line2D([], [], color=RIGHT, linewidth=2.5, label="boundaries of sequences"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _runs(values: torch.Tensor) -> list[tuple[int, int]]:
+    """``(begin, end)`` of every run of equal values."""
+    cuts = (values.diff() != 0).nonzero().squeeze(1) + 1
+    return list(pairwise([0, *cuts.tolist(), len(values)]))
 
 
 def draw_parity(results: dict[str, Comparison], attention: str, path) -> None:
