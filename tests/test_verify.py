@@ -25,6 +25,7 @@ PARTS = {"language_model", "vision_model", "vision_projection"}
     "sizes, ranks, copies",
     [
         pytest.param(("--cp", "2"), "01", 1, id="cp2"),
+        pytest.param(("--cp", "2", "--share"), "01", 1, id="cp2shared", marks=pytest.mark.ci),
         pytest.param(("--tp", "2"), "01", 2, id="tp2sp"),
         pytest.param(("--pp", "2"), "1", 1, id="pp2"),
         pytest.param((), "01", None, id="dp2"),

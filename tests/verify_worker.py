@@ -81,6 +81,7 @@ def main():
     for size in ("cp", "tp", "pp"):
         parser.add_argument(f"--{size}", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--share", action="store_true", help="the vision tower, over cp ranks")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -92,7 +93,7 @@ def main():
     ):
         model = build(options)
         del model.model_type  # as where no training loop of Megatron's made the model
-        mp.install(model)
+        mp.install(model, vision_dp_over_cp=options.share)
         model.config.finalize_model_grads_func = print
         job = wrapped(model, options)
         if model.vision_model is not None:
