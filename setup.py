@@ -26,6 +26,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "energon": ["megatron-energon"],
         "plot": ["matplotlib"],
+        "docs": ["mkdocs", "mkdocstrings-python"],
         "dev": ["hypothesis", "matplotlib", "mypy", "pre-commit", "pytest", "ruff", "triton"],
     },
     entry_points={"console_scripts": ["mcore-packing = mcore_packing.cli:main"]},

@@ -10,4 +10,4 @@ cd "$caller"
 "$PYTHON" -W ignore "$here/scripts/demo.py" "$@"
 echo
 echo "Fine-tuning on packed rows: questions about coloured shapes, held-out ones graded."
-exec "$PYTHON" -W ignore "$here/scripts/train_llava.py" --steps 100 --verify-packing 100 "$@"
+exec "$PYTHON" -W ignore "$here/scripts/train_llava.py" --steps 100 --verify-packing 100 --overwrite "$@"

@@ -91,7 +91,7 @@ def first_part(output: Path) -> list[Check]:
         Check("gpu_tests", [*PYTEST, "tests/test_gpu.py"], 100, 150,
               smaller=("-k", "not beyond")),
         script("train_llava", "--steps", "100", "--verify-packing", "50", "--save-every", "100",
-               seconds=50, limit=150, smaller=("--steps", "2")),
+               "--overwrite", seconds=50, limit=150, smaller=("--steps", "2")),
         script("demo", seconds=60, limit=150, smaller=smallest),
         script("bench_expand", "--budget", "0.4", seconds=60, limit=90, alone=True, figures=True,
                smaller=untimed),

@@ -7,19 +7,19 @@ trains on the same samples however they are packed, so that runs can be laid ove
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import bench
 import torch
 import torch.distributed as dist
+from checkpoints import RunFolder, on_rank_0
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -32,6 +32,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn.utils.rnn import pad_sequence
 
 import mcore_packing as mp
+from mcore_packing.cli import Parser
 from mcore_packing.data import Packer, Row
 from mcore_packing.reference import IGNORE_INDEX
 from mcore_packing.testing import shapes, tiny
@@ -40,7 +41,6 @@ PACKINGS = ("hook", "dropped", "one-by-one", "padded")
 BUFFER = 1000  # samples that are packed together
 HELD_OUT = 200  # conversations that are graded and never trained on
 LEARNING_RATE, WARM_UP, CLIP = 3e-3, 20, 1.0
-KEPT = 2  # checkpoints
 
 
 class RowLoader:
@@ -75,6 +75,10 @@ class RowLoader:
         self.rows, report = self.packer.pack([self.samples[index] for index in buffer])
         if report.refused:
             say(str(report))
+        if not self.rows:
+            raise mp.PackingError(
+                f"no sample fits into a row of {self.packer.capacity} positions: raise --row-length"
+            )
 
 
 def micro_batches(packing: str, row: Row, packer: Packer) -> list[dict]:
@@ -146,10 +150,11 @@ class Training:
 
     def __init__(self, options, packing: str):
         self.options, self.packing, self.step = options, packing, 0
-        self.folder = options.output / packing
+        self.folder = RunFolder(options.output / packing)
         self.model = build_model(options)
         # The other packings show what happens without boundaries.
-        mp.install(self.model, on_missing="raise" if packing == "hook" else "pass")
+        on_missing = "raise" if packing == "hook" else "pass"
+        mp.install(self.model, on_missing=on_missing, vision_dp_over_cp=options.vision_dp_over_cp)
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.num_rows = options.rows_per_step or self.dp_size
@@ -172,9 +177,7 @@ class Training:
         """Train to the last step, from the last checkpoint if asked to; the log."""
         log = self.resume() if self.options.resume else []
         if self.is_logger:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(entry) + "\n" for entry in log)
-            (self.folder / "log.jsonl").write_text(lines)
+            self.folder.begin_log(log)
         options, first, last = self.options, self.step, self.options.steps
         while self.step < last:
             rows = self.loader.take(self.num_rows, self.dp_rank, self.dp_size)
@@ -195,7 +198,7 @@ class Training:
             self.report(entry)
             log.append(entry)
             if self.step % options.save_every == 0 or self.step == last:
-                self.save()
+                self.folder.checkpoints.save(self.step, self.state())
         return log
 
     def train(self, batches: list[dict]) -> torch.Tensor:
@@ -277,8 +280,7 @@ class Training:
     def report(self, entry: dict) -> None:
         if not self.is_logger:
             return
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.folder.log_entry(entry)
         if "accuracy" in entry or entry["step"] == 1:
             accuracy = f"  accuracy {entry['accuracy']:.3f}" if "accuracy" in entry else ""
             say(
@@ -291,75 +293,65 @@ class Training:
 
     @property
     def settings(self) -> dict:
-        """What has to be the same for a run to go on as it began."""
+        """What has to be the same for a run to go on as it began; parallel sizes need not be."""
         return {
             "packing": self.packing,
             "steps": self.options.steps,
             "row_length": self.options.row_length,
             "rows_per_step": self.num_rows,
             "seq_multiple": self.packer.spec.seq_multiple,
-            "tp": self.options.tp,
-            "pp": self.options.pp,
+            "seed": self.options.seed,
         }
 
-    @property
-    def file_name(self) -> str:
-        tp, pp = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        )
-        return f"tp{tp}-pp{pp}.pt"
-
-    def save(self) -> None:
-        """A folder that appears when it is complete, with a file per share of the model."""
-        folder = self.folder / "checkpoints" / f"step-{self.step:06}"
-        unfinished = folder.with_name("unfinished")
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            state = {
-                "settings": self.settings,
-                "step": self.step,
-                "loader": self.loader.state_dict(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-            }
-            torch.save(state, unfinished / self.file_name)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-            for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
-                shutil.rmtree(old)
-        dist.barrier()
+    def state(self, is_loading: bool = False) -> dict:
+        """Each tensor with its place in the whole model; the rest is the same on all ranks."""
+        model = self.model.module.sharded_state_dict()  # under the names it has without DDP
+        return {
+            "settings": self.settings,
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading),
+        }
 
     def resume(self) -> list[dict]:
-        """Go on from the last checkpoint; the log until there."""
-        folders = sorted((self.folder / "checkpoints").glob("step-*"))
-        if not folders:
+        """Go on from the newest checkpoint that is whole; the log until there."""
+        folder, checkpoints = self.folder.path, self.folder.checkpoints
+        step = checkpoints.newest(say)
+        if step is None:
             if self.is_logger:
-                print(f"nothing to resume in {self.folder}: starting from the first step")
+                say(f"nothing to resume in {folder}: starting from the first step")
             return []
-        path = folders[-1] / self.file_name
-        if not path.exists():
-            raise mp.PackingError(
-                f"{folders[-1]} has no {self.file_name}: resume with the --tp and --pp it had"
-            )
-        state = torch.load(path, map_location=tiny.DEVICE, weights_only=True)
+        saved = checkpoints.common(step)["settings"]
         for name, value in self.settings.items():
-            if state["settings"][name] != value:
+            if saved.get(name) != value:
                 raise mp.PackingError(
-                    f"the run in {self.folder} has {name} {state['settings'][name]}, not {value}; "
+                    f"the run in {folder} has {name} {saved.get(name)}, not {value}; "
                     f"resume it with the same settings, or choose another --output"
                 )
+        log = on_rank_0(lambda: self.folder.read_log(step))
+        state = checkpoints.load(step, self.state(is_loading=True))
         self.step = state["step"]
-        for name in ("loader", "model", "optimizer", "scheduler"):
+        self.model.module.load_state_dict(state["model"])
+        for name in ("loader", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
-        log = self.folder / "log.jsonl"
-        entries = [json.loads(line) for line in log.read_text().splitlines()[: self.step]]
         if self.is_logger:
             say(f"{self.packing}: going on from step {self.step}")
-        return entries
+        return log
+
+
+def make_room(options) -> None:
+    """The folder of each run. One that holds a run already is resumed, emptied or refused."""
+    folders = [RunFolder(options.output / packing) for packing in options.packing]
+    for folder in folders:
+        if folder.holds_a_run and not (options.resume or options.overwrite):
+            raise mp.PackingError(
+                f"{folder.path} holds a run: go on with it (--resume), delete it (--overwrite), "
+                f"or choose another --output"
+            )
+    for folder in folders:
+        folder.make(empty=options.overwrite)
 
 
 def build_model(options) -> DistributedDataParallel:
@@ -431,42 +423,68 @@ def summary(logs: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def at_least(least: int):
+    """An argument that is a whole number, of 31 bits."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, not {text}")
+        return int(text)
+
+    return number
+
+
+def picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a .png in a folder that there is, not {text}")
+    return path
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--packing", nargs="+", choices=PACKINGS, default=["hook"], metavar="WAY",
         help=f"how samples reach the model: {', '.join(PACKINGS)}; several are compared",
     )  # fmt: skip
-    for size, name in ("cp", "context"), ("tp", "tensor and sequence"), ("pp", "pipeline"):
-        add(f"--{size}", type=int, default=1, help=f"{name}-parallel size, under torchrun")
-    add("--steps", type=int, default=200)
-    add("--row-length", type=int, default=1152, help="expanded rows that a packed row may have")
-    add("--rows-per-step", type=int, help="of all ranks together; by default one a replica")
-    add("--seq-multiple", type=int, default=1, help="pad every sample to a multiple of this")
-    add("--evaluate-every", type=int, default=20, metavar="N")
-    add("--save-every", type=int, default=50, metavar="N")
-    add("--verify-packing", type=int, default=0, metavar="N",
+    add("--cp", type=at_least(1), default=1, help="context-parallel size, under torchrun")
+    add("--tp", type=int, choices=(1, 2, 4), default=1, help="tensor- and sequence-parallel size")
+    add("--pp", type=int, choices=(1, 2), default=1, help="pipeline-parallel size")
+    add("--vision-dp-over-cp", action="store_true", help="share the vision tower over cp ranks")
+    add("--steps", type=at_least(2), default=200)
+    add("--row-length", type=at_least(1), default=1152, help="positions that a row may have")
+    add("--rows-per-step", type=at_least(1), help="of all ranks together; by default one a replica")
+    add("--seq-multiple", type=at_least(1), default=1, help="pad samples to a multiple of this")
+    add("--evaluate-every", type=at_least(1), default=20, metavar="N")
+    add("--save-every", type=at_least(1), default=50, metavar="N")
+    add("--verify-packing", type=at_least(0), default=0, metavar="N",
         help="at the start and every N steps, check that samples of a row do not see each other, "
         "and are what they are alone",
     )  # fmt: skip
-    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    add("--seed", type=int, default=0, help="of the weights")
-    add("--output", type=Path, default=Path("out/train_llava"), help="folder of logs, checkpoints")
-    add("--plot", type=Path, help="PNG of the curves; by default training.png in --output")
-    options = parser.parse_args()
+    add("--seed", type=at_least(0), default=0, help="of the weights")
+    add("--output", type=bench.folder, default="out/train_llava", help="folder of the runs")
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    held.add_argument("--overwrite", action="store_true", help="delete the run in --output")
+    add("--plot", type=picture, help="PNG of the curves; by default training.png in --output")
+    options = parser.parse_args(arguments)
     if options.cp * options.tp * options.pp > 1 and options.packing != ["hook"]:
         parser.error("--cp, --tp and --pp need --packing hook: the others are not padded for them")
     if options.verify_packing and options.packing != ["hook"]:
         parser.error("--verify-packing needs --packing hook: the others do not run packed rows so")
-    if options.steps < 2:
-        parser.error("--steps must be at least 2")
+    if len(set(options.packing)) < len(options.packing):
+        parser.error("--packing names one way twice")
+    processes, split = int(os.environ.get("WORLD_SIZE", 1)), options.cp * options.tp * options.pp
+    if processes % split:
+        parser.error(
+            f"--cp, --tp and --pp ask for {split} processes or a multiple, there is {processes}: "
+            f"start it with torchrun --nproc-per-node {split}"
+        )
     return options
 
 
-def main() -> int:
-    options = parse()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # the model is too small for more
@@ -482,6 +500,7 @@ def main() -> int:
     try:
         with tiny.megatron(**sizes):
             logs, is_logger = {}, dist.get_rank() == dist.get_world_size() - 1
+            on_rank_0(lambda: make_room(options))
             for packing in options.packing:
                 logs[packing] = Training(options, packing).run()
     except mp.PackingError as error:
