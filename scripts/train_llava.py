@@ -159,14 +159,17 @@ class Training:
                 f"data-parallel ranks"
             )
         self.packer = make_packer(self.model, options)
-        self.loader = RowLoader(shapes.Conversations(sys.maxsize), self.packer)
+        self.loader = RowLoader(self.conversations(sys.maxsize), self.packer)
         self.optimizer, self.scheduler = build_optimizer(self.model, options.steps)
-        held_out = shapes.Conversations(HELD_OUT, seed=1, train_on="colours")
+        held_out = self.conversations(HELD_OUT, seed=1, train_on="colours")
         rows, _ = self.packer.pack(held_out)
         self.held_out = [
             rows[i].to(tiny.DEVICE, tiny.DTYPE)
             for i in range(self.dp_rank, len(rows), self.dp_size)
         ]
+
+    def conversations(self, count: int, **settings) -> shapes.Conversations:
+        return shapes.Conversations(count, most_images=self.options.images, **settings)
 
     def run(self) -> list[dict]:
         """Train to the last step, from the last checkpoint if asked to; the log."""
@@ -295,6 +298,7 @@ class Training:
         return {
             "packing": self.packing,
             "steps": self.options.steps,
+            "images": self.options.images,
             "row_length": self.options.row_length,
             "rows_per_step": self.num_rows,
             "seq_multiple": self.packer.spec.seq_multiple,
@@ -442,6 +446,7 @@ def parse() -> argparse.Namespace:
     for size, name in ("cp", "context"), ("tp", "tensor and sequence"), ("pp", "pipeline"):
         add(f"--{size}", type=int, default=1, help=f"{name}-parallel size, under torchrun")
     add("--steps", type=int, default=200)
+    add("--images", type=int, choices=range(1, 5), default=4, help="of a conversation, at most")
     add("--row-length", type=int, default=1152, help="expanded rows that a packed row may have")
     add("--rows-per-step", type=int, help="of all ranks together; by default one a replica")
     add("--seq-multiple", type=int, default=1, help="pad every sample to a multiple of this")

@@ -18,7 +18,7 @@ from mcore_packing.testing import tiny
 from mcore_packing.testing.megatron_example import Case, Example
 from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
-from .models import SIZE, model_of
+from .models import POSITIONS, SIZE, model_of
 from .processes import run as processes_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -149,6 +149,14 @@ def test_the_lines_of_the_readme():
     expected = torch.cat([alone[i][0] for i in namespace["rows"][0].indices])
     difference = (namespace["loss"][0] + expected) * namespace["loss_mask"][0]
     assert difference.abs().max() < 1e-5 and namespace["loss_mask"].sum() > 100
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_rows_of_pack_are_right_without_the_hook_on_one_rank(positions):
+    model = model_of(positions, max_sequence_length=1024)
+    rows, _ = mp.data.pack(tiny.samples(4, img_size=SIZE), mp.row_spec(model))
+    assert mp.parity.isolation(model, rows[0]).is_right
+    assert mp.parity.verify(model, rows[0]).is_right
 
 
 def test_the_first_row():
