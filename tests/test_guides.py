@@ -18,8 +18,8 @@ from mcore_packing.testing import tiny
 from mcore_packing.testing.megatron_example import Case, Example
 from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
+from . import processes
 from .models import POSITIONS, SIZE, model_of
-from .processes import run as processes_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
 GUIDE = (CHECKOUT / "docs/megatron-lm.md").read_text()
@@ -218,22 +218,22 @@ def test_the_lines_on_a_model_on_a_cpu(capsys):
     assert isolated.startswith("isolation: right") and "by one: right" in verified
 
 
-def own_data(folder: Path, *options: str, processes: int = 1) -> list[dict]:
+def own_data(folder: Path, *options: str, **how) -> list[dict]:
     """What the example for a model of one's own logs."""
     script = CHECKOUT / "examples/own_data.py"
     options = (*options, "--epochs", "1", "--output", str(folder))
-    printed = processes_of(script, *options, processes=processes, timeout=600)
+    printed = processes.run(script, *options, timeout=600, **how)
     assert "isolation: right, bit by bit" in printed
     assert "packed against one by one: right, token_mult_prob_error 1.000000" in printed
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_own_data_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+def test_own_data_goes_on_in_the_middle_of_an_epoch(tmp_path):
     fake = "def init(**kwargs): return Run()\nclass Run:\n    def log(self, numbers, step):\n"
     fake += f"        print(numbers, file=open({str(tmp_path / 'wandb.txt')!r}, 'a'))\n"
     (tmp_path / "wandb.py").write_text(fake)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    entries = own_data(tmp_path)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"
+    entries = own_data(tmp_path, processes=1, env={**os.environ, "PYTHONPATH": path})
     report, isolated, verified, *trained, held_out = entries
     assert report["num_samples"] == 1000 and not report["refused"]
     assert (isolated["verdict"], verified["verdict"]) == ("right", "right")
@@ -241,7 +241,7 @@ def test_own_data_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     assert len(losses) == 26 and losses[-1] < losses[0] / 2 and held_out["held_out_loss"] < 1
     logged = (tmp_path / "wandb.txt").read_text()
     assert "'fill': 0.9" in logged and f"{{'loss': {losses[-1]!r}}}" in logged
-    again = own_data(tmp_path, "--resume")[len(entries) + 3 :]
+    again = own_data(tmp_path, "--resume", processes=1)[len(entries) + 3 :]
     assert [entry["step"] for entry in again[:-1]] == [21, 22, 23, 24, 25, 26]
     assert [entry["loss"] for entry in again[:-1]] == losses[20:]  # to the last bit
     assert again[-1] == held_out
