@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import runpy
 import sys
 import traceback
@@ -19,7 +20,7 @@ import torch
 
 from . import __version__
 from .errors import PackingError
-from .layout import PackedLayout
+from .layout import PackedLayout, _rebuild
 from .space import SPACES, find_space
 from .spec import RowSpec
 
@@ -31,13 +32,15 @@ EXAMPLE = {
 REQUIRED = tuple(EXAMPLE)
 OPTIONAL = "image_token_id", "space"
 
+FEWEST = 4  # positions of an image: where it has fewer, somebody counted tiles
+
 MOST_SEQUENCES, MOST_POSITIONS = 500, 4_000_000  # of a picture in which anything can be seen
 
 # What it means that a package is missing.
 WITHOUT = {
     "triton": "no kernels, which rows on a GPU need; it comes with torch for CUDA",
     "megatron-core": "no hook and no parity: pip install megatron-core",
-    "transformer-engine": "PackedAttention takes the place of its attention",
+    "transformer-engine": "a model of yours needs mp.attention.PackedAttention in its layer spec",
     "matplotlib": "no pictures: pip install matplotlib",
 }
 MODULES = {"transformer-engine": "transformer_engine"}
@@ -45,6 +48,10 @@ MODULES = {"transformer-engine": "transformer_engine"}
 
 class UserError(Exception):
     """What the user can put right, in one line."""
+
+
+class ModelError(UserError):
+    """What a user's model raised, or a user's step."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,10 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     show = commands.add_parser("show", help="draw one packed row in both spaces")
-    show.add_argument("row", nargs="?", help=f"a JSON file with {', '.join(REQUIRED)} and, if you "
-                      f"like, {' and '.join(OPTIONAL)}; by default an example")  # fmt: skip
-    show.add_argument("--space", choices=SPACES, help="what the row's cu_seqlens count; by default "
-                      "what the row says, else what they can only be")  # fmt: skip
+    show.add_argument("row", nargs="?", help=f"a mp.data.Row that torch.save wrote; or a JSON file "
+                      f"with {', '.join(REQUIRED)} and, if you like, {' and '.join(OPTIONAL)}; by "
+                      f"default an example")  # fmt: skip
+    show.add_argument("--space", choices=SPACES, help="what the cu_seqlens of JSON count; by "
+                      "default what the file says, else what they can only be")  # fmt: skip
     show.add_argument("--output", default="row.png", help="where to put the picture")
     show.set_defaults(run=_show)
 
@@ -143,18 +151,20 @@ def _parity(options) -> int:
             model = tiny.llava_model()
             batches = [tiny.samples(count) for count in options.samples or (1, 4, 16)]
         for samples in batches:
-            alone = parity.run_alone(model, samples)
+            alone = []
+            for index, sample in enumerate(samples):
+                with _model_runs(f"sample {index} alone: "):
+                    alone += parity.run_alone(model, [sample])
             hook = contextlib.nullcontext()
             if not options.without_hook:
                 hook = install(model, space="collapsed")
             try:
-                with hook:
+                with hook, _model_runs():
                     result = parity.compare(model, samples, alone)
-            except RuntimeError as error:
+            except ModelError as error:
                 if not options.without_hook:
                     raise
-                said = str(error).splitlines()[0]
-                print(f"{len(samples)} samples: Megatron raises {type(error).__name__}: {said}")
+                print(f"{len(samples)} samples: {error}")
                 failed = True
                 continue
             print(result, flush=True)
@@ -186,16 +196,25 @@ def _isolate(options) -> int:
                 hook = install(model)
             if not isinstance(row, data.Row):
                 row = data.get_packer("concatenative", row_spec(model)).join(row)
-            try:
-                with hook:
-                    found.append(parity.isolation(model, row, step, exhaustive=options.exhaustive))
-            except (RuntimeError, TypeError, AttributeError) as error:  # the model's, or the step's
-                raise UserError(f"the model raises {type(error).__name__}: {error}") from error
+            with hook, _model_runs():
+                found.append(parity.isolation(model, row, step, exhaustive=options.exhaustive))
             print(found[-1], flush=True)
     if any(result.verdict == "wrong" for result in found):
         print("FAILED: samples see each other", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _model_runs(where: str = ""):
+    """Makes one line of whatever a user's model raises, or a user's step."""
+    try:
+        yield
+    except PackingError as error:
+        raise UserError(f"{where}{error}") from error
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise ModelError(f"{where}the model raises {type(error).__name__}: {said}") from error
 
 
 def _room_with_models(options):
@@ -270,7 +289,7 @@ def doctor() -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         lines["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
     with _silent_megatron():
-        lines["attention"] = _said_by("testing.tiny", "attention_name")
+        lines["small model"] = _said_by("testing.tiny", "attention_name")
         lines["LLaVAModel"] = _said_by("megatron.releases", "describe")
     return lines
 
@@ -320,19 +339,15 @@ def _said_by(room: str, function: str) -> str:
 
 
 def _show(options) -> int:
-    row, name = (_read(options.row), options.row) if options.row else (EXAMPLE, "the example")
-    ids = _integers(row, "input_ids", torch.int64, name)
-    cu_seqlens = _integers(row, "cu_seqlens", torch.int32, name)
-    counts, image_token_id = row["tokens_per_image"], row.get("image_token_id", -200)
-    spec = RowSpec(image_token_id=image_token_id)
-    space, said = options.space or row.get("space"), "as said"
-    if space is None:
-        found = find_space(ids, cu_seqlens, counts, image_token_id)
-        space, said = (
-            found or "collapsed",
-            "found to be" if found else "or expanded, which is the same,",
-        )
-    layout = PackedLayout.build(ids, cu_seqlens, counts, spec, space=space)
+    name = options.row or "the example"
+    if options.row and _is_saved(options.row):
+        if options.space:
+            raise UserError(f"--space is for rows in JSON; {name} has its layout with it")
+        row = _load(options.row)
+        layout, given = row.layout, f"{row}, samples {list(row.indices)}"
+    else:
+        row = _read(options.row) if options.row else EXAMPLE
+        layout, given = _lay_out(row, name, options.space)
     output = Path(options.output)
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
@@ -351,18 +366,76 @@ def _show(options) -> int:
         draw_row(layout, output)
     except ValueError as error:  # matplotlib's, about the suffix
         raise UserError(f"--output {output}: {error}") from error
-    counts = layout.cu_image_embeddings.diff().tolist()
-    longest = int(layout.cu_seqlens_expanded.diff().max())
+    real, padded = layout.cu_seqlens_expanded, layout.cu_seqlens_padded[:-1]
+    is_padded = real.tolist() != padded.tolist()
+    longest = int(real.diff().max())
     print(
-        f"given      cu_seqlens {row['cu_seqlens']} ({said} {space}), "
-        f"tokens_per_image {counts}, image_token_id {image_token_id}\n"
+        f"given      {given}\n"
         f"collapsed  {layout.num_collapsed} tokens, "
         f"cu_seqlens {layout.cu_seqlens_collapsed.tolist()}\n"
         f"expanded   {layout.num_expanded} positions, "
-        f"cu_seqlens {layout.cu_seqlens_expanded.tolist()}, longest sequence {longest}\n"
-        f"wrote {output}"
+        f"cu_seqlens {real.tolist()}, longest sequence {longest}\n"
+        + (f"padded     cu_seqlens {padded.tolist()}\n" if is_padded else "")
+        + f"wrote {output}"
     )
     return 0
+
+
+def _lay_out(row: dict, name: str, space: str | None) -> tuple[PackedLayout, str]:
+    """The layout of a row in JSON, and what was given in words."""
+    ids = _integers(row, "input_ids", torch.int64, name)
+    cu_seqlens = _integers(row, "cu_seqlens", torch.int32, name)
+    counts, image_token_id = _tokens_per_image(row, name), row.get("image_token_id", -200)
+    spec = RowSpec(image_token_id=image_token_id)
+    space, said = space or row.get("space"), "as said"
+    if space is None:
+        found = find_space(ids, cu_seqlens, counts, image_token_id)
+        space, said = (
+            found or "collapsed",
+            "found to be" if found else "or expanded, which is the same,",
+        )
+    layout = PackedLayout.build(ids, cu_seqlens, counts, spec, space=space)
+    counts = layout.cu_image_embeddings.diff().tolist()
+    return layout, (
+        f"cu_seqlens {row['cu_seqlens']} ({said} {space}), "
+        f"tokens_per_image {counts}, image_token_id {image_token_id}"
+    )
+
+
+def _tokens_per_image(row: dict, name: str):
+    """Positions of each image, which are no tiles."""
+    counts = row["tokens_per_image"]
+    for image, count in enumerate(counts if isinstance(counts, list) else []):
+        if type(count) is int and 0 < count < FEWEST:
+            raise UserError(
+                f"{name}: tokens_per_image {counts} makes image {image} {count} positions long; if "
+                f"these are tiles, multiply by what a tile becomes (img_seq_len of mp.row_spec)"
+            )
+    return counts
+
+
+def _is_saved(path: str) -> bool:
+    """Whether ``torch.save`` wrote this file: a zip archive."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _load(path: str):
+    """A row that was saved; nothing in the file is run."""
+    from . import data
+    from .data.samples import Member
+
+    parts = [data.Row, Member, RowSpec, _rebuild]
+    try:
+        with torch.serialization.safe_globals(parts):
+            row = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an archive of anything
+        said = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {said[1]}, which is no part of a row" if said else "cannot be read"
+        raise UserError(f"{path} {what}; expected a mp.data.Row that torch.save wrote") from error
+    if not isinstance(row, data.Row):
+        raise UserError(f"{path} holds {_kind(row)}, expected a mp.data.Row")
+    return row
 
 
 def _read(path: str) -> dict:

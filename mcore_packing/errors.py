@@ -118,9 +118,15 @@ def explain(layout: "PackedLayout", status: Status) -> PackingError:
     if fault == Fault.OTHER_SPACE:
         return _explain_other_space(layout, status)
     if fault == Fault.PAST_END:
-        return PackingError(
+        message = (
             f"the last boundary is {found}, past the end of the row at {expected} "
             f"({describe_lengths(layout)})"
+        )
+        if layout.space == "expanded" or not _may_be_expanded(layout, found):
+            return PackingError(message)
+        return BoundarySpaceError(
+            f"{message}. The boundaries are said to be collapsed; if they count positions, pass "
+            f"space='expanded'"
         )
     if fault == Fault.REAL_LENGTH:
         return PackingError(
@@ -147,6 +153,13 @@ def explain(layout: "PackedLayout", status: Status) -> PackingError:
 def describe_lengths(layout: "PackedLayout") -> str:
     """How long the row is in either space."""
     return f"{layout.num_collapsed} tokens, {int(layout.seq_start_expanded[-1])} expanded"
+
+
+def _may_be_expanded(layout, last: int) -> bool:
+    """Whether a last boundary lies behind all images, in an expanded row that goes on so far."""
+    start, images = layout.expanded_start, layout.is_placeholder.nonzero()
+    images_end = int(start[images[-1] + 1]) if images.numel() else 0
+    return images_end <= last <= int(layout.seq_start_expanded[-1])
 
 
 def _explain_number_of_images(layout, status: Status) -> PlaceholderMismatch:

@@ -164,14 +164,17 @@ class Training:
                 f"data-parallel ranks"
             )
         self.packer = make_packer(self.model, options)
-        self.loader = RowLoader(shapes.Conversations(sys.maxsize), self.packer)
+        self.loader = RowLoader(self.conversations(sys.maxsize), self.packer)
         self.optimizer, self.scheduler = build_optimizer(self.model, options.steps)
-        held_out = shapes.Conversations(HELD_OUT, seed=1, train_on="colours")
+        held_out = self.conversations(HELD_OUT, seed=1, train_on="colours")
         rows, _ = self.packer.pack(held_out)
         self.held_out = [
             rows[i].to(tiny.DEVICE, tiny.DTYPE)
             for i in range(self.dp_rank, len(rows), self.dp_size)
         ]
+
+    def conversations(self, count: int, **settings) -> shapes.Conversations:
+        return shapes.Conversations(count, most_images=self.options.images, **settings)
 
     def run(self) -> list[dict]:
         """Train to the last step, from the last checkpoint if asked to; the log."""
@@ -297,10 +300,12 @@ class Training:
         return {
             "packing": self.packing,
             "steps": self.options.steps,
+            "images": self.options.images,
             "row_length": self.options.row_length,
             "rows_per_step": self.num_rows,
             "seq_multiple": self.packer.spec.seq_multiple,
             "seed": self.options.seed,
+            "images": self.options.images,
         }
 
     def state(self, is_loading: bool = False) -> dict:
@@ -452,6 +457,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--pp", type=int, choices=(1, 2), default=1, help="pipeline-parallel size")
     add("--vision-dp-over-cp", action="store_true", help="share the vision tower over cp ranks")
     add("--steps", type=at_least(2), default=200)
+    add("--images", type=int, choices=range(1, 5), default=4, help="of a conversation, at most")
     add("--row-length", type=at_least(1), default=1152, help="positions that a row may have")
     add("--rows-per-step", type=at_least(1), help="of all ranks together; by default one a replica")
     add("--seq-multiple", type=at_least(1), default=1, help="pad samples to a multiple of this")

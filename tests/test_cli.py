@@ -30,6 +30,7 @@ FILES = {
     "deep.json": "[" * 100_000,
     "huge.json": {**ROW, "input_ids": [5, -200, 6, 2**40]},
     "hugest.json": {**ROW, "image_token_id": 10**30},
+    "tiles.json": {**ROW, "tokens_per_image": [3]},
     "row.json": ROW,
     "mine.py": "def nothing(): pass\ndef fails(): 1 / 0\ndef no_llava(): return 1, []\n"
     "def build():\n"
@@ -50,6 +51,21 @@ FILES = {
     "    broken.deaf(model)\n"
     "    row = mp.data.get_packer('concatenative', mp.row_spec(model)).join(samples)\n"
     "    return model, row, lambda model, inputs: model(**inputs)\n"
+    "def bad_id():\n"
+    "    model, samples = build()\n"
+    "    samples[1]['input_ids'][9] = 5000\n"
+    "    return model, samples\n"
+    "def bad_tiles():\n"
+    "    model, samples = build()\n"
+    "    return model, [{**samples[0], 'num_image_tiles': [3]}]\n"
+    "def plain():\n"
+    "    from megatron.core.transformer.dot_product_attention import DotProductAttention\n"
+    "    from megatron.core.transformer.enums import AttnMaskType\n"
+    "    model, samples = build()\n"
+    "    for layer in model.language_model.decoder.layers:\n"
+    "        layer.self_attention.core_attention = DotProductAttention(\n"
+    "            layer.self_attention.config, 1, AttnMaskType.causal, 'self')\n"
+    "    return model, samples\n"
     "def bad_step(): return *deaf()[:2], lambda model, inputs: model(1)\n",
 }
 # What a user can get wrong, and the one line that answers it.
@@ -69,6 +85,11 @@ ERRORS = {
     "show decreases.json": "sequence 0: cu_seqlens decreases by 3, expected never",
     "show either.json": "the boundaries end at 9 and could count neither: .*",
     "show long.json": "long.json: 2 sequences and 2147483643 positions are too much to draw, .*",
+    "show tiles.json": r"tiles.json: tokens_per_image \[3\] makes image 0 3 .* multiply by .*",
+    "show evil.pt": r"evil.pt holds \S+system, which is no part of a row; expected .*",
+    "show dict.pt": "dict.pt holds a dict with rows, expected a mp.data.Row",
+    "show half.pt": "half.pt cannot be read; expected a mp.data.Row that torch.save wrote",
+    "show dict.pt --space expanded": "--space is for rows in JSON; dict.pt has its layout with it",
     "show many.json": "many.json: 2000 sequences and 2000 positions are too much to draw, .*",
     "show deep.json": "deep.json: its lists lie too deep in each other",
     "show huge.json": "input_ids hold an id beyond int32, more than a layout can",
@@ -89,9 +110,21 @@ ERRORS = {
     "parity --model mine:no_llava": ".*LLaVAModel.*",
     "parity --model mine:empty": "--model mine:empty: samples is empty, expected a list of samples",
     "parity --model mine:strange": "--model .*: sample 0 is a dict with ids, expected .*",
+    "parity --model mine:bad_id": "sample 1 alone: the model raises IndexError: .*",
+    "parity --model mine:bad_tiles": r"sample 0 alone: num_image_tiles \[3\] are 3 tiles, but .*",
+    "parity --model mine:plain": ".*DotProductAttention, .* put mp.attention.PackedAttention .*",
+    "isolate --model mine:bad_id": "the model raises IndexError: .*",
+    "isolate --model mine:plain": ".*DotProductAttention, .* put mp.attention.PackedAttention .*",
     "isolate --model mine:nothing": r"--model .* returned None, expected \(model, samples\)",
     "isolate --model mine:bad_step": "the model raises TypeError: .*",
 }
+
+
+class Evil:
+    """What runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +133,9 @@ def folder(tmp_path, monkeypatch):
     for name, content in FILES.items():
         text = content if isinstance(content, str) else json.dumps(content)
         (tmp_path / name).write_text(text)
+    torch.save({"rows": []}, tmp_path / "dict.pt")
+    torch.save(Evil(), tmp_path / "evil.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "dict.pt").read_bytes()[:200])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
@@ -127,6 +163,7 @@ def test_what_a_user_gets_wrong_is_answered_with_one_line_and_status_2(command, 
     status, out, error = answer(command, capsys)
     assert status == 2 and out == ""
     assert re.fullmatch(rf"mcore-packing( \w+)?: {ERRORS[command]}\n", error), error
+    assert not os.path.exists("was_run")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +215,7 @@ def test_parity_of_a_model_in_the_current_folder(capsys):
     status, out, _ = answer("parity --model mine:build", capsys)
     assert status == 0 and out.startswith("3 samples, 4 images")
     status, out, _ = answer("parity --model mine:build --without-hook", capsys)
-    assert status == 1 and out.startswith("3 samples: Megatron raises RuntimeError: ")
+    assert status == 1 and out.startswith("3 samples: the model raises RuntimeError: ")
 
 
 def test_parity_fails_where_labels_are_lost(capsys):
@@ -200,7 +237,9 @@ def test_isolate(capsys):
 def test_doctor():
     found = cli.doctor()
     assert found["torch"] == torch.__version__ and found["mcore-packing"] == mp.__version__
-    assert "understood" in found["LLaVAModel"] and found["attention"].startswith("PackedAttention")
+    assert "understood" in found["LLaVAModel"] and found["small model"].startswith(
+        "PackedAttention"
+    )
     assert found["found in"].endswith(os.path.join("megatron", "core"))
     done = run("doctor")
     assert done.returncode == 0 and "megatron-core" in done.stdout and done.stderr == ""
@@ -254,6 +293,24 @@ def test_show(space, folder, capsys):
     assert "collapsed  4 tokens, cu_seqlens [0, 3, 4]" in out
     assert "expanded   23 positions, cu_seqlens [0, 22, 23], longest sequence 22" in out
     assert "wrote row.png" in out
+
+
+@pytest.mark.parametrize("expands", [True, False], ids=["llava", "plain"])
+def test_show_a_saved_row(expands, folder, capsys):
+    pytest.importorskip("matplotlib")
+    spec = mp.RowSpec(img_seq_len=20, seq_multiple=4, expands=expands)
+    images = {"images": torch.zeros(1, 3, 28, 28)} if expands else {}
+    first = {"input_ids": torch.tensor([5, -200 if expands else 8, 6]), **images, "__key__": "a"}
+    samples = [first, {"input_ids": torch.arange(5)}]
+    rows, _ = mp.data.pack(samples, spec, algorithm="concatenative")
+    torch.save(rows[0], folder / "row.pt")
+    assert cli.main(["show", "row.pt"]) == 0
+    out = capsys.readouterr().out
+    end = 22 if expands else 3
+    assert "samples [0, 1]" in out
+    assert f"cu_seqlens [0, {end}, {end + 5}], longest sequence {max(end, 5)}" in out
+    assert f"padded     cu_seqlens [0, {24 if expands else 4}, {32 if expands else 12}]" in out
+    assert (folder / "row.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_space_that_the_command_line_says_counts(capsys):

@@ -1,9 +1,12 @@
 """The lines of the guides, applied to Megatron's real files and run."""
 
+import json
+import os
 import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from mcore_packing.testing import tiny
 from mcore_packing.testing.megatron_example import Case, Example
 from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
-from .models import SIZE, model_of
+from . import processes
+from .models import POSITIONS, SIZE, model_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
 GUIDE = (CHECKOUT / "docs/megatron-lm.md").read_text()
@@ -147,6 +151,14 @@ def test_the_lines_of_the_readme():
     assert difference.abs().max() < 1e-5 and namespace["loss_mask"].sum() > 100
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_rows_of_pack_are_right_without_the_hook_on_one_rank(positions):
+    model = model_of(positions, max_sequence_length=1024)
+    rows, _ = mp.data.pack(tiny.samples(4, img_size=SIZE), mp.row_spec(model))
+    assert mp.parity.isolation(model, rows[0]).is_right
+    assert mp.parity.verify(model, rows[0]).is_right
+
+
 def test_the_first_row():
     command = [sys.executable, "-W", "ignore", "examples/first_row.py"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
@@ -190,3 +202,54 @@ def test_the_lines_on_pipelines():
     params = namespace["packed_seq_params"]
     assert params.layout.num_seqs == 4 and not params.layout.has_tokens
     assert params.max_seqlen_q == namespace["layout"].max_seqlen
+
+
+def test_the_lines_on_a_model_on_a_cpu(capsys):
+    (block,) = blocks_of("docs/your-model.md")
+    given = []
+
+    def build_model(spec):
+        given.append(spec.submodules.self_attention.submodules.core_attention)
+        return model_of("rope")
+
+    exec(block, {"build_model": build_model, "samples": tiny.samples(4, img_size=SIZE)})
+    assert given == [mp.attention.PackedAttention]
+    isolated, verified = capsys.readouterr().out.splitlines()
+    assert isolated.startswith("isolation: right") and "by one: right" in verified
+
+
+def own_data(folder: Path, *options: str, **how) -> list[dict]:
+    """What the example for a model of one's own logs."""
+    script = CHECKOUT / "examples/own_data.py"
+    options = (*options, "--epochs", "1", "--output", str(folder))
+    printed = processes.run(script, *options, timeout=600, **how)
+    assert "isolation: right, bit by bit" in printed
+    assert "packed against one by one: right, token_mult_prob_error 1.000000" in printed
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_own_data_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    fake = "def init(**kwargs): return Run()\nclass Run:\n    def log(self, numbers, step):\n"
+    fake += f"        print(numbers, file=open({str(tmp_path / 'wandb.txt')!r}, 'a'))\n"
+    (tmp_path / "wandb.py").write_text(fake)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"
+    entries = own_data(tmp_path, processes=1, env={**os.environ, "PYTHONPATH": path})
+    report, isolated, verified, *trained, held_out = entries
+    assert report["num_samples"] == 1000 and not report["refused"]
+    assert (isolated["verdict"], verified["verdict"]) == ("right", "right")
+    losses = [entry["loss"] for entry in trained]
+    assert len(losses) == 26 and losses[-1] < losses[0] / 2 and held_out["held_out_loss"] < 1
+    logged = (tmp_path / "wandb.txt").read_text()
+    assert "'fill': 0.9" in logged and f"{{'loss': {losses[-1]!r}}}" in logged
+    again = own_data(tmp_path, "--resume", processes=1)[len(entries) + 3 :]
+    assert [entry["step"] for entry in again[:-1]] == [21, 22, 23, 24, 25, 26]
+    assert [entry["loss"] for entry in again[:-1]] == losses[20:]  # to the last bit
+    assert again[-1] == held_out
+
+
+@pytest.mark.parametrize(
+    "options", [("--cp", "2"), pytest.param((), marks=pytest.mark.slow)], ids=["cp2", "dp2"]
+)
+def test_own_data_on_ranks(options, tmp_path):
+    _, _, _, first, *_, last, _ = own_data(tmp_path, *options, processes=2)
+    assert last["loss"] < first["loss"] / 2

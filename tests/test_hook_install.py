@@ -15,6 +15,8 @@ import pytest
 import torch
 from megatron.core.models.mamba import MambaModel
 from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from torch.nn.parallel import DistributedDataParallel
 
 import mcore_packing as mp
@@ -144,6 +146,33 @@ def test_install_is_refused():
     with install(model), pytest.raises(mp.PackingError, match="installed on this model already"):
         install([model_of(), model])
     assert "forward" not in model.__dict__
+
+
+def test_attention_that_takes_no_packed_rows_is_refused():
+    model = model_of("rope")
+    layer = model.language_model.decoder.layers[1].self_attention
+    theirs = DotProductAttention(layer.config, 2, AttnMaskType.causal, "self")
+    ours, layer.core_attention = layer.core_attention, theirs
+    with pytest.raises(
+        mp.PackingError,
+        match=r"decoder.layers.1.self_attention.core_attention .* put mp.attention.PackedAttention",
+    ):
+        install(model)
+    theirs.forward = ours.forward  # someone's own
+    with install(model), torch.no_grad():
+        row = arguments(tiny.samples(2, img_size=SIZE))
+        assert torch.isfinite(model(**row)[0]).all()
+
+
+def test_a_tower_with_attention_of_megatrons_own_is_fine():
+    model = model_of("rope")
+    for layer in model.vision_model.decoder.layers:
+        attention = layer.self_attention
+        attention.core_attention = DotProductAttention(
+            attention.config, layer.layer_number, AttnMaskType.no_mask, "self"
+        )
+    with install(model), torch.no_grad():
+        assert torch.isfinite(model(**arguments(tiny.samples(2, img_size=SIZE)))[0]).all()
 
 
 def test_every_chunk_is_installed_on():

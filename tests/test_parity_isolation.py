@@ -234,6 +234,8 @@ def test_findings_are_plain_for_logs():
     ):
         plain = json.loads(json.dumps(found.to_dict()))
         assert plain["verdict"] == "wrong" and plain["is_right"] is False
+        if not isinstance(found, parity.Isolation):
+            assert plain["token_mult_prob_error"] == found.token_mult_prob_error
 
 
 @pytest.mark.parametrize("check", [parity.isolation, parity.verify])

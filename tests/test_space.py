@@ -198,3 +198,16 @@ def test_megatrons_own_case_is_said_to_be_expanded():
         find_space(ids, given, [577])
     layout = lay_out(ids, given, [577], "expanded")
     assert torch.equal(layout.cu_seqlens_expanded, given)
+
+
+def test_expanded_boundaries_that_are_said_to_be_collapsed_are_told_of_the_space():
+    tokens = [1] * 20
+    tokens[3] = tokens[12] = IMAGE
+    message = r"past the end of the row at 20 \(20 tokens, 40 expanded\)"
+    with pytest.raises(
+        mp.BoundarySpaceError, match=f"{message}.*if they count positions, pass space='expanded'"
+    ):
+        build(tokens, [0, 19, 39], [11, 11], "collapsed")
+    for last in (25, 41):  # inside the last image, and past the end of either
+        with pytest.raises(mp.PackingError, match=f"{message}$"):
+            build(tokens, [0, 19, last], [11, 11], "collapsed")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron.core import __version__ as mcore_version
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from ..errors import PackingError
@@ -91,6 +92,14 @@ class Plan:
                 f"{type(language_model).__name__}, so packed samples leak into each other; hybrid "
                 "models need megatron-core >= 0.16"
             )
+        if language_model is not None and (plain := plain_attention(language_model)):
+            raise PackingError(
+                f"{plain} of the language model is Megatron's DotProductAttention, which takes no "
+                f"packed rows. Build the model with a layer spec of Transformer Engine, or put "
+                f"mp.attention.PackedAttention into yours: "
+                f"spec.submodules.self_attention.submodules.core_attention = "
+                f"mp.attention.PackedAttention"
+            )
         if max_sequences is None and captures_layers(model.config):
             raise PackingError(
                 "layers are captured as CUDA graphs, which take boundaries of one length only: say "
@@ -142,6 +151,15 @@ def takes_boundaries(language_model) -> bool:
     parameters = inspect.signature(language_model.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     return "packed_seq_params" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def plain_attention(language_model) -> str | None:
+    """The first module whose forward asserts that there are no boundaries, None without any."""
+    own = DotProductAttention.forward
+    for name, module in language_model.named_modules():
+        if getattr(type(module), "forward", None) is own and "forward" not in vars(module):
+            return name
+    return None
 
 
 def wants_padding_mask(language_model) -> bool:

@@ -98,6 +98,10 @@ class Verification(Finding):
         """Over all ranks; 1.0 is perfect."""
         return _mean(self.sequences)
 
+    def to_dict(self) -> dict:
+        """Everything that is a number or text, for logs, and the error over all ranks."""
+        return {**super().to_dict(), "token_mult_prob_error": self.token_mult_prob_error}
+
     def __str__(self) -> str:
         ranks = ", ".join(f"{error:.6f} on rank {rank}" for rank, error in self.by_rank.items())
         lines = [

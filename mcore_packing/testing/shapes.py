@@ -39,6 +39,8 @@ class Conversations(Sequence):
         seed: of the conversations; another seed gives others.
         train_on: "answers" labels all that the assistant says, "colours" only the word that answers
             a question, for grading.
+        most_images: that one conversation has. With 1 the image right before a question is always
+            the right one, so that the task asks little of boundaries.
 
     Example:
         >>> sample = Conversations(1, seed=13)[0]
@@ -49,10 +51,13 @@ class Conversations(Sequence):
         <user> colour cross <assistant> cross blue <end>
         >>> list(sample["images"].shape), sample["num_image_tiles"]
         ([6, 3, 28, 28], [3, 3])
+        >>> {len(sample["num_image_tiles"]) for sample in Conversations(50, most_images=1)}
+        {1}
     """
 
-    def __init__(self, count: int, seed: int = 0, train_on: str = "answers"):
+    def __init__(self, count: int, seed: int = 0, train_on: str = "answers", most_images: int = 4):
         self.count, self.seed, self.train_on = count, seed, train_on
+        self.most_images = most_images
 
     def __len__(self) -> int:
         return self.count
@@ -61,7 +66,7 @@ class Conversations(Sequence):
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = random.Random(f"{self.seed}-{index}")
-        size = rng.randint(1, 4)
+        size = rng.randint(1, self.most_images)
         images = [*zip(rng.sample(SHAPES, size), rng.sample([*COLOURS], size), strict=True)]
         num_tiles = [rng.randint(1, 3) for _ in images]
         ids, labels = [IMAGE_TOKEN_ID] * size, [IGNORE_INDEX] * size
