@@ -1,14 +1,12 @@
 """scripts/train_llava.py: the same losses in every packing and on all ranks, killed and resumed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from . import processes
 
 SCRIPT = Path(__file__).parent.parent / "scripts/train_llava.py"
 STEPS = 8
@@ -19,23 +17,14 @@ COMMON = [
 ]  # fmt: skip
 
 
-def command(output: Path, *options: str, processes: int = 1) -> list[str]:
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        launcher += [str(processes)]
-    python = [sys.executable, "-W", "ignore", *launcher, str(SCRIPT)]
-    return [*python, *COMMON, "--output", str(output), *options]
+def words(output: Path, *options: str) -> list[str]:
+    return [*COMMON, "--output", str(output), *options]
 
 
-def train(output: Path, *options: str, processes: int = 1) -> list[float]:
+def train(output: Path, *options: str, count: int = 1) -> list[float]:
     """The losses of a run."""
-    done = subprocess.run(
-        command(output, *options, processes=processes),
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "WRONG" not in done.stdout
+    said = processes.run(SCRIPT, *words(output, *options), processes=count)
+    assert "WRONG" not in said
     return losses(output)
 
 
@@ -45,22 +34,14 @@ def losses(output: Path, packing: str = "hook") -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def train_and_kill(output: Path, *options: str, processes: int = 1) -> None:
+def train_and_kill(output: Path, *options: str, count: int = 1) -> None:
     """Start a run, and kill -9 it in the middle of a step, some steps after a checkpoint."""
-    run = subprocess.Popen(
-        command(output, *options, processes=processes),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
+    options = words(output, *options)
+    with processes.started(SCRIPT, *options, processes=count, folder=output) as ranks:
         limit = time.monotonic() + 120
         while len(losses(output)) < 5:
-            assert run.poll() is None and time.monotonic() < limit
+            assert all(rank.is_alive() for rank in ranks) and time.monotonic() < limit
             time.sleep(0.005)
-    finally:
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        for process in [run.pid, *map(int, children)]:
-            os.kill(process, signal.SIGKILL)
-        run.wait()
 
 
 @pytest.fixture(scope="module")
@@ -81,25 +62,23 @@ def test_every_packing_trains_alike(tmp_path):
 
 
 def test_packings_that_are_not_verified_are_refused(tmp_path):
-    words = command(tmp_path, "--packing", "dropped", "--verify-packing", "2")
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 2 and "--verify-packing needs --packing hook" in done.stderr
+    options = words(tmp_path, "--packing", "dropped", "--verify-packing", "2")
+    status, _, said = processes.fork(SCRIPT, *options)
+    assert status == 2 and "--verify-packing needs --packing hook" in said
 
 
 def test_killed_and_resumed(reference, tmp_path):
     train_and_kill(tmp_path)
     assert 5 <= len(losses(tmp_path)) < STEPS
-    refused = subprocess.run(
-        command(tmp_path, "--resume", "--rows-per-step", "1"),
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert refused.returncode == 2
-    assert "has rows_per_step 2, not 1" in refused.stderr and "Traceback" not in refused.stderr
+    options = words(tmp_path, "--resume", "--rows-per-step", "1")
+    status, _, said = processes.fork(SCRIPT, *options)
+    assert status == 2
+    assert "has rows_per_step 2, not 1" in said and "Traceback" not in said
     assert train(tmp_path, "--resume") == reference  # to the last bit
 
 
 @pytest.mark.parametrize(
-    "options, processes_after",
+    "options, count_after",
     [
         pytest.param(["--cp", "2"], 2, id="cp2"),
         pytest.param(["--pp", "2"], 2, id="pp2", marks=pytest.mark.slow),
@@ -107,9 +86,9 @@ def test_killed_and_resumed(reference, tmp_path):
         pytest.param([], 1, id="dp2-then-one", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_on_ranks(options, processes_after, reference, tmp_path):
-    train_and_kill(tmp_path, *options, processes=2)
+def test_killed_and_resumed_on_ranks(options, count_after, reference, tmp_path):
+    train_and_kill(tmp_path, *options, count=2)
     assert 5 <= len(losses(tmp_path)) < STEPS
     verified = [*options, "--resume", "--verify-packing", "100"]
-    found = train(tmp_path, *verified, processes=processes_after)
+    found = train(tmp_path, *verified, count=count_after)
     assert found == pytest.approx(reference, rel=1e-5)
