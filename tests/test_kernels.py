@@ -54,8 +54,8 @@ def test_under_the_interpreter():
 def test_the_hook_on_the_kernels():
     # The real model, the hook and the gradients, with every op running its kernel.
     folder = Path(__file__).parent
-    chosen = "many_packs or gradients or adjoint or named or fixed_length or truncation_at or ranks"
-    chosen += " or looking or before_any_layer"
+    chosen = "gradients or adjoint or named or fixed_length or truncation_at or before_any_layer"
+    chosen += " or looking or many_packs or ranks" if IS_FULL else " or looking and rope"
     files = [*sorted(folder.glob("test_hook_*.py")), folder / "test_expand.py"]
     output = run_interpreted(*map(str, files), "-k", chosen, MCORE_PACKING_TEST_KERNELS="1")
     launched = json.loads(re.search(r"^launched (.*)$", output, re.M).group(1))
