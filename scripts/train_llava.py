@@ -305,7 +305,6 @@ class Training:
             "rows_per_step": self.num_rows,
             "seq_multiple": self.packer.spec.seq_multiple,
             "seed": self.options.seed,
-            "images": self.options.images,
         }
 
     def state(self, is_loading: bool = False) -> dict:

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from mcore_packing.testing.megatron_example import Case, Example
 from mcore_packing.testing.sources import CHECKOUT, MEGATRON
 
 from . import processes
+from .laws import IS_FULL
 from .models import POSITIONS, SIZE, model_of
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -61,7 +60,7 @@ def test_packed_rows_keep_their_boundaries_and_equal_one_by_one(version, cp, sp,
     example = Example(version, train)
     case = Case("expanded", 2, cp, sp, None, 0, False, "uncut")
     model = model_of("rope").eval()
-    for seed in range(3):
+    for seed in range(3 if IS_FULL else 1):
         samples, data = example.data(case, random.Random(seed))
         row = example.batch(data)
         tokens, labels, loss_mask, _, position_ids, images, num_tiles, params = row
@@ -160,19 +159,17 @@ def test_rows_of_pack_are_right_without_the_hook_on_one_rank(positions):
 
 
 def test_the_first_row():
-    command = [sys.executable, "-W", "ignore", "examples/first_row.py"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    assert "6 of 6 samples in 1 rows" in done.stdout
-    assert "packed against one by one: right, token_mult_prob_error 1.000000" in done.stdout
+    said = processes.run(CHECKOUT / "examples/first_row.py", processes=1)
+    assert "6 of 6 samples in 1 rows" in said
+    assert "packed against one by one: right, token_mult_prob_error 1.000000" in said
 
 
 def test_the_rows_of_qwen():
     pytest.importorskip("transformers")
-    command = [sys.executable, "-W", "ignore", "examples/qwen_rows.py"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    differences = re.findall(r"sample \d: differs by at most (\S+)", done.stdout)
+    said = processes.run(CHECKOUT / "examples/qwen_rows.py", processes=1)
+    differences = re.findall(r"sample \d: differs by at most (\S+)", said)
     assert len(differences) == 6 and all(float(one) < 1e-5 for one in differences)
-    assert "6 of 6 samples in 1 rows" in done.stdout
+    assert "6 of 6 samples in 1 rows" in said
 
 
 def test_no_page_has_a_gap():

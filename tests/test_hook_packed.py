@@ -18,7 +18,7 @@ from .models import POSITIONS, SIZE, arguments, both_expansions, install, model_
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
-@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize("count", [1, 4, pytest.param(16, marks=pytest.mark.ci)])
 def test_forward_packed_vs_batched(count):
     samples = tiny.samples(count)
     for positions in POSITIONS:

@@ -1,11 +1,10 @@
 """Real processes, real models: the cases of scripts/parallel_parity.py."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from . import processes
 
 SCRIPT = Path(__file__).parent.parent / "scripts/parallel_parity.py"
 QUICK = {"cp2": (2, "--cp 2"), "tp2sp": (2, "--tp 2 --sp"), "pp2": (2, "--pp 2")}
@@ -19,28 +18,19 @@ CASES = [pytest.param(*case, id=name) for name, case in QUICK.items()]
 CASES += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()]
 
 
-def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0])
-
-
 @pytest.fixture(scope="module", params=["rope", "learned_absolute"])
 def reference(request, tmp_path_factory):
     """The one-process packed run, which equals one by one."""
     path = tmp_path_factory.mktemp("reference") / "reference.pt"
     options = ["--reference", str(path), "--positions", request.param]
-    result = run([sys.executable, "-W", "ignore", str(SCRIPT), *options])
+    result = processes.result(SCRIPT, *options, processes=1)
     assert result["loss"] <= 1e-5 and result["gradient"] <= 1e-5
     return options
 
 
-@pytest.mark.parametrize("processes, case", CASES)
-def test_parallel_equals_one_process(reference, processes, case):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), *reference, *case.split()]
-    result = run(command)
+@pytest.mark.parametrize("count, case", CASES)
+def test_parallel_equals_one_process(reference, count, case):
+    result = processes.result(SCRIPT, *reference, *case.split(), processes=count)
     assert result["loss"] <= 1e-5 and result["gradient"] <= 1e-5, result
     assert result["parameters"] > 80  # every parameter of the model has a gradient somewhere
     # The layout that came along cost nothing; and either way every stage knows the longest one.

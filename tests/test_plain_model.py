@@ -1,8 +1,5 @@
 """A plain VLM around Megatron's real ``GPTModel``: packed as one by one."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 import mcore_packing as mp
 from mcore_packing.testing import plain
+
+from . import processes
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -60,14 +59,8 @@ def test_without_boundaries_it_would_not_be(model):
 
 def run_ranks(*options: str) -> dict:
     """Summed losses of each sample, packed and alone, on one rank or on two."""
-    command = [sys.executable, "-W", "ignore"]
-    if options:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("plain_worker.py")), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(lines[0])
+    worker = Path(__file__).with_name("plain_worker.py")
+    return processes.result(worker, *options, processes=2 if options else 1)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from . import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -187,11 +188,8 @@ def test_the_commands_of_the_guide_are_understood(scripts):
     for line in lines:
         assert len(line) <= 2000
         words = shlex.split(line.partition("gpu_ci.")[2].partition(";")[0].partition(" 2>")[0])[1:]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / "gpu_ci.py"), *words, "--dry-run"],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0 and "at most" in done.stdout, (line, done.stderr)
+        status, out, error = processes.fork(ROOT / "scripts/gpu_ci.py", *words, "--dry-run")
+        assert status == 0 and "at most" in out, (line, error)
 
 
 def test_a_contender_that_is_wrong_or_runs_out_of_memory_is_left_out(scripts, monkeypatch):

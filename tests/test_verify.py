@@ -1,8 +1,6 @@
 """``isolation`` and ``verify`` on real parallel jobs, and checkpoints of a model with the hook."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,10 +69,7 @@ def test_a_model_that_is_no_llava(sizes):
 
 
 def test_a_model_that_is_no_llava_in_one_process():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(EXAMPLE)], capture_output=True, text=True, check=True
-    )
-    check_example(done.stdout)
+    check_example(processes.run(EXAMPLE, processes=1))
 
 
 @pytest.mark.slow
