@@ -325,8 +325,9 @@ class PackedLayout:
         parts = parts_of(self.num_seqs, self.num_collapsed, self.num_images, num_tiles, cp_size)
         tensor = self.tensor.new_zeros(parts["end"][0])
         tensor[:end] = self.tensor[:end]
-        for name, value in vars(shares).items():
-            tensor.narrow(0, *parts[name]).copy_(value.reshape(-1), non_blocking=True)
+        for name in ("encoder", "cu_tile_embeddings", "counts"):
+            value = getattr(shares, name).reshape(-1)
+            tensor.narrow(0, *parts[name]).copy_(value, non_blocking=True)
         layout = self._with(tensor, num_tiles=num_tiles, vision_cp_size=cp_size)
         layout.shares = shares
         return layout

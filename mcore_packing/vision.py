@@ -7,6 +7,7 @@ only the others travel.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,14 +48,30 @@ class Shares:
         """How many tiles the row has."""
         return self.encoder.numel()
 
+    @cached_property
+    def tile_sizes(self) -> list[int]:
+        """How many embeddings each tile becomes."""
+        return self.cu_tile_embeddings.diff().tolist()
+
+    @cached_property
+    def num_sent(self) -> list[list[int]]:
+        """``counts``, as ints."""
+        return self.counts.tolist()
+
+    @cached_property
+    def _tiles(self) -> list[list[int]]:
+        tiles: list[list[int]] = [[] for _ in range(self.cp_size)]
+        for tile, cp_rank in enumerate(self.encoder.tolist()):
+            tiles[cp_rank].append(tile)
+        return tiles
+
     def tiles_of(self, cp_rank: int) -> list[int]:
         """Which tiles a rank encodes, in their order."""
-        return np.flatnonzero(self.encoder.numpy() == cp_rank).tolist()
+        return self._tiles[cp_rank]
 
     def num_embeddings_of(self, cp_rank: int) -> int:
         """How many image embeddings a rank makes, those included that were cut off the row."""
-        sizes = steps_of(self.cu_tile_embeddings.numpy())
-        return int(sizes[self.encoder.numpy() == cp_rank].sum())
+        return sum(self.tile_sizes[tile] for tile in self._tiles[cp_rank])
 
 
 def shares(

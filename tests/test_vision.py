@@ -8,12 +8,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mcore_packing as mp
 from mcore_packing.expand import expand_tokens
+from mcore_packing.megatron import vision
 from mcore_packing.megatron.vision import routes
 from mcore_packing.reference import FIRST_IMAGE, PAD
 from mcore_packing.testing import tiny
+from mcore_packing.testing.host_reads import HostReads
 
 from . import processes
 from .laws import examples
@@ -118,7 +121,8 @@ def test_shares_that_cannot_be(arguments, message):
 
 
 def same(first, second):
-    return all(torch.equal(value, vars(second)[name]) for name, value in vars(first).items())
+    names = ("encoder", "cu_tile_embeddings", "counts")
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
 def test_shares_follow_the_layout():
@@ -161,6 +165,23 @@ def test_what_travels_fills_every_rank(structure, cp_size):
         assert torch.equal(filled, expected)
         stays = way.image_position >= 0
         assert torch.equal(filled[way.image_position[stays].long()], own[rank][stays])
+
+
+def test_nothing_waits_for_what_travels(monkeypatch):
+    # A sort waits for nothing, but a fake one wants a torch with CUDA.
+    monkeypatch.setattr(vision, "_first", lambda key, count: key.new_empty(count).long())
+    row, layout = make_layout([[2, 0, 1], [0, 3, 0]], 2)
+    layout = layout.with_shares(mp.vision.shares(layout, row.num_image_tiles, 2))
+    counts, made = layout.shares.num_sent, layout.shares.num_embeddings_of(0)
+    with FakeTensorMode():  # its tensors are on a GPU that need not be there
+        there = layout._with(torch.empty(layout.tensor.shape, dtype=torch.int32, device="cuda"))
+        with HostReads() as reads:
+            source = expand_tokens(there, cp_size=2, cp_rank=0).source
+            way = routes(there, layout.shares, source, 0)
+        assert reads.found == []
+        assert {one.device.type for one in way} == {"cuda"}
+    assert way.image_position.shape == (made,)
+    assert way.sent.shape == (counts[0][1],) and way.arrives.shape == (counts[1][0],)
 
 
 # Rows

@@ -3,6 +3,7 @@ embeddings travel to where their positions are."""
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -65,11 +66,11 @@ class VisionShare:
         """
         images = given["images"]
         if not has_sizes:
-            return {"images": self._narrow(images, 0, torch.ones(self.parts.num_tiles).long())}
-        sizes = torch.as_tensor(given["imgs_sizes"]).cpu()
-        patches = (sizes // self.model.vision_model.patch_dim).prod(-1)
+            return {"images": self._narrow(images, 0, [1] * self.parts.num_tiles, self.tiles)}
+        sizes = torch.as_tensor(given["imgs_sizes"])
+        patches = (sizes // self.model.vision_model.patch_dim).prod(-1).tolist()
         if not self.tiles and images.shape[1] and is_waited_for(self.model):
-            tiles = [int(patches.argmin())]  # a dummy: the smallest of the row
+            tiles = [patches.index(min(patches))]  # a dummy: the smallest of the row
         else:
             tiles = self.tiles
         narrowed = self._narrow(images, 1, patches, tiles)
@@ -78,16 +79,17 @@ class VisionShare:
         params = given.get("vision_packed_seq_params")
         of_sizes = {"images": narrowed, "imgs_sizes": given["imgs_sizes"][tiles]}
         if params is not None:
-            of_sizes["vision_packed_seq_params"] = _with_lengths(params, patches[tiles])
+            lengths = [patches[tile] for tile in tiles]
+            of_sizes["vision_packed_seq_params"] = _with_lengths(params, lengths)
         return of_sizes
 
-    def _narrow(self, images: Tensor, dim: int, sizes: Tensor, tiles=None) -> Tensor:
+    def _narrow(self, images: Tensor, dim: int, sizes: list[int], tiles: list[int]) -> Tensor:
         """The entries of some tiles along a dimension, of which each tile has ``sizes``."""
-        tiles = self.tiles if tiles is None else tiles
-        found, mine, total = images.shape[dim], int(sizes[tiles].sum()), int(sizes.sum())
+        found, mine, total = images.shape[dim], sum(sizes[tile] for tile in tiles), sum(sizes)
         if found == total:
-            kept = torch.arange(total).split(sizes.tolist())
-            index = torch.cat([torch.arange(0), *(kept[tile] for tile in tiles)])
+            ends = list(itertools.accumulate(sizes))
+            spans = (range(ends[tile] - sizes[tile], ends[tile]) for tile in tiles)
+            index = torch.tensor([*itertools.chain(*spans)], dtype=torch.long)
             index = index.pin_memory() if images.is_cuda else index
             return images.index_select(dim, index.to(images.device, non_blocking=True))
         if found != mine:
@@ -125,8 +127,8 @@ class VisionShare:
 
     def exchange(self, vectors: Tensor, back: bool = False):
         """Send image embeddings, or gradients ``back``; gives what comes, and how to wait."""
-        there, here = self.parts.counts, self.cp_rank
-        sends, gets = there[here].tolist(), there[:, here].tolist()
+        here = self.cp_rank
+        sends, gets = list(self.parts.num_sent[here]), [row[here] for row in self.parts.num_sent]
         sends[here] = gets[here] = 0
         if back:
             sends, gets = gets, sends
@@ -158,9 +160,10 @@ class Routes(NamedTuple):
 
 def routes(layout: PackedLayout, parts: Shares, source: Tensor, cp_rank: int) -> Routes:
     """What travels, on the row's device. Nothing waits: how much it is, the shares say."""
-    device, cp_size, total = source.device, parts.cp_size, int(parts.cu_tile_embeddings[-1])
-    counts = parts.counts[cp_rank].tolist(), parts.counts[:, cp_rank].tolist()
-    num_sent, num_received = (sum(row) - row[cp_rank] for row in counts)
+    device, cp_size, total = source.device, parts.cp_size, sum(parts.tile_sizes)
+    stays = parts.num_sent[cp_rank][cp_rank]
+    num_sent = sum(parts.num_sent[cp_rank]) - stays
+    num_received = sum(row[cp_rank] for row in parts.num_sent) - stays
     encoder, ends = layout.encoder, layout.cu_tile_embeddings
     embedding = torch.arange(total, device=device)
     tile = last_at_or_below(ends.long(), embedding)
@@ -185,7 +188,7 @@ def routes(layout: PackedLayout, parts: Shares, source: Tensor, cp_rank: int) ->
 
 def _first(key: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` lowest keys, in order; of equal ones the first comes first."""
-    return key.int().argsort(stable=True)[:count]
+    return key.int().sort(stable=True).indices[:count]
 
 
 def _owner(layout: PackedLayout, embedding: Tensor, cp_size: int) -> Tensor:
@@ -265,12 +268,12 @@ def share_of(
             tiles = torch.ones(layout.num_images, dtype=torch.int)
         parts = shares(layout, tiles.tolist(), model.context_parallel_lm, embeddings_per_tile=sizes)
         layout = layout.with_shares(parts)
-    found = layout.shares.cu_tile_embeddings.diff()
-    expected = sizes if has_sizes else torch.full_like(found, model.img_seq_len)
-    if not torch.equal(found.long(), expected.long()):
+    found = layout.shares.tile_sizes
+    expected = sizes.tolist() if has_sizes else [model.img_seq_len] * len(found)
+    if found != expected:
         raise PackingError(
-            f"the shares of this row are of tiles of {found.tolist()} embeddings, but its tiles "
-            f"become {expected.tolist()}"
+            f"the shares of this row are of tiles that become {found} embeddings, but here they "
+            f"become {expected}"
         )
     share = VisionShare(model, layout, layout.shares)
     return layout, share, share.narrow(given, has_sizes)
@@ -291,11 +294,9 @@ def _warn_of_waiting() -> None:
     )
 
 
-def _with_lengths(params: PackedSeqParams, lengths: Tensor) -> PackedSeqParams:
+def _with_lengths(params: PackedSeqParams, lengths: list[int]) -> PackedSeqParams:
     """The boundaries that the vision tower gets, of tiles with so many patches."""
-    longest = int(lengths.max())
-    changes = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
-    ends = params.cu_seqlens_q.new_zeros(len(lengths) + 1)
-    ends[1:] = lengths.cumsum(0)
+    changes = dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), max(lengths))
+    ends = params.cu_seqlens_q.new_tensor([0, *itertools.accumulate(lengths)])
     changes |= {name: ends for name in CU_SEQLENS if getattr(params, name) is not None}
     return dataclasses.replace(params, **changes)
