@@ -166,7 +166,7 @@ def routes(layout: PackedLayout, parts: Shares, source: Tensor, cp_rank: int) ->
     num_received = sum(row[cp_rank] for row in parts.num_sent) - stays
     encoder, ends = layout.encoder, layout.cu_tile_embeddings
     embedding = torch.arange(total, device=device)
-    tile = last_at_or_below(ends.long(), embedding)
+    tile = last_at_or_below(ends, embedding.int())
     encoder = encoder.index_select(0, tile)
     own = _first(encoder != cp_rank, parts.num_embeddings_of(cp_rank))
     positions = source_positions(layout, total, cp_size, cp_rank)
@@ -179,7 +179,8 @@ def routes(layout: PackedLayout, parts: Shares, source: Tensor, cp_rank: int) ->
     arrives = positions.images.index_select(0, arriving).long()
 
     local = source.new_full((total + 1,), PAD)
-    local[own] = FIRST_IMAGE - torch.arange(len(own), dtype=source.dtype, device=device)
+    counted = torch.arange(len(own), dtype=source.dtype, device=device)
+    local.index_copy_(0, own, FIRST_IMAGE - counted)
     mine = local.index_select(0, (FIRST_IMAGE - source.long()).clamp(0, total))
     source = torch.where(source < PAD, mine, source)
     image_position = positions.images.index_select(0, own)
@@ -193,12 +194,13 @@ def _first(key: Tensor, count: int) -> Tensor:
 
 def _owner(layout: PackedLayout, embedding: Tensor, cp_size: int) -> Tensor:
     """Which rank owns the position of each image embedding; ``cp_size`` where it was cut off."""
-    counts, starts = layout.cu_image_embeddings.long(), layout.seq_start_expanded.long()
-    image = last_at_or_below(counts, embedding)
-    unpadded = layout.image_start.long()[image] + embedding - counts[image]
-    seq = last_at_or_below(starts, unpadded)
-    room = layout.cu_seqlens_padded.long().diff()[seq]
-    offset = unpadded - starts[seq]
+    counts, starts = layout.cu_image_embeddings, layout.seq_start_expanded
+    image = last_at_or_below(counts, embedding.int())
+    within = embedding - counts.index_select(0, image)
+    unpadded = layout.image_start.index_select(0, image) + within
+    seq = last_at_or_below(starts, unpadded.int())
+    room = layout.cu_seqlens_padded.diff().index_select(0, seq)
+    offset = unpadded - starts.index_select(0, seq)
     chunk = offset // (room // chunks_of(cp_size)).clamp(min=1)
     owner = chunk.minimum(2 * cp_size - 1 - chunk)
     return torch.where(offset < room, owner, cp_size)
