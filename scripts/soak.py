@@ -16,12 +16,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import mcore_packing as mp
 
 IMAGE, PAD = -200, 0
+FAMILY, FAMILY_IMAGE, MERGE = "qwen2_5_vl", 151655, 2  # of a plain model, whose ids are expanded
+PLACEHOLDERS = (IMAGE, FAMILY_IMAGE)
 ALGORITHMS = ("fullest", "first_fit_decreasing", "first_fit", "first_fit_shuffle", "concatenative")
 CHUNK = 100  # cases of a task
 
@@ -49,20 +52,23 @@ def make_case(seed: int) -> dict:
     expands = rng.random() < 0.8
     capacity = multiple * max(1, rng.randint(40, 200) // multiple)
     img_seq_len = rng.randint(1, 9)
-    samples = [make_sample(rng, expands) for _ in range(rng.randint(1, 12))]
+    axes = 0 if expands else rng.choice((0, 0, 1, 3))  # of position ids that samples bring
+    is_family = not expands and rng.random() < 0.6
+    samples = [make_sample(rng, expands, is_family, axes) for _ in range(rng.randint(1, 12))]
     return {
         "seed": seed, "cp": cp, "seq_multiple": per_sequence, "total_multiple": multiple,
         "expands": expands, "capacity": capacity, "img_seq_len": img_seq_len, "samples": samples,
         "algorithm": rng.choice(ALGORITHMS), "weights": rng.choice(("token", "sample", "square")),
         "repeats": rng.random() < 0.5, "shifted": rng.random() < 0.5,
         "num_rows_multiple": rng.choice((1, 1, 2, 4)), "fill_rows": rng.choice(("split", "empty")),
-        "balance": rng.random() < 0.2, "row": rng.random(),
+        "balance": rng.random() < 0.2, "row": rng.random(), "is_family": is_family,
+        "max_sequences": rng.choice((None, None, None, 2, 4)), "gaps": rng.random() < 0.5,
     }  # fmt: skip
 
 
-def make_sample(rng: random.Random, expands: bool) -> dict:
-    """Ids, tiles of its images, labels or None, a column or None, how much padding at either end
-    its attention mask hides."""
+def make_sample(rng: random.Random, expands: bool, is_family: bool, axes: int) -> dict:
+    """Ids, tiles of its images or their grids of patches, labels or None, a column or None,
+    position ids by axis or None, how much padding at either end its attention mask hides."""
     size = rng.choice((1, 2, 3, rng.randint(1, 12), rng.randint(1, 60)))
     ids = [rng.randint(1, 99) for _ in range(size)]
     tiles = []
@@ -70,16 +76,35 @@ def make_sample(rng: random.Random, expands: bool) -> dict:
         for at in sorted(rng.sample(range(size), rng.randint(0, min(size, 4)))):
             ids[at] = IMAGE
             tiles.append(rng.randint(1, 3))
+    grids = []
+    if is_family and rng.random() < 0.7:
+        for at in sorted(rng.sample(range(size), rng.randint(1, min(size, 3))), reverse=True):
+            grid = [rng.randint(1, 2), MERGE * rng.randint(1, 2), MERGE * rng.randint(1, 2)]
+            ids[at:at] = [FAMILY_IMAGE] * (math.prod(grid) // MERGE**2)
+            grids.append(grid)
     labels = None
     if rng.random() < 0.5:
-        labels = [-100 if i == IMAGE or rng.random() < 0.4 else i for i in ids]
+        labels = [-100 if i in PLACEHOLDERS or rng.random() < 0.4 else i for i in ids]
     column = [rng.randint(-50, 50) for _ in ids] if rng.random() < 0.7 else None
     hidden = (rng.randint(0, 3), rng.randint(0, 3)) if rng.random() < 0.2 else None
-    return {"ids": ids, "tiles": tiles, "labels": labels, "column": column, "hidden": hidden}
+    positions = None
+    if axes and rng.random() < 0.8:
+        axes = rng.choice((1, axes))
+        positions = [[rng.randint(0, 99) for _ in ids] for _ in range(axes)]
+    return {
+        "ids": ids, "tiles": tiles, "grids": grids[::-1], "labels": labels, "column": column,
+        "positions": positions, "hidden": hidden,
+    }  # fmt: skip
+
+
+def pixels_of(sample: dict, index: int) -> list[float]:
+    """Of every tile or patch: its own number in the sample's name."""
+    patches = sum(sample["tiles"]) or sum(math.prod(grid) for grid in sample["grids"])
+    return [1000.0 * index + patch for patch in range(patches)]
 
 
 def as_sample(sample: dict, index: int) -> dict:
-    """As ``mp.data.pack`` takes it. A tile's pixels are its own number in the sample's name."""
+    """As ``mp.data.pack`` takes it."""
     before, behind = sample["hidden"] or (0, 0)
 
     def padded(values, fill, dtype):
@@ -93,9 +118,15 @@ def as_sample(sample: dict, index: int) -> dict:
     if sample["hidden"] is not None:
         given["attention_mask"] = padded([1] * len(sample["ids"]), 0, torch.int64)
     if sample["tiles"]:
-        pixels = torch.arange(sum(sample["tiles"])).float() + 100 * index
+        pixels = torch.tensor(pixels_of(sample, index))
         given["images"] = pixels.view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
         given["num_image_tiles"] = torch.tensor(sample["tiles"], dtype=torch.int32)
+    if sample["grids"]:
+        given["pixel_values"] = torch.tensor(pixels_of(sample, index))[:, None]
+        given["image_grid_thw"] = torch.tensor(sample["grids"])
+    if sample["positions"] is not None:
+        axes = torch.stack([padded(axis, 0, torch.int64) for axis in sample["positions"]])
+        given["position_ids"] = axes if len(axes) > 1 else axes[0]
     return given
 
 
@@ -120,38 +151,49 @@ def aligned(length: int, multiple: int) -> int:
 def trained(case: dict, sample: dict) -> list[bool]:
     """Whether each token is trained, as what its predecessor predicts."""
     ids = sample["ids"]
-    labels = sample["labels"] or [-100 if i == IMAGE else i for i in ids]
+    labels = labels_of(sample)
     return [
         token > 0
         and labels[token] != -100
         and not (case["expands"] and ids[token - 1] == IMAGE)
-        and ids[token] != IMAGE
+        and ids[token] not in PLACEHOLDERS
         for token in range(len(ids))
     ]
+
+
+def labels_of(sample: dict) -> list[int]:
+    return sample["labels"] or [-100 if i in PLACEHOLDERS else i for i in sample["ids"]]
 
 
 def weight(kind: str, count: int) -> float:
     return {"token": 1.0, "sample": 1 / count, "square": 1 / math.sqrt(count)}[kind]
 
 
-def oracle_row(case: dict, members: list[int], scale: float) -> dict:
-    """Everything about the row of these samples, position by position."""
+def oracle_row(case: dict, members: list[int], scale: float, gaps: list[int] = ()) -> dict:
+    """Everything about the row of these samples, position by position.
+
+    ``gaps`` are tokens of padding that the row has of its own, behind each sample and, the last,
+    as its tail.
+    """
+    gaps = gaps or [0] * (len(members) + 1)
     row = {
         "edges": [0], "real": [0], "source": [], "labels": [], "mask": [], "positions": [],
-        "is_padding": [], "column": [], "ids": [],
+        "is_padding": [], "column": [], "ids": [], "given": [],
     }  # fmt: skip
     embedding, first_token = 0, 0
-    for member in members:
+    own = [case["samples"][member]["positions"] for member in members]
+    axes = max((len(one) for one in own if one), default=0)
+    for member, gap in zip(members, gaps, strict=False):
         sample = case["samples"][member]
         places, ids = expanded(case, sample), sample["ids"]
-        labels = sample["labels"] or [-100 if i == IMAGE else i for i in ids]
+        labels = labels_of(sample)
         counts = trained(case, sample)
         total = sum(counts)
         each = scale * weight(case["weights"], total) if total else 0.0
         for at, (token, k) in enumerate(places):
             is_last = at + 1 == len(places) or places[at + 1][0] != token
             behind = token + 1
-            predicts = is_last and behind < len(ids) and ids[behind] != IMAGE
+            predicts = is_last and behind < len(ids) and ids[behind] not in PLACEHOLDERS
             row["source"].append(first_token + token if k is None else ("image", embedding))
             embedding += k is not None
             row["labels"].append(labels[behind] if predicts else -100)
@@ -161,14 +203,17 @@ def oracle_row(case: dict, members: list[int], scale: float) -> dict:
             row["is_padding"].append(False)
             row["ids"].append(ids[token])
             row["column"].append(oracle_entry(case, sample, token, k))
-        length = aligned(len(places), case["seq_multiple"])
-        pad(row, length - len(places), len(places))
+            at_token = [axis[token] for axis in sample["positions"] or [range(len(ids))]]
+            row["given"].append(at_token * (axes if len(at_token) < axes else 1))
+        length = aligned(len(places) + gap, case["seq_multiple"])
+        pad(row, length - len(places), len(places), first_token + len(ids), gap)
         row["edges"].append(row["edges"][-1] + length)
         row["real"].append(row["real"][-1] + len(places))
-        first_token += len(ids)
-    tail = aligned(row["edges"][-1], case["total_multiple"]) - row["edges"][-1]
-    pad(row, tail, 0)
+        first_token += len(ids) + gap
+    tail = aligned(row["edges"][-1] + gaps[-1], case["total_multiple"]) - row["edges"][-1]
+    pad(row, tail, 0, first_token, gaps[-1])
     row["edges"].append(row["edges"][-1] + tail)
+    row["given"] = [list(axis) for axis in zip(*row["given"], strict=True)]
     return row
 
 
@@ -182,9 +227,11 @@ def oracle_entry(case: dict, sample: dict, token: int, k: int | None) -> int:
     return column[token] if k is None or case["repeats"] else 7
 
 
-def pad(row: dict, count: int, position: int) -> None:
+def pad(row: dict, count: int, position: int, token: int, gap: int) -> None:
+    """Padding, of which the first ``gap`` positions are tokens of the row's own."""
     for at in range(count):
-        row["source"].append(None)
+        row["source"].append(token + at if at < gap else None)
+        row["given"].append([0] * len(row["given"][0]))
         row["labels"].append(-100)
         row["mask"].append(0.0)
         row["positions"].append(position + at)
@@ -214,11 +261,7 @@ def check_case(case: dict) -> None:
     Raises:
         Wrong: it is not what it must be.
     """
-    spec = mp.RowSpec(
-        image_token_id=IMAGE, img_seq_len=case["img_seq_len"], seq_multiple=case["seq_multiple"],
-        total_multiple=case["total_multiple"], expands=case["expands"], cp_size=case["cp"],
-        pad_token_id=PAD,
-    )  # fmt: skip
+    spec = spec_of(case)
     images = "repeat" if case["repeats"] else "fill"
     lengths = [
         aligned(len(expanded(case, sample)), case["seq_multiple"]) for sample in case["samples"]
@@ -231,6 +274,7 @@ def check_case(case: dict) -> None:
         columns={"column": mp.data.Column(7, case["shifted"], images)}, balance=case["balance"],
         num_rows_multiple=case["num_rows_multiple"],
         fill_rows=case["fill_rows"] if is_enough else "empty",
+        max_sequences=case["max_sequences"], family=FAMILY if case["is_family"] else None,
     )  # fmt: skip
     refused = {one.index for one in report.refused}
     expect("refused", refused, {i for i, n in enumerate(lengths) if n > case["capacity"]})
@@ -238,6 +282,7 @@ def check_case(case: dict) -> None:
     expect("packed", packed, [i for i in range(len(samples)) if i not in refused])
     for bin_ in rows.bins:
         expect("fits", sum(lengths[i] for i in bin_) <= case["capacity"], True)
+        expect("sequences", len(bin_) <= (case["max_sequences"] or len(bin_)), True)
     totals = [sum(trained(case, case["samples"][i])) for i in packed]
     expect("untrained", report.num_untrained, totals.count(0))
     scale = sum(n * weight(case["weights"], n) for n in totals if n)
@@ -248,6 +293,16 @@ def check_case(case: dict) -> None:
     full = [index for index, bin_ in enumerate(rows.bins) if bin_]
     index = full[int(case["row"] * len(full))]
     check_row(case, rows[index], rows.bins[index], scale, samples)
+    if case["gaps"]:
+        check_gaps(case, rows.bins[index], scale)
+
+
+def spec_of(case: dict) -> mp.RowSpec:
+    return mp.RowSpec(
+        image_token_id=IMAGE, img_seq_len=case["img_seq_len"], seq_multiple=case["seq_multiple"],
+        total_multiple=case["total_multiple"], expands=case["expands"], cp_size=case["cp"],
+        pad_token_id=PAD,
+    )  # fmt: skip
 
 
 def check_row(case: dict, row, members: list[int], scale: float, samples: list[dict]) -> None:
@@ -263,7 +318,9 @@ def check_row(case: dict, row, members: list[int], scale: float, samples: list[d
     if not case["expands"]:
         expect("ids", row.input_ids[0].tolist(), right["ids"])
         expect("labels", row.labels[0].tolist(), right["labels"])
-        expect("position_ids", row.position_ids[0].tolist(), right["positions"])
+        found = row.position_ids.reshape(-1, right["edges"][-1]).tolist()
+        is_given = any(sample["positions"] for sample in own)
+        expect("position_ids", found, right["given"] if is_given else [right["positions"]])
         if "column" in row.columns:
             expect("column", row.columns["column"][0].tolist(), right["column"])
         close("mask", row.loss_mask[0], right["mask"])
@@ -275,21 +332,38 @@ def check_row(case: dict, row, members: list[int], scale: float, samples: list[d
         check_other_forms(case, row, own, tokens, right)
         for rank in range(case["cp"]):
             check_rank(case, row, right, rank)
+    found = {name: row.media[name].tolist() for name in COUNTED if name in row.media}
+    counted = [[x for sample in own for x in sample[name]] for name in COUNTED.values()]
+    expect("counts", [found.get(name, []) for name in COUNTED], counted)
+    pixels = [x for i in members for x in pixels_of(case["samples"][i], i)]
+    for name in ("images", "pixel_values"):
+        expected = pixels if case["expands"] == (name == "images") else []
+        expect(name, first_of(row.media.get(name)), expected)
     for sample, given, back in zip(members, own, mp.data.split(row), strict=True):
         expect("split ids", back["input_ids"].tolist(), given["ids"])
         expect("split name", back["name"], samples[sample]["name"])
         for name in ("labels", "column"):
             if given[name] is not None:
                 expect(f"split {name}", back[name].tolist(), given[name])
-        if given["tiles"]:
-            pixels = [100.0 * sample + tile for tile in range(sum(given["tiles"]))]
-            expect("split images", back["images"][:, 0, 0, 0].tolist(), pixels)
+        if given["positions"] is not None:
+            found = back["position_ids"].reshape(-1, len(given["ids"])).tolist()
+            expect("split position_ids", found, given["positions"])
+        for name, counted in (("images", "tiles"), ("pixel_values", "grids")):
+            if given[counted]:
+                expect(f"split {name}", first_of(back[name]), pixels_of(given, sample))
+
+
+def first_of(media: torch.Tensor | None) -> list[float]:
+    """The first number of every tile or patch."""
+    if media is None or not media.numel():
+        return []
+    return media.reshape(len(media), -1)[:, 0].tolist()
+
+
+COUNTED = {"num_image_tiles": "tiles", "image_grid_thw": "grids"}
 
 
 def check_layout(case: dict, layout, right: dict, form: str) -> None:
-    cut = len(right["edges"]) - (layout.cu_seqlens_padded.numel() - 1)
-    if cut < 0 or (cut > 0 and right["edges"][-1] != right["edges"][-2]):
-        cut = 0
     expect(f"{form} padded", layout.cu_seqlens_padded.tolist(), right["edges"])
     expect(f"{form} real", layout.cu_seqlens_expanded.tolist(), right["real"])
     expect(f"{form} size", layout.num_expanded, right["edges"][-1])
@@ -300,7 +374,7 @@ def check_layout(case: dict, layout, right: dict, form: str) -> None:
 
 
 def check_other_forms(case: dict, row, own: list[dict], tokens: list[int], right: dict) -> None:
-    """The same row from boundaries of either space, real, or real and padded."""
+    """The same row from boundaries of either space."""
     counts = [[n * case["img_seq_len"] for n in sample["tiles"]] for sample in own]
     collapsed = torch.tensor(tokens, dtype=torch.int32)
     real = torch.tensor(right["real"], dtype=torch.int32)
@@ -308,6 +382,42 @@ def check_other_forms(case: dict, row, own: list[dict], tokens: list[int], right
     for space, edges in (("collapsed", collapsed), ("expanded", real)):
         layout = mp.PackedLayout.build(row.input_ids, edges, counts, spec, space=space)
         check_layout(case, layout, right, space)
+
+
+def check_gaps(case: dict, members: list[int], scale: float) -> None:
+    """Real and padded boundaries: the same samples in a row that has padding of its own."""
+    rng = random.Random(case["seed"])
+    gaps = [rng.choice((0, 0, 1, 5)) for _ in range(len(members) + 1)]
+    right = oracle_row(case, members, scale, gaps)
+    rows = {"ids": [], "labels": [], "mask": [], "column": []}
+    real, physical = {"collapsed": [0], "expanded": [0]}, {"collapsed": [0], "expanded": [0]}
+    for member, gap in zip(members, gaps, strict=False):
+        sample = case["samples"][member]
+        ids, counts = sample["ids"], trained(case, sample)
+        each = scale * weight(case["weights"], sum(counts)) if any(counts) else 0.0
+        rows["ids"] += ids + [PAD] * gap
+        rows["labels"] += labels_of(sample)[1:] + [-100] * (gap + 1)
+        rows["mask"] += [each * is_trained for is_trained in counts[1:]] + [0.0] * (gap + 1)
+        rows["column"] += (sample["column"] or [7] * len(ids)) + [7] * gap
+        for space, length in (("collapsed", len(ids)), ("expanded", len(expanded(case, sample)))):
+            real[space].append(real[space][-1] + length)
+            physical[space].append(physical[space][-1] + length + gap)
+    for name, fill in (("ids", PAD), ("labels", -100), ("mask", 0.0), ("column", 7)):
+        rows[name] = torch.tensor(rows[name] + [fill] * gaps[-1])
+    tiles = [n * case["img_seq_len"] for i in members for n in case["samples"][i]["tiles"]]
+    spec = spec_of(case)
+    for space in ("collapsed", "expanded"):
+        layout = mp.PackedLayout.build(
+            rows["ids"], torch.tensor(real[space], dtype=torch.int32),
+            torch.tensor(tiles, dtype=torch.int64), spec, space=space,
+            cu_seqlens_padded=torch.tensor(physical[space], dtype=torch.int32),
+        )  # fmt: skip
+        check_layout(case, layout, right, f"{space} with gaps")
+    row = SimpleNamespace(
+        input_ids=rows["ids"], labels=rows["labels"], loss_mask=rows["mask"].float(),
+        columns={"column": rows["column"]}, layout=layout,
+    )  # fmt: skip
+    check_rank(case, row, right, case["seed"] % case["cp"])
 
 
 def check_rank(case: dict, row, right: dict, rank: int) -> None:

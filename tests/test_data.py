@@ -637,6 +637,11 @@ def test_what_can_be_packed():
         mp.data.pack({"a": 1}, SPEC, 32)
     with pytest.raises(mp.PackingError, match="buffer_size is 0"):
         next(mp.data.get_packer("first_fit", SPEC, 32).stream([], 0))
+    packer = mp.data.get_packer("first_fit", SPEC, 32)
+    assert [report.num_samples for _, report in packer.stream(make_samples([[0], [0]]), 1)] == [
+        1,
+        1,
+    ]
     with pytest.raises(mp.PackingError, match="takes no seq_multiple= any more"):
         mp.data.get_packer("first_fit", SPEC, 32, seq_multiple=4)
 

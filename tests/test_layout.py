@@ -236,6 +236,25 @@ def test_one_list_per_sequence():
         lay_out(row.input_ids, row.cu_seqlens, [[], [5], [10, 5]])
 
 
+@pytest.mark.parametrize(
+    "last, options, length",
+    [
+        pytest.param(3, {"total_multiple": 8}, 2, id="tokens-and-padding"),
+        pytest.param(5, {"total_multiple": 8}, 0, id="padding-alone"),
+        pytest.param(3, {"max_length": 4, "on_overflow": "truncate"}, 1, id="cut"),
+    ],
+)
+def test_the_tail_has_so_many_positions_that_are_no_padding(last, options, length):
+    layout = lay_out(
+        torch.arange(1, 6), int32(0, last), torch.zeros(0, dtype=torch.int64), **options
+    )
+    assert layout.tail_length.tolist() == [length]
+
+
+def real_and_padded(real, padded) -> dict:
+    return {"cu_seqlens": int32(*real), "cu_seqlens_padded": int32(*padded)}
+
+
 def test_boundaries_of_a_stage_without_tokens():
     layout = PackedLayout.from_boundaries(int32(0, 5, 9), 12)
     assert layout.cu_seqlens_padded.tolist() == [0, 5, 9, 12] and layout.max_seqlen == 5
@@ -248,6 +267,9 @@ def test_boundaries_of_a_stage_without_tokens():
     for given, message in (
         ({"cu_seqlens": int32(1, 5)}, "starts at 1, expected 0"),
         ({"cu_seqlens": int32(0, 5, 3)}, "sequence 1: cu_seqlens decreases by 2"),
+        (real_and_padded([0, 4], [1, 5]), "starts at 1, expected 0"),
+        (real_and_padded([0, 5, 3], [0, 8, 12]), "sequence 1: cu_seqlens decreases by 2"),
+        (real_and_padded([0, 3, 5], [0, 8, 4]), "sequence 1: cu_seqlens decreases by 4"),
         ({"cu_seqlens": int32(0, 13)}, "the last boundary is 13, but this stage has 12 positions"),
         (
             {"cu_seqlens": int32(0, 4, 9), "spec": by_four},

@@ -68,16 +68,72 @@ EXPAND_COLUMN, CP_PARTITION = mp.expand_column, mp.cp_partition
 @pytest.mark.parametrize(
     "name, broken, message",
     [
-        ("expand_labels", wrong_labels, "labels of rank 0: "),
-        ("expand_embeddings", wrong_embeddings, "embeddings of rank 0: "),
+        ("expand_labels", wrong_labels, "labels of rank "),
+        ("expand_embeddings", wrong_embeddings, "embeddings of rank "),
         ("expand_column", wrong_column, "column of rank "),
-        ("cp_partition", wrong_partition, "partition of rank 0: "),
+        ("cp_partition", wrong_partition, "partition of rank "),
     ],
 )
 def test_what_is_broken_is_found(soak, monkeypatch, name, broken, message):
     monkeypatch.setattr(mp, name, broken)
     wrong = found(soak)
     assert wrong and all(line.startswith(message) for line in wrong)
+
+
+def without_gaps(cls, input_ids, cu_seqlens, tokens_per_image, spec, **options):
+    options.pop("cu_seqlens_padded", None)
+    return BUILD(input_ids, cu_seqlens, tokens_per_image, spec, **options)
+
+
+BUILD = mp.PackedLayout.build
+
+
+def test_lost_gaps_are_found(soak, monkeypatch):
+    monkeypatch.setattr(mp.PackedLayout, "build", classmethod(without_gaps))
+    wrong = found(soak)
+    assert any(line.startswith("collapsed with gaps padded: ") for line in wrong)
+
+
+def turned(row, names):
+    return {"media": row.media | {name: row.media[name].flip(0) for name in names & {*row.media}}}
+
+
+def turned_media(row):
+    return turned(row, {"images", "pixel_values"})
+
+
+def turned_counts(row):
+    return turned(row, {"num_image_tiles", "image_grid_thw"})
+
+
+def other_positions(row):
+    return {"positions": None if row.positions is None else row.positions + 1}
+
+
+@pytest.mark.parametrize(
+    "spoil, messages",
+    [
+        (turned_media, {"images", "pixel_values"}),
+        (turned_counts, {"counts"}),
+        (other_positions, {"position_ids"}),
+    ],
+)
+def test_other_media_and_positions_are_found(soak, monkeypatch, spoil, messages):
+    class Rows(mp.data.Rows):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            return dataclasses.replace(row, **spoil(row))
+
+    def pack(*args, **options):
+        rows, report = PACK(*args, **options)
+        rows.__class__ = Rows
+        return rows, report
+
+    monkeypatch.setattr(mp.data, "pack", pack)
+    assert {line.split(":")[0] for line in found(soak)} == messages
+
+
+PACK = mp.data.pack
 
 
 def test_a_lost_sample_is_found(soak, monkeypatch):
