@@ -7,6 +7,8 @@ import torch
 
 import mcore_packing as mp
 from mcore_packing import PackedLayout, parity
+from mcore_packing.expand import expand_tokens
+from mcore_packing.megatron.vision import routes
 from mcore_packing.testing import tiny
 
 from . import packs
@@ -82,6 +84,21 @@ def test_expansion_equals_the_cpu(structure, dtype):
         results[device] += (layout.cu_seqlens_padded, layout.cu_seqlens_expanded)
     for found, expected in zip(results["cuda"], results["cpu"], strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cp_rank", [0, 3])
+def test_what_travels_between_ranks_equals_the_cpu(cp_rank):
+    row = make_row(NAMED["T63-N5-B3"])
+    on_cpu = packs.build(row, seq_multiple=8, cp_size=4)
+    on_cpu = on_cpu.with_shares(mp.vision.shares(on_cpu, row.num_image_tiles, 4))
+    found = {}
+    for device in "cpu", "cuda":
+        layout = on_cpu.to(device)
+        source = expand_tokens(layout, cp_size=4, cp_rank=cp_rank).source
+        with no_synchronisation() if device == "cuda" else contextlib.nullcontext():
+            found[device] = routes(layout, layout.shares, source, cp_rank)
+    for on_gpu, expected in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(on_gpu.cpu(), expected, rtol=0, atol=0)
 
 
 def test_no_synchronisation_forward_and_backward():
