@@ -5,11 +5,7 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .processes import LAUNCHER
+from . import processes
 
 SCRIPT = Path(__file__).parent.parent / "scripts/train_llava.py"
 STEPS = 8
@@ -30,21 +26,14 @@ COMMON = [
 SHORT = ["--steps", "4", "--save-every", "2", "--rows-per-step", "1"]
 
 
-def command(output: Path, *options: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable, "-W", "ignore"]
-    if processes > 1:
-        launcher = [*LAUNCHER, "--nproc-per-node", str(processes)]
-    return [*launcher, str(SCRIPT), *COMMON, "--output", str(output), *options]
+def words(output: Path, *options: str) -> list[str]:
+    return [*COMMON, "--output", str(output), *options]
 
 
-def train(output: Path, *options: str, processes: int = 1) -> list[float]:
+def train(output: Path, *options: str, count: int = 1) -> list[float]:
     """The losses of a run."""
-    done = subprocess.run(
-        command(output, *options, processes=processes),
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "WRONG" not in done.stdout
+    said = processes.run(SCRIPT, *words(output, *options), processes=count)
+    assert "WRONG" not in said
     return losses(output)
 
 
@@ -54,22 +43,14 @@ def losses(output: Path, packing: str = "hook") -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def train_and_kill(output: Path, *options: str, processes: int = 1) -> None:
+def train_and_kill(output: Path, *options: str, count: int = 1) -> None:
     """Start a run, and kill -9 it in the middle of a step, some steps after a checkpoint."""
-    run = subprocess.Popen(
-        command(output, *options, processes=processes),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
+    options = words(output, *options)
+    with processes.started(SCRIPT, *options, processes=count, folder=output) as ranks:
         limit = time.monotonic() + 120
         while len(losses(output)) < 5:
-            assert run.poll() is None and time.monotonic() < limit
+            assert all(rank.is_alive() for rank in ranks) and time.monotonic() < limit
             time.sleep(0.005)
-    finally:
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        for process in [run.pid, *map(int, children)]:
-            os.kill(process, signal.SIGKILL)
-        run.wait()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +137,7 @@ ONE, DP, CP, TP, PP = [], [], ["--cp", "2"], ["--tp", "2"], ["--pp", "2"]
 
 
 @pytest.mark.parametrize(
-    "before, after, processes",
+    "before, after, counts",
     [
         pytest.param(CP, TP, (2, 2), id="cp2-then-tp2"),
         pytest.param(PP, ONE, (2, 1), id="pp2-then-one", marks=pytest.mark.ci),
@@ -166,11 +147,11 @@ ONE, DP, CP, TP, PP = [], [], ["--cp", "2"], ["--tp", "2"], ["--pp", "2"]
         pytest.param(DP, ONE, (2, 1), id="dp2-then-one", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed_on_other_ranks(before, after, processes, reference, tmp_path):
-    train_and_kill(tmp_path, *before, processes=processes[0])
+def test_killed_and_resumed_on_other_ranks(before, after, counts, reference, tmp_path):
+    train_and_kill(tmp_path, *before, count=counts[0])
     assert 5 <= len(losses(tmp_path)) < STEPS
     verified = [*after, "--resume", "--verify-packing", "100"]
-    found = train(tmp_path, *verified, processes=processes[1])
+    found = train(tmp_path, *verified, count=counts[1])
     assert found == pytest.approx(reference, rel=1e-6)
 
 
