@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mcore_packing as mp
 from mcore_packing.expand import expand_tokens
 from mcore_packing.megatron import vision
+from mcore_packing.megatron.find import hook_of
 from mcore_packing.megatron.vision import routes
 from mcore_packing.reference import FIRST_IMAGE, PAD
 from mcore_packing.testing import tiny
@@ -20,6 +21,7 @@ from mcore_packing.testing.host_reads import HostReads
 
 from . import processes
 from .laws import examples
+from .models import OwnExpansion, model_of
 from .packs import build, make_row, structures
 
 WORKER = Path(__file__).parent / "vision_worker.py"
@@ -276,6 +278,40 @@ def test_a_row_with_a_share_says_so():
         rows.shard_vision(0, 4)
     with pytest.raises(mp.PackingError, match="cp_rank is 2"):
         rows.shard_vision(2, 2)
+
+
+# What cannot be shared
+
+
+def capture(model):
+    model.vision_model.config.enable_cuda_graph = True
+    model.vision_model.config.cuda_graph_impl = "local"
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda model: setattr(model, "_tile_tags", [[1]]), "has tile tags"),
+        (capture, "layers of the vision tower are captured as CUDA graphs"),
+        (lambda model: setattr(model, "__class__", OwnExpansion), "not Megatron's own"),
+    ],
+    ids=["tile-tags", "captured", "own-expansion"],
+)
+def test_a_tower_that_cannot_be_shared(change, why, megatron):
+    model = model_of("rope")
+    change(model)
+    mp.install(model, vision_dp_over_cp=True).remove()  # alone it shares nothing
+    model.context_parallel_lm = 2
+    with pytest.raises(mp.PackingError, match=f"vision_dp_over_cp=True cannot be: .*{why}"):
+        mp.install(model, vision_dp_over_cp=True)
+
+
+def test_where_megatron_shares_by_itself_ours_stays_away(megatron):
+    model = model_of("rope")
+    model.context_parallel_lm, model._balance_vision_context_parallel_by_tokens = 2, True
+    with pytest.warns(UserWarning, match="shares its vision model over context-parallel ranks"):
+        mp.install(model, vision_dp_over_cp=True)
+    assert not hook_of(model).plan.shares_vision
 
 
 # Whole models, in processes

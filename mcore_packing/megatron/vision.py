@@ -259,6 +259,10 @@ def share_of(
     """
     if not layout.num_images or _has_videos(model, given):
         return layout, None, {}
+    if layout.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise PackingError(
+            "vision_dp_over_cp cannot be captured as a CUDA graph: other rows have other tiles"
+        )
     sizes = tokens_per_tile(model, release, given)
     has_sizes = sizes is not None
     if layout.shares is None or layout.shares.cp_size != model.context_parallel_lm:
