@@ -330,6 +330,7 @@ def check_row(case: dict, row, members: list[int], scale: float, samples: list[d
             expect(f"ids of rank {rank}", ids, [right["ids"][p] for p in mine])
     else:
         check_other_forms(case, row, own, tokens, right)
+        check_shares(case, row.layout, right)
         for rank in range(case["cp"]):
             check_rank(case, row, right, rank)
     found = {name: row.media[name].tolist() for name in COUNTED if name in row.media}
@@ -371,6 +372,24 @@ def check_layout(case: dict, layout, right: dict, form: str) -> None:
     expect(f"{form} max_seqlen", layout.max_seqlen, max(steps))
     expect(f"{form} position_ids", layout.position_ids.tolist(), right["positions"])
     expect(f"{form} padding", layout.padding_mask.tolist(), right["is_padding"])
+
+
+def check_shares(case: dict, layout, right: dict) -> None:
+    """Tiles are shared evenly, and what travels is counted position by position."""
+    cp, is_image = case["cp"], [isinstance(source, tuple) for source in right["source"]]
+    if cp == 1 or not any(is_image):
+        return expect("shares", layout.shares, None)
+    encoder = layout.shares.encoder.tolist()
+    counts = [[0] * cp for _ in range(cp)]
+    for rank in range(cp):
+        for position in positions_of_rank(right["edges"], cp, rank):
+            if is_image[position]:
+                tile = right["source"][position][1] // case["img_seq_len"]
+                counts[encoder[tile]][rank] += 1
+    sent = mp.PackedLayout.from_tensor(layout.to_tensor()).shares
+    expect("shares", [layout.shares.counts.tolist(), sent.counts.tolist()], [counts] * 2)
+    loads = [encoder.count(rank) for rank in range(cp)]
+    return expect("loads", max(loads) - min(loads) <= 1, True)
 
 
 def check_other_forms(case: dict, row, own: list[dict], tokens: list[int], right: dict) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import mcore_packing as mp
+from mcore_packing.data import rows
 
 SEEDS = range(40)
 
@@ -57,12 +58,18 @@ def wrong_column(layout, column, spec, **ranks):
     )
 
 
+def wrong_shares(layout, tiles, cp_size):
+    found = SHARES(layout, tiles, cp_size)
+    return dataclasses.replace(found, counts=found.counts.flip(0))
+
+
 def wrong_partition(cu_seqlens, total, cp_size, cp_rank):
     return CP_PARTITION(cu_seqlens, total, cp_size, cp_size - 1 - cp_rank)
 
 
 EXPAND_LABELS, EXPAND_EMBEDDINGS = mp.expand_labels, mp.expand_embeddings
 EXPAND_COLUMN, CP_PARTITION = mp.expand_column, mp.cp_partition
+SHARES = mp.vision.shares
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,12 @@ def test_what_is_broken_is_found(soak, monkeypatch, name, broken, message):
     monkeypatch.setattr(mp, name, broken)
     wrong = found(soak)
     assert wrong and all(line.startswith(message) for line in wrong)
+
+
+def test_wrong_shares_are_found(soak, monkeypatch):
+    monkeypatch.setattr(rows, "shares", wrong_shares)
+    wrong = found(soak)
+    assert wrong and all(line.startswith("shares: ") for line in wrong)
 
 
 def without_gaps(cls, input_ids, cu_seqlens, tokens_per_image, spec, **options):
