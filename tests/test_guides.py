@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 import mcore_packing as mp
@@ -183,7 +184,7 @@ def test_no_page_has_a_gap():
 
 
 def test_the_lines_on_pipelines():
-    (block,) = blocks_of("docs/parallelism.md")
+    block, shared = blocks_of("docs/parallelism.md")
     send, receive = block.split("...\n")
     model = model_of("rope")
     row = parity.collate(tiny.samples(4, img_size=SIZE))
@@ -199,6 +200,10 @@ def test_the_lines_on_pipelines():
     params = namespace["packed_seq_params"]
     assert params.layout.num_seqs == 4 and not params.layout.has_tokens
     assert params.max_seqlen_q == namespace["layout"].max_seqlen
+    namespace["parallel_state"] = parallel_state
+    exec(shared, namespace)
+    loss, _ = model(**namespace["rows"][0].inputs())
+    assert loss.shape == (1, namespace["rows"][0].layout.num_expanded)
 
 
 def test_the_lines_on_a_model_on_a_cpu(capsys):
