@@ -57,9 +57,9 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if "ci" in item.keywords and not IS_FULL:
+        if item.get_closest_marker("ci") and not IS_FULL:
             item.add_marker(pytest.mark.skip(reason="runs where MCORE_PACKING_TESTS=full"))
 
 

@@ -13,7 +13,6 @@ from megatron.core.models.multimodal.llava_model import LLaVAModel
 
 import mcore_packing as mp
 from mcore_packing import parity
-from mcore_packing.megatron.find import hook_of
 from mcore_packing.testing import tiny
 from mcore_packing.testing.megatron_example import Case, Example
 from mcore_packing.testing.sources import CHECKOUT, MEGATRON
@@ -185,8 +184,8 @@ def test_no_page_has_a_gap():
 
 
 def test_the_lines_on_pipelines():
-    pipelines, _ = blocks_of("docs/parallelism.md")
-    send, receive = pipelines.split("...\n")
+    block, shared = blocks_of("docs/parallelism.md")
+    send, receive = block.split("...\n")
     model = model_of("rope")
     row = parity.collate(tiny.samples(4, img_size=SIZE))
     namespace = namespace_of(model) | {
@@ -201,13 +200,10 @@ def test_the_lines_on_pipelines():
     params = namespace["packed_seq_params"]
     assert params.layout.num_seqs == 4 and not params.layout.has_tokens
     assert params.max_seqlen_q == namespace["layout"].max_seqlen
-
-
-def test_the_lines_on_a_shared_tower():
-    _, shared = blocks_of("docs/parallelism.md")
-    namespace = namespace_of(model_of("rope")) | {"parallel_state": parallel_state}
-    exec(shared.replace("32768", "1024"), namespace)
-    assert len(namespace["rows"]) and hook_of(namespace["model"]) is not None
+    namespace["parallel_state"] = parallel_state
+    exec(shared, namespace)
+    loss, _ = model(**namespace["rows"][0].inputs())
+    assert loss.shape == (1, namespace["rows"][0].layout.num_expanded)
 
 
 def test_the_lines_on_a_model_on_a_cpu(capsys):

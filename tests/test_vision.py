@@ -342,3 +342,7 @@ def test_what_is_on_the_wire_is_what_the_shares_said(found):
 
 def test_ranks_with_other_shares_are_told(found):
     assert "was given another row than rank 0" in found["told"]
+
+
+def test_tiles_of_another_rank_are_refused(found):
+    assert "context-parallel rank 1, but this rank is 0" in found["told_of_tiles"]

@@ -201,6 +201,22 @@ def told_of_other_shares(rank):
     return "nothing"
 
 
+def told_of_tiles_of_another_rank(rank):
+    """What a rank is told of a row that holds as many tiles, but another rank's."""
+    cp_size = dist.get_world_size()
+    model = build({}, ())
+    one = tiny.samples(1, img_size=SIZE, dtype=torch.float64)[0]
+    rows = mp.data.pack([one] * cp_size, mp.row_spec(model), algorithm="concatenative")[0]
+    row = rows.shard_vision((rank + 1) % cp_size, cp_size)[0]
+    assert len(row.images) == len(row.layout.shares.tiles_of(rank))  # their number says nothing
+    with mp.install(model, vision_dp_over_cp=True):
+        try:
+            model(**row.inputs())
+        except mp.PackingError as error:
+            return str(error)
+    return "nothing"
+
+
 def main():
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -216,6 +232,7 @@ def main():
     with cpu.megatron_on_cpu(context_parallel_size=cp_size):
         mine = {case: run(case, expected, cp_size, rank) for case in CASES}
         told = told_of_other_shares(rank)
+        told_of_tiles = told_of_tiles_of_another_rank(rank)
     everyones = [None] * cp_size
     dist.all_gather_object(everyones, mine)
     if rank == 0:
@@ -228,7 +245,7 @@ def main():
             }
             for case in CASES
         }
-        print(json.dumps({"cases": found, "told": told}))
+        print(json.dumps({"cases": found, "told": told, "told_of_tiles": told_of_tiles}))
     dist.destroy_process_group()
 
 

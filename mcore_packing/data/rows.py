@@ -90,7 +90,9 @@ class Row:
         from ..megatron import params  # lazy: rows need no Megatron
 
         if self.layout.spec.expands:
-            return params.packed_seq_params(self.layout)
+            laid_out = params.packed_seq_params(self.layout)
+            laid_out.vision_share = self.vision_share
+            return laid_out
         return params.megatron_params(self.layout, params.PackedSeqParams(qkv_format="thd"))
 
     def inputs(self, cp_rank: int | None = None) -> dict:

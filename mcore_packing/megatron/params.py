@@ -17,6 +17,9 @@ from ..spec import RowSpec
 from .releases import PACKED_SEQ_FIELDS
 
 CU_SEQLENS = tuple(f"cu_seqlens_{x}{padded}" for x in ("q", "kv") for padded in ("", "_padded"))
+TILES_OF_ONE_RANK = (
+    "; if rows.shard_vision made it, share the tower: mp.install(model, vision_dp_over_cp=True)"
+)
 
 
 @dataclass
@@ -29,10 +32,13 @@ class LaidOutParams(PackedSeqParams):
     Attributes:
         layout: the layout of the row, where the parameters were made from one.
         space: what boundaries without a layout count, "collapsed" or "expanded".
+        vision_share: the context-parallel rank whose tiles alone come with the row, and of how many
+            ranks; None where all do.
     """
 
     layout: PackedLayout | None = None
     space: str | None = None
+    vision_share: tuple[int, int] | None = None
 
     def __post_init__(self):
         """Does nothing: Megatron's own would derive ``seq_idx``, and wait for the GPU."""
@@ -337,6 +343,7 @@ def _check_row(layout, input_ids, tokens_per_image, spec, num_image_embeddings, 
             raise PackingError(
                 f"the layout that came with this row is of another one: {name} {expected}, "
                 f"but the row has {found}"
+                + (TILES_OF_ONE_RANK if name == "image embeddings" else "")
             )
     if not looks:
         return

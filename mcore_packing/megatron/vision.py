@@ -63,7 +63,15 @@ class VisionShare:
 
         Raises:
             PlaceholderMismatch: it holds another number of tiles.
+            PackingError: it holds those of another rank.
         """
+        whose = getattr(given["packed_seq_params"], "vision_share", None)
+        if whose is not None and whose[0] != self.cp_rank:
+            raise PackingError(
+                f"this row holds the tiles of context-parallel rank {whose[0]}, but this rank is "
+                f"{self.cp_rank}: rows.shard_vision takes "
+                f"parallel_state.get_context_parallel_rank(), never the global rank"
+            )
         images = given["images"]
         if not has_sizes:
             return {"images": self._narrow(images, 0, [1] * self.parts.num_tiles, self.tiles)}
