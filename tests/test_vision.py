@@ -141,6 +141,19 @@ def test_shares_follow_the_layout():
     assert mp.PackedLayout.from_tensor(layout.to_tensor()).shares is None
 
 
+@pytest.mark.parametrize(
+    "other",
+    [[[1, 0], [0, 2]], [[1, 0, 0], [1]], [[0, 1, 0, 0], [2]]],
+    ids=["shorter", "fewer tiles", "other places"],
+)
+def test_shares_of_another_row(other):
+    row, layout = make_layout([[1, 0, 0], [2]], 2)
+    shares = mp.vision.shares(layout, row.num_image_tiles, 2)
+    _, other = make_layout(other, 2)
+    with pytest.raises(mp.PackingError, match="are of another row"):
+        other.with_shares(shares)
+
+
 @given(structures(), st.sampled_from(CP_SIZES))
 @examples(200)
 def test_what_travels_fills_every_rank(structure, cp_size):

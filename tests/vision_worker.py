@@ -5,7 +5,6 @@ the worst of all ranks, what they encoded, and what they sent.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import warnings
@@ -189,7 +188,8 @@ def other_shares(rank, model, given):
     """Rank 1 has other shares of the same row."""
     if rank == 1:
         layout = given["packed_seq_params"].layout
-        shares = dataclasses.replace(layout.shares, encoder=layout.shares.encoder.flip(0))
+        tiles, cost = given["num_image_tiles"], range(1, layout.shares.num_tiles + 1)
+        shares = mp.vision.shares(layout, tiles, dist.get_world_size(), cost)
         given["packed_seq_params"] = mp.packed_seq_params(layout.with_shares(shares))
 
 
