@@ -302,6 +302,8 @@ def test_a_row_with_a_share_says_so():
     row = rows.shard_vision(1, 2)[0]
     assert row.packed_seq_params.vision_share == (1, 2)
     assert rows[0].packed_seq_params.vision_share is None
+    with pytest.raises(mp.PackingError, match="cp_rank is 2"):
+        mp.packed_seq_params(row.layout, vision_share=[2, 2])
     with pytest.raises(mp.PackingError, match="context-parallel rank 1 of 2 only"):
         mp.data.split(row)
     text = pack([{"input_ids": torch.arange(1, 9)}]).shard_vision(1, 2)[0]

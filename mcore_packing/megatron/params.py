@@ -9,6 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ..context_parallel import check_rank
 from ..errors import PackingError
 from ..inputs import may_look, refuse_old
 from ..layout import PackedLayout, max_seqlen_bound
@@ -93,6 +94,9 @@ def packed_seq_params(
             f"packed_seq_params takes a PackedLayout, not a {type(layout).__name__}; what "
             f"to_tensor made goes through PackedLayout.from_tensor first"
         )
+    if vision_share is not None:
+        cp_rank, cp_size = vision_share = tuple(vision_share)
+        check_rank(cp_size, cp_rank)
     fields = _fields(layout, like, seq_idx)
     return LaidOutParams(**fields, layout=layout, vision_share=vision_share)
 
