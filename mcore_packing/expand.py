@@ -209,7 +209,7 @@ def fill(
         raise PackingError(f"text is {found}, expected [{layout.num_collapsed}, H]")
     found = 0
     if images is not None:
-        images = _as_images(images, text)
+        images = as_images(images, text)
         found = images.shape[0] * images.shape[1]
     if layout.num_image_embeddings not in (None, found):
         raise PlaceholderMismatch(
@@ -250,7 +250,7 @@ def count_lost(layout: PackedLayout, loss_mask: Tensor) -> Tensor:
     return (layout.is_cut & trains).sum()
 
 
-def _as_images(images: Tensor, text: Tensor) -> Tensor:
+def as_images(images: Tensor, text: Tensor) -> Tensor:
     """``[L, tiles, H]``, like ``text``."""
     width = text.shape[1]
     expected = f"expected [L, tiles, {width}] or [embeddings, {width}] {text.dtype} like text"

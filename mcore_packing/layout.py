@@ -23,7 +23,7 @@ from .inputs import (
 from .reference import HEADER_SIZE, STATUS_SIZE, parts_of
 from .space import SPACES, Space
 from .spec import SPEC_FIELDS, RowSpec, as_spec, round_up
-from .vision import Shares
+from .vision import Shares, check_shares
 
 # What the host knows of a layout: these and the fields of its spec are the header of its tensor.
 _FACTS = (
@@ -319,7 +319,13 @@ class PackedLayout:
         return layout
 
     def with_shares(self, shares: Shares) -> "PackedLayout":
-        """The same layout, which brings ``mp.vision.shares`` of its row along."""
+        """The same layout, which brings ``mp.vision.shares`` of its row along.
+
+        Raises:
+            PackingError: they are of another row, which is looked at on a CPU.
+        """
+        if may_look(self.tensor):
+            check_shares(self, shares)
         end = parts_of(self.num_seqs, self.num_collapsed, self.num_images or 0)["end"][0]
         num_tiles, cp_size = shares.num_tiles, shares.cp_size
         parts = parts_of(self.num_seqs, self.num_collapsed, self.num_images, num_tiles, cp_size)

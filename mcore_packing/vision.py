@@ -131,9 +131,33 @@ def shares(
     if cost.shape != sizes.shape or (cost < 0).any() or not np.isfinite(cost).all():
         raise PackingError(f"cost is {list(cost.shape)}, expected [{sizes.size}], none below 0")
     encoder = _assign(need, cost)
-    # From every encoder, what each rank needs: exact in float64, whose products are fast.
-    counts = (encoder == np.arange(cp_size)[:, None]).astype(float) @ need.astype(float)
+    counts = _counts(need, encoder)
     return Shares(*(torch.from_numpy(x.astype(np.int32)) for x in (encoder, ends, counts)))
+
+
+def check_shares(layout: "PackedLayout", parts: Shares) -> None:
+    """Refuse shares of another row: embeddings would travel to positions that are not theirs.
+
+    Raises:
+        PackingError: these are not shares of this layout, which is on a CPU.
+    """
+    ends, images = parts.cu_tile_embeddings.numpy(), layout.cu_image_embeddings.numpy()
+    whole = ends[-1] == images[-1] and bool(np.isin(images, ends).all())
+    if whole:
+        counts = _counts(_needs(layout, ends, parts.cp_size), parts.encoder.numpy())
+        whole = np.array_equal(counts, parts.counts.numpy())
+    if not whole:
+        raise PackingError(
+            f"these shares of {parts.num_tiles} tiles are of another row: make them of this "
+            f"layout, with mp.vision.shares"
+        )
+
+
+def _counts(need: np.ndarray, encoder: np.ndarray) -> np.ndarray:
+    """``[cp, cp]``, from every encoder what each rank needs: exact in float64, whose products are
+    fast."""
+    ranks = np.arange(need.shape[1])[:, None]
+    return (encoder == ranks).astype(float) @ need.astype(float)
 
 
 def _tile_sizes(layout: "PackedLayout", tiles_per_image, embeddings_per_tile) -> np.ndarray:

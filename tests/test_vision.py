@@ -143,6 +143,19 @@ def test_shares_follow_the_layout():
     assert mp.PackedLayout.from_tensor(layout.to_tensor()).shares is None
 
 
+@pytest.mark.parametrize(
+    "other",
+    [[[1, 0], [0, 2]], [[1, 0, 0], [1]], [[0, 1, 0, 0], [2]]],
+    ids=["shorter", "fewer tiles", "other places"],
+)
+def test_shares_of_another_row(other):
+    row, layout = make_layout([[1, 0, 0], [2]], 2)
+    shares = mp.vision.shares(layout, row.num_image_tiles, 2)
+    _, other = make_layout(other, 2)
+    with pytest.raises(mp.PackingError, match="are of another row"):
+        other.with_shares(shares)
+
+
 @given(structures(), st.sampled_from(CP_SIZES))
 @examples(200)
 def test_what_travels_fills_every_rank(structure, cp_size):
@@ -269,11 +282,34 @@ def test_images_that_are_made_wrong(images, message):
     assert not rows and "num_image_tiles has to say" in str(report.refused[0])
 
 
+def test_images_that_are_made_unlike():
+    samples = tiny.samples(1, img_size=28) * 2
+    for made in (torch.zeros(1, 3, 14, 14), torch.zeros(1), samples[0]["images"].double()):
+        later = samples[1] | {"images": lambda tiles, made=made: made}
+        with pytest.raises(mp.PackingError, match="rows hold those of one kind"):
+            _ = pack([samples[0], later])[0]
+
+
+def test_images_of_unequal_tiles_stay_with_every_rank():
+    sample = tiny.samples(3, img_size=28)[2] | {"tokens_per_image": [5, 7]}
+    spec = dataclasses.replace(SPEC, img_seq_len=None)
+    assert sample["num_image_tiles"].tolist() == [1, 3]
+    row = pack([sample], spec).shard_vision(1, 2)[0]
+    assert row.layout.shares is None and row.vision_share is None
+    assert torch.equal(row.images, sample["images"])
+
+
 def test_a_row_with_a_share_says_so():
     rows = pack(tiny.samples(3, img_size=28))
     row = rows.shard_vision(1, 2)[0]
+    assert row.packed_seq_params.vision_share == (1, 2)
+    assert rows[0].packed_seq_params.vision_share is None
+    with pytest.raises(mp.PackingError, match="cp_rank is 2"):
+        mp.packed_seq_params(row.layout, vision_share=[2, 2])
     with pytest.raises(mp.PackingError, match="context-parallel rank 1 of 2 only"):
         mp.data.split(row)
+    text = pack([{"input_ids": torch.arange(1, 9)}]).shard_vision(1, 2)[0]
+    assert len(mp.data.split(text)) == 1  # all that there is
     with pytest.raises(mp.PackingError, match="cp_size is 4, but rows are packed for 2"):
         rows.shard_vision(0, 4)
     with pytest.raises(mp.PackingError, match="cp_rank is 2"):
@@ -340,9 +376,16 @@ def test_what_is_on_the_wire_is_what_the_shares_said(found):
         assert case["sent"] == case["predicted"], name
 
 
-def test_ranks_with_other_shares_are_told(found):
-    assert "was given another row than rank 0" in found["told"]
-
-
-def test_tiles_of_another_rank_are_refused(found):
-    assert "context-parallel rank 1, but this rank is 0" in found["told_of_tiles"]
+@pytest.mark.parametrize(
+    "fault, message",
+    {
+        "other_shares": "was given another row than rank 0",
+        "tiles_of_next_rank": "images hold the tiles of context-parallel rank 1 of",
+        "some_tiles": "all tiles of the row",
+        "no_images": "images is a NoneType, expected a tensor of the",
+        "gradient_of_images": "images ask for a gradient",
+        "another_type": "torch.float64 like text",
+    }.items(),
+)
+def test_what_rank_0_is_told(found, fault, message):
+    assert message in found["told"][fault]

@@ -5,7 +5,6 @@ the worst of all ranks, what they encoded, and what they sent.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import warnings
@@ -185,33 +184,60 @@ def run(case, expected, cp_size, rank):
     }
 
 
-def told_of_other_shares(rank):
-    """What each rank is told where rank 1 has other shares of the same row."""
-    model = build({}, ())
-    given = arguments(model, samples_of((4, 1)), "shares", dist.get_world_size())
+def other_shares(rank, model, given):
+    """Rank 1 has other shares of the same row."""
     if rank == 1:
         layout = given["packed_seq_params"].layout
-        shares = dataclasses.replace(layout.shares, encoder=layout.shares.encoder.flip(0))
+        tiles, cost = given["num_image_tiles"], range(1, layout.shares.num_tiles + 1)
+        shares = mp.vision.shares(layout, tiles, dist.get_world_size(), cost)
         given["packed_seq_params"] = mp.packed_seq_params(layout.with_shares(shares))
+
+
+def tiles_of_next_rank(rank, model, given):
+    """As many as are its own: nothing but who they are tells them apart."""
+    layout, size = given["packed_seq_params"].layout, dist.get_world_size()
+    share = (rank + 1) % size, size
+    given["images"] = given["images"][layout.shares.tiles_of(share[0])]
+    given["packed_seq_params"] = mp.packed_seq_params(layout, vision_share=share)
+
+
+def some_tiles(rank, model, given):
+    """As many as a rank encodes, and nobody says that they are its own."""
+    layout = given["packed_seq_params"].layout
+    given["images"] = given["images"][: len(layout.shares.tiles_of(rank))]
+
+
+def no_images(rank, model, given):
+    given["images"] = None
+
+
+def gradient_of_images(rank, model, given):
+    """No rank would send it back."""
+    given["images"].requires_grad_()
+    model.vision_model.requires_grad_(False)
+    model.vision_projection.requires_grad_(False)
+
+
+def another_type(rank, model, given):
+    """The tower computes in fp32, the language model in fp64."""
+    model.vision_model.float()
+    model.vision_projection.float()
+    given["images"] = given["images"].float()
+
+
+FAULTS = (
+    other_shares, tiles_of_next_rank, some_tiles, no_images, gradient_of_images, another_type,
+)  # fmt: skip
+
+
+def told_of(fault, rank):
+    """What a rank is told."""
+    model = build({}, ())
+    given = arguments(model, samples_of((5, 3)), "shares", dist.get_world_size())
+    fault(rank, model, given)
     with mp.install(model, vision_dp_over_cp=True):
         try:
             model(**given)
-        except mp.PackingError as error:
-            return str(error)
-    return "nothing"
-
-
-def told_of_tiles_of_another_rank(rank):
-    """What a rank is told of a row that holds as many tiles, but another rank's."""
-    cp_size = dist.get_world_size()
-    model = build({}, ())
-    one = tiny.samples(1, img_size=SIZE, dtype=torch.float64)[0]
-    rows = mp.data.pack([one] * cp_size, mp.row_spec(model), algorithm="concatenative")[0]
-    row = rows.shard_vision((rank + 1) % cp_size, cp_size)[0]
-    assert len(row.images) == len(row.layout.shares.tiles_of(rank))  # their number says nothing
-    with mp.install(model, vision_dp_over_cp=True):
-        try:
-            model(**row.inputs())
         except mp.PackingError as error:
             return str(error)
     return "nothing"
@@ -231,8 +257,7 @@ def main():
                 expected[case] = step(model, case, 1)
     with cpu.megatron_on_cpu(context_parallel_size=cp_size):
         mine = {case: run(case, expected, cp_size, rank) for case in CASES}
-        told = told_of_other_shares(rank)
-        told_of_tiles = told_of_tiles_of_another_rank(rank)
+        told = {fault.__name__: told_of(fault, rank) for fault in FAULTS}
     everyones = [None] * cp_size
     dist.all_gather_object(everyones, mine)
     if rank == 0:
@@ -245,7 +270,7 @@ def main():
             }
             for case in CASES
         }
-        print(json.dumps({"cases": found, "told": told, "told_of_tiles": told_of_tiles}))
+        print(json.dumps({"cases": found, "told": told}))
     dist.destroy_process_group()
 
 

@@ -207,6 +207,7 @@ def join_tiles(
         elif here:
             values.append(images[list(here)])
         first = last
+    check_alike([{"images": form} for value in values if (form := form_of(value)) is not None])
     return join_media(values) if values else torch.empty(0, device=device)
 
 

@@ -90,9 +90,7 @@ class Row:
         from ..megatron import params  # lazy: rows need no Megatron
 
         if self.layout.spec.expands:
-            laid_out = params.packed_seq_params(self.layout)
-            laid_out.vision_share = self.vision_share
-            return laid_out
+            return params.packed_seq_params(self.layout, vision_share=self.vision_share)
         return params.megatron_params(self.layout, params.PackedSeqParams(qkv_format="thd"))
 
     def inputs(self, cp_rank: int | None = None) -> dict:
@@ -290,13 +288,15 @@ def join(
     if not contents.spec.expands:
         _fill_up(tensors, layout, contents)
     else:
-        has_sizes = "imgs_sizes" in tensors["media"]  # what tiles become, only the model can say
-        if contents.spec.cp_size > 1 and counts and not has_sizes:
-            tiles = tensors["media"]["num_image_tiles"]
-            layout = layout.with_shares(shares(layout, tiles.cpu(), contents.spec.cp_size))
-        kept = None
-        if vision_share is not None and layout.shares is not None:
-            kept = layout.shares.tiles_of(vision_share[0])
+        tiles = [count for part in parts for count in part.num_image_tiles]
+        # What unequal tiles become, only the model can say.
+        equal = "imgs_sizes" not in tensors["media"]
+        equal = equal and not any(count % of for count, of in zip(counts, tiles, strict=True))
+        if contents.spec.cp_size > 1 and counts and equal:
+            layout = layout.with_shares(shares(layout, tiles, contents.spec.cp_size))
+        if layout.shares is None:
+            vision_share = None  # every rank has all tiles
+        kept = None if vision_share is None else layout.shares.tiles_of(vision_share[0])
         tensors["media"]["images"] = join_tiles([part.media for part in parts], ids.device, kept)
     return Row(
         **tensors,

@@ -9,6 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ..context_parallel import check_rank
 from ..errors import PackingError
 from ..inputs import may_look, refuse_old
 from ..layout import PackedLayout, max_seqlen_bound
@@ -32,8 +33,8 @@ class LaidOutParams(PackedSeqParams):
     Attributes:
         layout: the layout of the row, where the parameters were made from one.
         space: what boundaries without a layout count, "collapsed" or "expanded".
-        vision_share: the context-parallel rank whose tiles alone come with the row, and of how many
-            ranks; None where all do.
+        vision_share: the context-parallel rank whose tiles alone are in ``images``, and of how many
+            ranks; None where all are.
     """
 
     layout: PackedLayout | None = None
@@ -49,6 +50,7 @@ def packed_seq_params(
     like: PackedSeqParams | None = None,
     *,
     seq_idx: bool | None = None,
+    vision_share: tuple[int, int] | None = None,
     **old: NoReturn,
 ) -> LaidOutParams:
     """The expanded boundaries of a layout, as attention, RoPE and Mamba layers read them.
@@ -67,6 +69,8 @@ def packed_seq_params(
         like: every field that is not about boundaries is carried over from here.
         seq_idx: also give ``seq_idx`` int32 ``[1, S]``, which Mamba layers read, where the
             installed megatron-core has it. By default what ``like`` does.
+        vision_share: ``(cp_rank, cp_size)`` where ``images`` hold the tiles of that rank alone, as
+            rows of ``rows.shard_vision`` do.
 
     Returns:
         New parameters with int32 ``[B + 2]`` boundaries, ``[B + 1]`` where the host knows that the
@@ -93,7 +97,11 @@ def packed_seq_params(
             f"packed_seq_params takes a PackedLayout, not a {type(layout).__name__}; what "
             f"to_tensor made goes through PackedLayout.from_tensor first"
         )
-    return LaidOutParams(**_fields(layout, like, seq_idx), layout=layout)
+    if vision_share is not None:
+        cp_rank, cp_size = vision_share = tuple(vision_share)
+        check_rank(cp_size, cp_rank)
+    fields = _fields(layout, like, seq_idx)
+    return LaidOutParams(**fields, layout=layout, vision_share=vision_share)
 
 
 def megatron_params(

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..context_parallel import chunks_of
 from ..errors import PackingError, PlaceholderMismatch
-from ..expand import source_positions
+from ..expand import as_images, source_positions
 from ..inputs import may_look
 from ..layout import PackedLayout
 from ..reference import FIRST_IMAGE, PAD, last_at_or_below
@@ -54,7 +54,8 @@ class VisionShare:
     def narrow(self, given: Mapping, has_sizes: bool) -> dict:
         """The arguments of ``forward`` that hold tiles, with this rank's tiles only.
 
-        ``images`` may hold only those already, as rows of ``rows.shard_vision`` do.
+        ``images`` hold those alone where ``packed_seq_params`` say so (``vision_share``), as rows
+        of ``rows.shard_vision`` do; else all tiles of the row.
 
         Args:
             given: the arguments of ``forward``, by their names.
@@ -62,26 +63,38 @@ class VisionShare:
                 their patches ``[1, patches, width]``.
 
         Raises:
-            PlaceholderMismatch: it holds another number of tiles.
-            PackingError: it holds those of another rank.
+            PlaceholderMismatch: ``images`` hold another number of tiles.
+            PackingError: they hold another rank's, or ask for a gradient that no rank sends back.
         """
-        whose = getattr(given["packed_seq_params"], "vision_share", None)
-        if whose is not None and whose[0] != self.cp_rank:
+        images = given.get("images")
+        if not isinstance(images, Tensor):
             raise PackingError(
-                f"this row holds the tiles of context-parallel rank {whose[0]}, but this rank is "
-                f"{self.cp_rank}: rows.shard_vision takes "
-                f"parallel_state.get_context_parallel_rank(), never the global rank"
+                f"images is a {type(images).__name__}, expected a tensor of the "
+                f"{self.parts.num_tiles} tiles of the row"
             )
-        images = given["images"]
+        if images.requires_grad and torch.is_grad_enabled() and not self.trains:
+            raise PackingError(
+                "images ask for a gradient, which ranks that share a vision tower send back only "
+                "where it or its projector is trained: install without vision_dp_over_cp"
+            )
+        held = getattr(given["packed_seq_params"], "vision_share", None)
+        here = self.cp_rank, self.parts.cp_size
+        if held not in (None, here):
+            raise PackingError(
+                "images hold the tiles of context-parallel rank {} of {}, but this is rank {} of "
+                "{}: shard_vision takes parallel_state.get_context_parallel_rank()".format(
+                    *held, *here
+                )
+            )
         if not has_sizes:
-            return {"images": self._narrow(images, 0, [1] * self.parts.num_tiles, self.tiles)}
+            return {"images": self._narrow(images, 0, [1] * self.parts.num_tiles, self.tiles, held)}
         sizes = torch.as_tensor(given["imgs_sizes"])
         patches = (sizes // self.model.vision_model.patch_dim).prod(-1).tolist()
         if not self.tiles and images.shape[1] and is_waited_for(self.model):
             tiles = [patches.index(min(patches))]  # a dummy: the smallest of the row
         else:
             tiles = self.tiles
-        narrowed = self._narrow(images, 1, patches, tiles)
+        narrowed = self._narrow(images, 1, patches, tiles, held)
         if not narrowed.numel():
             return {"images": images[:0]}
         params = given.get("vision_packed_seq_params")
@@ -91,23 +104,29 @@ class VisionShare:
             of_sizes["vision_packed_seq_params"] = _with_lengths(params, lengths)
         return of_sizes
 
-    def _narrow(self, images: Tensor, dim: int, sizes: list[int], tiles: list[int]) -> Tensor:
+    def _narrow(
+        self, images: Tensor, dim: int, sizes: list[int], tiles: list[int], held: tuple | None
+    ) -> Tensor:
         """The entries of some tiles along a dimension, of which each tile has ``sizes``."""
-        found, mine, total = images.shape[dim], sum(sizes[tile] for tile in tiles), sum(sizes)
-        if found == total:
-            ends = list(itertools.accumulate(sizes))
-            spans = (range(ends[tile] - sizes[tile], ends[tile]) for tile in tiles)
-            index = torch.tensor([*itertools.chain(*spans)], dtype=torch.long)
-            index = index.pin_memory() if images.is_cuda else index
-            return images.index_select(dim, index.to(images.device, non_blocking=True))
-        if found != mine:
+        found, total = images.shape[dim], sum(sizes)
+        expected, of = total, "all tiles of the row"
+        if held is not None:
+            expected = sum(sizes[tile] for tile in tiles)
+            of = f"the tiles of context-parallel rank {self.cp_rank} alone"
+        if found != expected:
             raise PlaceholderMismatch(
-                f"images hold {found} {('tiles', 'patches')[dim]}, but the row has {total}, of "
-                f"which context-parallel rank {self.cp_rank} encodes {mine}",
+                f"images hold {found} {('tiles', 'patches')[dim]}, expected {expected}: {of}, as "
+                f"packed_seq_params say (vision_share is {held})",
                 actual=found,
-                expected=mine,
+                expected=expected,
             )
-        return images
+        if held is not None:
+            return images
+        ends = list(itertools.accumulate(sizes))
+        spans = (range(ends[tile] - sizes[tile], ends[tile]) for tile in tiles)
+        index = torch.tensor([*itertools.chain(*spans)], dtype=torch.long)
+        index = index.pin_memory() if images.is_cuda else index
+        return images.index_select(dim, index.to(images.device, non_blocking=True))
 
     def fill(self, text: Tensor, images: Tensor | None, source: Tensor) -> Tensor:
         """The embeddings of this rank's positions, ``[S / cp, H]``: a collective of its
@@ -119,6 +138,8 @@ class VisionShare:
                 which takes part with weight zero.
             source: of each position, as ``expand_tokens`` says.
         """
+        if images is not None:
+            images = as_images(images, text)  # an embedding of another type does not travel
         found = 0 if images is None or not self.tiles else images.shape[:2].numel()
         if found != self.num_embeddings:
             raise PlaceholderMismatch(
