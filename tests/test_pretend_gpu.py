@@ -13,6 +13,12 @@ def gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_what_it_changes_comes_back():
+    with pretended_gpu():
+        pass
+    assert torch._dynamo.config.disable  # as the fixture has it
+
+
 def test_tensors_say_where_they_were_made():
     x, y = torch.ones(3, device="cuda"), torch.ones(3)
     assert x.is_cuda and x.device == torch.device("cuda", 0) and not y.is_cuda

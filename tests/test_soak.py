@@ -59,8 +59,11 @@ def wrong_column(layout, column, spec, **ranks):
 
 
 def wrong_shares(layout, tiles, cp_size):
+    """Rank 0 encodes all of them."""
     found = SHARES(layout, tiles, cp_size)
-    return dataclasses.replace(found, counts=found.counts.flip(0))
+    counts = found.counts.clone().zero_()
+    counts[0] = found.counts.sum(0)
+    return dataclasses.replace(found, encoder=found.encoder * 0, counts=counts)
 
 
 def wrong_partition(cu_seqlens, total, cp_size, cp_rank):
@@ -90,7 +93,7 @@ def test_what_is_broken_is_found(soak, monkeypatch, name, broken, message):
 def test_wrong_shares_are_found(soak, monkeypatch):
     monkeypatch.setattr(rows, "shares", wrong_shares)
     wrong = found(soak)
-    assert wrong and all(line.startswith("shares: ") for line in wrong)
+    assert wrong and all(line.startswith("loads: ") for line in wrong)
 
 
 def without_gaps(cls, input_ids, cu_seqlens, tokens_per_image, spec, **options):

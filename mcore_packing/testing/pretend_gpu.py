@@ -293,7 +293,6 @@ def _patches():
     yield dist, "init_process_group", lambda backend, **kwargs: start("gloo", **kwargs)
     yield attention, "varlen_attn", None
     yield fake_tensor, "init_gpu_context", lambda device: None
-    yield torch._dynamo.config, "disable", True
     yield torch, "compile", lambda function, **options: function
 
 
@@ -303,6 +302,7 @@ def pretended_gpu():
     with contextlib.ExitStack() as stack:
         for target, name, value in _patches():
             stack.enter_context(patch.object(target, name, value, create=True))
+        stack.enter_context(torch._dynamo.config.patch(disable=True))
         stack.enter_context(OnCpu())
         stack.enter_context(Propagation())
         yield
