@@ -39,7 +39,9 @@ MAPS = ("test_layout.py", "test_layout_tensor.py", "test_expand.py")
 HOOK = ("test_hook_layouts.py", "test_hook_reads.py", "test_hook_overflow.py")
 HOOK += ("test_hook_packed.py", "test_hook_stages.py", "test_hook_install.py")
 HOOK += ("test_plain_model.py", "test_hook_passes.py", "test_text_rows.py", "test_releases.py")
+HOOK += ("test_vision.py",)
 DATA = ("test_data_samples.py", "test_data_plain.py", "test_data.py", "test_data_job.py")
+DATA += ("test_data_lengths.py", "test_data_cutting.py", "test_vision.py")
 # What a room's tests are, fastest first; its own doctests come last.
 TESTS = {
     "layout.py": (SOAK, *MAPS, "test_space.py", "test_row_spec.py", *HOOK[:3]),
@@ -47,11 +49,13 @@ TESTS = {
     "expand.py": (SOAK, "test_expand_column.py", "test_expand.py", "test_ops.py", *HOOK[:3]),
     "spec.py": (SOAK, "test_row_spec.py", *MAPS, "test_hook_layouts.py", "test_data.py"),
     "vision.py": ("test_vision.py",),
+    "megatron/vision.py": ("test_vision.py", "test_verify.py"),
     "megatron/params.py": ("test_params.py", *HOOK),
     "megatron/spec.py": ("test_row_spec.py", *HOOK),
     "megatron/call.py": HOOK,
     "data/algorithms.py": (SOAK, *DATA),
     "data/columns.py": (SOAK, *DATA),
+    "data/cutting.py": ("test_data_cutting.py",),
     "data/energon.py": ("test_energon.py",),
     "data/media.py": (SOAK, *DATA),
     "data/packer.py": (SOAK, *DATA),
