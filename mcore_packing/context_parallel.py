@@ -21,6 +21,16 @@ def check_rank(cp_size: int, cp_rank: int) -> None:
         raise PackingError(f"cp_rank is {cp_rank}, expected 0 <= cp_rank < cp_size = {cp_size}")
 
 
+def check_multiple(cp_size: int, seq_multiple: int, num_positions: int) -> None:
+    """Refuse a layout whose sequences, or whose row, context parallelism could not cut."""
+    multiple = chunks_of(cp_size)
+    if seq_multiple % multiple or num_positions % multiple:
+        raise PackingError(
+            f"cp_size {cp_size} needs every sequence to be a multiple of {multiple} positions, but "
+            f"the layout was built with seq_multiple={seq_multiple}; see mp.alignment"
+        )
+
+
 def alignment(
     cp_size: int = 1, tp_size: int = 1, sequence_parallel: bool = False, fp8_align: int = 1
 ) -> tuple[int, int]:

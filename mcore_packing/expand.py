@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .context_parallel import check_rank, chunks_of
+from .context_parallel import check_multiple, check_rank
 from .errors import PackingError, PlaceholderMismatch
 from .inputs import as_choice, as_row
 from .layout import PackedLayout
@@ -271,9 +271,4 @@ def _check(layout: PackedLayout, cp_size: int, cp_rank: int) -> None:
     if cp_size == 1 and cp_rank == 0:
         return
     check_rank(cp_size, cp_rank)
-    multiple = chunks_of(cp_size)
-    if layout.spec.seq_multiple % multiple or layout.num_expanded % multiple:
-        raise PackingError(
-            f"cp_size {cp_size} needs every sequence to be a multiple of {multiple} positions, but "
-            f"the layout was built with seq_multiple={layout.spec.seq_multiple}; see mp.alignment"
-        )
+    check_multiple(cp_size, layout.spec.seq_multiple, layout.num_expanded)

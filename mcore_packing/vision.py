@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .context_parallel import chunks_of
+from .context_parallel import check_multiple, chunks_of
 from .errors import PackingError
 from .inputs import as_positive
 from .reference import prefix_sum, steps_of
@@ -117,12 +117,7 @@ def shares(
     as_positive(cp_size, "cp_size")
     if not layout.has_tokens:
         raise PackingError("this layout holds boundaries only, for a stage without tokens")
-    multiple = chunks_of(cp_size)
-    if layout.spec.seq_multiple % multiple or layout.num_expanded % multiple:
-        raise PackingError(
-            f"cp_size {cp_size} needs every sequence to be a multiple of {multiple} positions, but "
-            f"the layout was built with seq_multiple={layout.spec.seq_multiple}; see mp.alignment"
-        )
+    check_multiple(cp_size, layout.spec.seq_multiple, layout.num_expanded)
     layout = layout.to("cpu")
     sizes = _tile_sizes(layout, tiles_per_image, embeddings_per_tile)
     ends = prefix_sum(sizes)
