@@ -127,7 +127,9 @@ def _changed(node: ast.AST, **fields) -> ast.AST:
 
 def places_in(node: ast.AST):
     """Nodes to try: neither annotations, decorators and messages, nor what only type checkers
-    read."""
+    read, nor what only checks the code itself (``zip(strict=)``)."""
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return
     yield node
     left_out = {"annotation", "returns", "decorator_list", "type_comment"}
     if isinstance(node, ast.Raise | ast.JoinedStr):
