@@ -74,7 +74,8 @@ def test_padding_at_either_end_is_no_sample(left, right, tokens, kind):
     ],
 )
 def test_a_mask_that_is_no_padding_is_refused(mask, reason):
-    assert reason in only_reason(image(5, 6, 7, attention_mask=torch.tensor(mask)))
+    for given in (mask, torch.tensor(mask)):
+        assert reason in only_reason(image(5, 6, 7, attention_mask=given))
 
 
 # Placeholders

@@ -56,6 +56,15 @@ def check_laws(row: Row) -> None:
     assert torch.equal(expanded.seq_start_collapsed, layout.seq_start_collapsed)
 
 
+def test_a_layout_says_what_it_is():
+    ids = int32(1, IMAGE, 2, 3, 4, 5).long()
+    layout = lay_out(ids, int32(0, 4, 6), torch.tensor([7]))
+    sizes = "2 sequences, 1 images, 6 tokens -> 12 positions"
+    assert repr(layout) == f"PackedLayout({sizes}, cpu)"
+    bounds = PackedLayout.from_boundaries(int32(0, 4, 6), 6)
+    assert repr(bounds) == "PackedLayout(2 sequences, 6 positions, cpu)"
+
+
 @pytest.mark.parametrize("structure", NAMED.values(), ids=NAMED)
 def test_laws_named(structure):
     check_laws(make_row(structure))

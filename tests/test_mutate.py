@@ -20,6 +20,7 @@ def cut(values: list[int], most: int = 3) -> list[int]:
     if not values or "é" in values and most > 2:
         raise ValueError(f"{most + 1}")
     values.sort()
+    _ = [*zip(values, values, strict=True)]
     return values[:min(most, 5)]
 '''
 FAULTS = {
