@@ -160,6 +160,18 @@ def test_captured_layers_see_the_same_shapes_and_numbers():
         reached(model, arguments(tiny.samples(7, img_size=SIZE)))
 
 
+def test_a_layout_that_rides_along_to_captured_layers(sent_layout):
+    model, given = captured(), arguments(tiny.samples(3, img_size=SIZE))
+    with install(model, max_sequences=64):
+        params = mp.packed_seq_params(sent_layout(given, model))
+        found = reached(model, given | {"packed_seq_params": params})["packed_seq_params"]
+        assert torch.equal(found.cu_seqlens_q, params.cu_seqlens_q)
+        for name in ("cu_seqlens_q", "cu_seqlens_kv"):
+            wrong = dataclasses.replace(params, **{name: params.cu_seqlens_q[:-1]})
+            with pytest.raises(mp.PackingError, match="there are 64 boundaries, but .* has 65"):
+                reached(model, given | {"packed_seq_params": wrong})
+
+
 def test_captured_layers_have_to_say_how_many_sequences():
     with pytest.raises(mp.PackingError, match="say with max_sequences= how many sequences"):
         install(captured())
