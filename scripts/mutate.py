@@ -46,7 +46,7 @@ DATA += ("test_data_lengths.py", "test_data_cutting.py", "test_vision.py")
 TESTS = {
     "layout.py": (SOAK, *MAPS, "test_space.py", "test_row_spec.py", *HOOK[:3]),
     "reference.py": (SOAK, *MAPS, "test_ops.py", "test_space.py", "test_context_parallel.py"),
-    "expand.py": (SOAK, "test_expand_column.py", "test_expand.py", "test_ops.py", *HOOK[:3]),
+    "expand.py": (SOAK, *MAPS, "test_expand_column.py", "test_ops.py", *HOOK[:3]),
     "spec.py": (SOAK, "test_row_spec.py", *MAPS, "test_hook_layouts.py", "test_data.py"),
     "vision.py": ("test_vision.py",),
     "megatron/vision.py": ("test_vision.py", "test_verify.py"),

@@ -228,6 +228,26 @@ def test_bad_embeddings(change, error, message):
         )
 
 
+@pytest.mark.parametrize(
+    "cp_size, cp_rank, options, message",
+    [
+        (2, 2, {"seq_multiple": 4}, "cp_rank is 2"),
+        (2, 0, {}, "built with seq_multiple=1"),
+        (2, 0, {"seq_multiple": 2, "total_multiple": 4}, "built with seq_multiple=2"),
+    ],
+)
+def test_a_row_that_does_not_split_is_refused(cp_size, cp_rank, options, message):
+    row, rank = make_row([[0, 1, 0, 0], [0]]), {"cp_size": cp_size, "cp_rank": cp_rank}
+    layout = build(row, **options)
+    for expands in (
+        lambda: mp.expand_labels(layout, row.labels, row.loss_mask, **rank),
+        lambda: mp.expand_embeddings(layout, row.text, row.images, **rank),
+        lambda: source_positions(layout, 5, **rank),
+    ):
+        with pytest.raises(mp.PackingError, match=message):
+            expands()
+
+
 def test_bad_labels():
     row = make_row([[0, 1, 0, 0]])
     with pytest.raises(mp.PackingError, match="labels has 3 entries, but the row has 4 tokens"):
