@@ -168,7 +168,7 @@ def test_a_layout_that_rides_along_to_captured_layers(sent_layout):
         assert torch.equal(found.cu_seqlens_q, params.cu_seqlens_q)
         for name in ("cu_seqlens_q", "cu_seqlens_kv"):
             wrong = dataclasses.replace(params, **{name: params.cu_seqlens_q[:-1]})
-            with pytest.raises(mp.PackingError, match="there are 64 boundaries, but .* has 65"):
+            with pytest.raises(mp.PackingError, match=r"there are 64 boundaries, but .* has 65"):
                 reached(model, given | {"packed_seq_params": wrong})
 
 
