@@ -186,6 +186,12 @@ def test_positions_of_mrope_are_packed_with_those_of_text():
     assert row.to("meta").position_ids.is_meta
 
 
+def test_positions_of_unlike_axes_are_refused():
+    samples = [make_sample(["t", "t"], at, positions=axes) for at, axes in enumerate((3, 4))]
+    with pytest.raises(mp.PackingError, match="position_ids of these samples have 3 and 4 axes"):
+        mp.data.get_packer("first_fit", spec_of(), family="qwen2_5_vl").join(samples)
+
+
 def test_only_what_trains_trains_behind_an_image():
     """A plain model trains the token behind an image, an expanding one does not."""
     sample = make_sample(["t", "i", "t"])
