@@ -180,14 +180,19 @@ def test_a_layout_of_another_row_is_refused(sent_layout, like_a_gpu):
         model(**given | {"packed_seq_params": mp.packed_seq_params(boundaries)})
 
 
-@pytest.mark.parametrize("change", [{"seq_multiple": 8}, {"total_multiple": 64}])
-def test_a_layout_that_megatrons_own_expansion_does_not_make_is_refused(sent_layout, change):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seq_multiple": 8}, "pads sequences to multiples of 8, which Megatron's own expansion, "),
+        ({"total_multiple": 64}, "positions, but Megatron's own expansion, the one of this call"),
+    ],
+)
+def test_a_layout_that_megatrons_own_expansion_does_not_make_is_refused(
+    sent_layout, change, message
+):
     model, given = model_of(max_sequence_length=1024), arguments(tiny.samples(3, img_size=SIZE))
     given["packed_seq_params"] = mp.packed_seq_params(sent_layout(given, model, **change))
-    with (
-        install(model, ours=False),
-        pytest.raises(mp.PackingError, match="Megatron's own expansion, the one of this call"),
-    ):
+    with install(model, ours=False), pytest.raises(mp.PackingError, match=message):
         model(**given)
 
 
