@@ -273,6 +273,9 @@ def test_the_vision_tower_counts_when_rows_are_balanced():
     assert before > after == 0 and "the row that costs most" in str(report)
     assert (report + report).imbalance == report.imbalance
     assert mp.data.pack(samples, spec, 16)[1].imbalance is None
+    packer = mp.data.get_packer("first_fit", mp.RowSpec(img_seq_len=1, seq_multiple=4), 16)
+    measured = packer.measure([text(3), image], pytest.fail)
+    assert packer.costs(measured) == [4**2, 8**2 + packer.vision_cost * 8]
 
 
 def test_bins_that_cost_most_are_divided():

@@ -6,6 +6,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 import mcore_packing as mp
 from mcore_packing.megatron import plan
+from mcore_packing.megatron.spec import stage_length
 from mcore_packing.testing import tiny
 
 from .models import SIZE, arguments, install, model_of
@@ -54,6 +55,15 @@ def test_a_stage_without_tokens_takes_what_carries_its_layout(middle_stage, sent
         assert torch.equal(params.cu_seqlens_q, layout.cu_seqlens_padded)
     with pytest.raises(mp.PackingError, match="has 510 positions, but this stage has 400"):
         middle_stage(mp.packed_seq_params(received), 400)
+
+
+@pytest.mark.parametrize("shared_by_tp, length", [(False, 24), (True, 96)])
+def test_a_stage_counts_the_positions_of_all_its_ranks(middle_stage, shared_by_tp, length):
+    stage = middle_stage.stage
+    stage.context_parallel_lm, stage.tensor_model_parallel_size_lm = 3, 4
+    stage.sequence_parallel_lm = shared_by_tp
+    stage.set_input_tensor(torch.randn(8, 1, 64))
+    assert stage_length(stage) == (length, torch.device("cpu"))
 
 
 def test_a_stage_without_tokens_guesses_nothing(middle_stage, seen):

@@ -273,6 +273,8 @@ def test_boundaries_of_a_stage_without_tokens():
         int32(0, 3, 5), 8, by_four, cu_seqlens_padded=int32(0, 4, 8)
     )
     assert layout.padding_mask.nonzero().flatten().tolist() == [3, 6, 7]
+    empty = PackedLayout.from_boundaries(int32(0, 5, 5, 9), 12)
+    assert empty.cu_seqlens_padded.tolist() == [0, 5, 5, 9, 12]
     for given, message in (
         ({"cu_seqlens": int32(1, 5)}, "starts at 1, expected 0"),
         ({"cu_seqlens": int32(0, 5, 3)}, "sequence 1: cu_seqlens decreases by 2"),

@@ -118,8 +118,9 @@ def test_shares_that_cannot_be(arguments, message):
     _, layout = make_layout([[2, 0, 1]], 2)
     with pytest.raises(mp.PackingError, match=message):
         mp.vision.shares(layout, *arguments)
-    with pytest.raises(mp.PackingError, match="embeddings_per_tile does not say"):
-        mp.vision.shares(layout, [2, 1], 2, embeddings_per_tile=[7, 2, 5])
+    for sizes in ([7, 2, 5], [10, 0, 5], [7, 3, 5, 1], [10, 5]):
+        with pytest.raises(mp.PackingError, match="embeddings_per_tile does not say"):
+            mp.vision.shares(layout, [2, 1], 2, embeddings_per_tile=sizes)
 
 
 def same(first, second):
