@@ -36,6 +36,7 @@ PRELOADED = ("pytest", "hypothesis.strategies", "megatron.core.models.multimodal
 
 SOAK = "test_soak.py::test_nothing_is_wrong"
 MAPS = ("test_layout.py", "test_layout_tensor.py", "test_expand.py")
+OPS = ("test_ops.py", "test_space.py", "test_context_parallel.py", "test_kernels.py")
 HOOK = ("test_hook_layouts.py", "test_hook_reads.py", "test_hook_overflow.py")
 HOOK += ("test_hook_packed.py", "test_hook_stages.py", "test_hook_install.py")
 HOOK += ("test_plain_model.py", "test_hook_passes.py", "test_text_rows.py", "test_releases.py")
@@ -45,7 +46,7 @@ DATA += ("test_data_lengths.py", "test_data_cutting.py", "test_vision.py")
 # What a room's tests are, fastest first; its own doctests come last.
 TESTS = {
     "layout.py": (SOAK, *MAPS, "test_space.py", "test_row_spec.py", *HOOK[:3]),
-    "reference.py": (SOAK, *MAPS, "test_ops.py", "test_space.py", "test_context_parallel.py"),
+    "reference.py": (SOAK, *MAPS, *OPS),
     "expand.py": (SOAK, *MAPS, "test_expand_column.py", "test_ops.py", *HOOK[:3]),
     "spec.py": (SOAK, "test_row_spec.py", *MAPS, "test_hook_layouts.py", "test_data.py"),
     "vision.py": ("test_vision.py",),

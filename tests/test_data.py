@@ -532,6 +532,7 @@ def test_shuffled_by_its_seed():
         ([3], {"costs": [1.0]}, "balance is False"),
         ([3], {"costs": [1.0, 2.0], "balance": True}, "2 costs for 1 lengths"),
         ([3], {"costs": [float("nan")], "balance": True}, "finite number of at least 0"),
+        ([3], {"costs": [-1.0], "balance": True}, "finite number of at least 0"),
     ],
 )
 def test_what_no_bin_holds_is_refused(lengths, options, match):

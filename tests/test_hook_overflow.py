@@ -1,12 +1,15 @@
 """Rows that do not fit: nothing trained is lost in silence."""
 
+import contextlib
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mcore_packing as mp
 from mcore_packing import parity
+from mcore_packing.megatron.call import PackedCall
 from mcore_packing.megatron.params import LaidOutParams
 from mcore_packing.testing import tiny
 
@@ -201,6 +204,18 @@ def test_a_text_row_is_as_long_as_megatron_leaves_it(seen):
 
 
 @pytest.mark.skipif(RELEASE.keeps_text_rows, reason="it takes no such row")
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_replay_dies_of_what_an_eager_call_would_raise(raises):
+    # While a stream captures, asserts take the place of what is read.
+    call = SimpleNamespace(plan=SimpleNamespace(raises_on_overflow=raises))
+    zero = torch.zeros(6, dtype=torch.int64)
+    for status, lost, dies in ((0, 0, False), (3, 0, True), (0, 5, raises)):
+        queued = {"status": zero.index_fill(0, torch.tensor([0]), status), "lost": zero[:1] + lost}
+        with pytest.raises(RuntimeError) if dies else contextlib.nullcontext():
+            PackedCall._assert_on_gpu(call, queued)
+    PackedCall._assert_on_gpu(call, {})
+
+
 def test_a_stage_without_a_loss_mask_says_nothing():
     # The last stage has one, and raises.
     model = model_of("rope", max_sequence_length=LONGEST)
