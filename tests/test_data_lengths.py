@@ -123,7 +123,7 @@ def test_lengths_say_what_the_settings_ask_for():
     asking = {
         "trained": [{"loss_weights": "square"}, {"refuse_untrained": True}],
         "tiles": [{"max_tiles": 2}],
-        "patches": [{"balance": True}],
+        "patches": [{"balance": True}, {"balance": True, "vision_cost": 0.5}],
     }
     for name, every in asking.items():
         for options in every:

@@ -81,8 +81,10 @@ def test_a_row_that_is_cut_asks_for_less(structure, cp_size):
         ([[4]], [0, 1, 1, 0]),
         # Short sequences in which all ranks need as much: ties go to the lowest rank.
         ([[1], [1], [1]], [0, 1, 0]),
+        # A tile that costs more than a rank's part goes where it is used all the same.
+        ([[0, 0, 0, 1, 0, 0, 0]], [1]),
     ],
-    ids=["where-it-is-used", "ties"],
+    ids=["where-it-is-used", "ties", "alone"],
 )
 def test_who_encodes_what(structure, encoder):
     row = make_row(structure, tokens_per_tile=4)
