@@ -1,5 +1,6 @@
 """Layouts that ride along: used as they are, or refused."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 import mcore_packing as mp
 from mcore_packing import ops, parity
+from mcore_packing.megatron import call
 from mcore_packing.testing import tiny
 from mcore_packing.testing.host_reads import HostReads
 
@@ -193,6 +195,17 @@ def test_a_layout_that_megatrons_own_expansion_does_not_make_is_refused(
     model, given = model_of(max_sequence_length=1024), arguments(tiny.samples(3, img_size=SIZE))
     given["packed_seq_params"] = mp.packed_seq_params(sent_layout(given, model, **change))
     with install(model, ours=False), pytest.raises(mp.PackingError, match=message):
+        model(**given)
+
+
+@pytest.mark.parametrize("lengths, passes", [([20, 12], True), ([21, 11], False), ([32], True)])
+def test_sequences_that_megatrons_own_expansion_does_not_pad(monkeypatch, lengths, passes):
+    # Context parallelism cuts each into chunks; a text row stays as long as it is.
+    monkeypatch.setattr(call, "sequences_must_divide_by", lambda model: 4)
+    model = model_of("rope", max_sequence_length=32)
+    given = arguments([{"input_ids": torch.arange(1, 1 + length)} for length in lengths])
+    refused = pytest.raises(mp.PackingError, match=r"sequence 0: 21 positions, expected a multiple")
+    with install(model, ours=False), contextlib.nullcontext() if passes else refused:
         model(**given)
 
 

@@ -34,11 +34,20 @@ def one_tile():
     return [tiny.samples(1, img_size=SIZE, dtype=torch.float64)[0], text_sample(30, 1)]
 
 
+def of_one_tile():
+    """Samples whose images are a tile each: nobody has to count them."""
+    samples = tiny.samples(20, img_size=SIZE, dtype=torch.float64, seed=7)
+    samples = [one for one in samples if max(one["num_image_tiles"].tolist(), default=0) == 1]
+    assert len(samples) > 4
+    return samples
+
+
 CASES = {
     # name: (seeds and samples of the rows, options of the model, what is frozen, how rows come)
     "packs": ([(6, 0), (3, 1), (5, 2)], {}, (), "shares"),
     "no shares": ([(5, 3)], {}, (), "layouts"),
     "no layouts": ([(5, 3)], {}, (), "collapsed"),
+    "no counts": ([of_one_tile], {}, (), "collapsed, no counts"),
     "rows of a share": ([(6, 0), (1, 1), lambda: [text_sample(30, 1)]], {}, (), "rows"),
     "one tile": ([one_tile], {}, (), "shares"),
     "text row": ([lambda: [text_sample(40, 2), text_sample(9, 3)], (4, 1)], {}, (), "shares"),
@@ -106,7 +115,9 @@ def arguments(model, samples, how, cp_size):
     layout = mp.PackedLayout.build(
         row["input_ids"], row["cu_seqlens"], counts, mp.row_spec(model), space="collapsed"
     )
-    if how == "collapsed":
+    if how == "collapsed, no counts":
+        given["num_image_tiles"] = None
+    if how.startswith("collapsed"):
         edges, longest = row["cu_seqlens"], row["max_seqlen"]
         params = PackedSeqParams("thd", edges, edges, None, None, longest, longest)
         return given | {"packed_seq_params": params}
@@ -115,6 +126,7 @@ def arguments(model, samples, how, cp_size):
     return given | {"packed_seq_params": mp.packed_seq_params(layout)}
 
 
+COLLAPSED = ("collapsed", "collapsed, no counts", "sizes")
 NAMES = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
 
 
@@ -156,7 +168,7 @@ def run(case, expected, cp_size, rank):
     """One case on this rank."""
     _, options, frozen, how = CASES[case]
     model, wire, tiles = build(options, frozen, how), [], []
-    space = "collapsed" if how in ("collapsed", "sizes") else None
+    space = "collapsed" if how in COLLAPSED else None
     with mp.install(model, space, vision_dp_over_cp=True), counted(model, wire, tiles):
         losses, gradients, layouts = step(model, case, cp_size)
     dist.all_reduce(losses)
@@ -253,7 +265,7 @@ def main():
     with cpu.megatron_on_cpu():
         for case, (_, options, frozen, how) in CASES.items():
             model = build(options, frozen, how)
-            with mp.install(model, "collapsed" if how in ("collapsed", "sizes") else None):
+            with mp.install(model, "collapsed" if how in COLLAPSED else None):
                 expected[case] = step(model, case, 1)
     with cpu.megatron_on_cpu(context_parallel_size=cp_size):
         mine = {case: run(case, expected, cp_size, rank) for case in CASES}
