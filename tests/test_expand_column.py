@@ -73,6 +73,7 @@ def test_a_plain_row_only_gets_its_padding():
     layout = lay_out(ids, cu_seqlens, [], None, expands=False, seq_multiple=4)
     found = mp.expand_column(layout, torch.tensor([True, True, False]), Column(False, shifted=True))
     assert found.tolist() == [True, True, False, False, False, False, False, False]
+    assert mp.expand_column(layout, torch.tensor([7, 8, 9])).tolist() == [7, 8, 0, 0, 9, 0, 0, 0]
 
 
 def test_nothing_waits_for_the_gpu():
