@@ -131,12 +131,6 @@ class Member(NamedTuple):
     columns: tuple[str, ...]
     position_dims: int
 
-    @property
-    def tiles(self) -> int | None:
-        """How many entries of ``images`` it has, None where it has no such tensor."""
-        size = self.media.get("images")
-        return size if size is None or isinstance(size, int) else 0
-
 
 class Sample(NamedTuple):
     """A sample, taken apart.
