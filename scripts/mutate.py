@@ -51,7 +51,7 @@ TESTS = {
     "spec.py": (SOAK, "test_row_spec.py", *MAPS, "test_hook_layouts.py", "test_data.py"),
     "vision.py": ("test_vision.py",),
     "megatron/vision.py": ("test_vision.py", "test_verify.py"),
-    "megatron/params.py": ("test_params.py", *HOOK),
+    "megatron/params.py": ("test_params.py", "test_row_spec.py", *HOOK),
     "megatron/spec.py": ("test_row_spec.py", *HOOK),
     "megatron/call.py": HOOK,
     "data/algorithms.py": (SOAK, *DATA),
