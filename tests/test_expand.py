@@ -61,7 +61,8 @@ def test_an_image_of_one_position_that_ends_a_sequence():
     row = make_row([[0, 0, 1], [0, 1]], tokens_per_tile=1)
     labels = torch.full_like(row.labels, 5)
     labels, loss_mask = mp.expand_labels(build(row), labels, torch.ones_like(row.loss_mask))
-    assert labels.tolist() == [5, -100, -100, -100, -100] and loss_mask.tolist() == [1, 0, 0, 0, 0]
+    # The token before an image predicts nothing; its last position has its label, masked.
+    assert labels.tolist() == [5, -100, 5, -100, 5] and loss_mask.tolist() == [1, 0, 0, 0, 0]
 
 
 def test_a_label_from_the_next_sequence_is_dropped():
