@@ -210,7 +210,8 @@ def run(folder: Path, test: str) -> str | None:
         for said in (1, 2):
             os.dup2(sys.stdout.fileno(), said)
         sys.path.insert(0, str(folder))
-        os.environ["PYTHONPATH"] = str(folder)
+        others = os.environ.get("PYTHONPATH", "")  # another Megatron
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), others])
         import pytest
 
         words = ["-x", "-q", "--no-header", "--assert=plain", "-m", "not gpu and not slow"]
