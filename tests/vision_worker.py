@@ -23,6 +23,7 @@ from mcore_packing.testing import tiny
 SIZE = 28  # pixels: 5 positions a tile, 4 without the class token
 RECOMPUTES = {"recompute_granularity": "full", "recompute_method": "uniform"}
 RECOMPUTES |= {"recompute_num_layers": 1}
+TOWER = ("vision_model", "vision_projection")
 
 
 def text_sample(length, seed):
@@ -53,7 +54,7 @@ CASES = {
     "text row": ([lambda: [text_sample(40, 2), text_sample(9, 3)], (4, 1)], {}, (), "shares"),
     "frozen tower": ([(4, 4)], {}, ("vision_model",), "shares"),
     "frozen projector": ([(4, 4)], {}, ("vision_projection",), "shares"),
-    "frozen both, one tile": ([one_tile], {}, ("vision_model", "vision_projection"), "shares"),
+    "frozen both, one tile": ([one_tile], {}, TOWER, "shares"),
     "recomputed": (
         [(4, 5)],
         {"language": RECOMPUTES, "vision": RECOMPUTES, "per_token_loss": True},
@@ -69,11 +70,22 @@ CASES = {
     ),
 }
 
+
+def one_image():
+    return resolution_samples([[1], [1, 1], [1]])[:1]
+
+
 if RELEASE.name != "0.12 to 0.17":
     CASES |= {
         "sizes": ([[[1], [1, 1], [1]]], {}, (), "sizes"),
         "sizes, shuffled": ([[[1], [1, 1], [1]]], {"pixel_shuffle": True}, (), "sizes"),
-        "sizes, one image": ([lambda: resolution_samples([[1], [1, 1], [1]])[:1]], {}, (), "sizes"),
+        "sizes, one image": ([one_image], {}, (), "sizes"),
+        "sizes, one image, frozen": (
+            [one_image],
+            {},
+            TOWER,
+            "sizes",
+        ),
     }
 if RELEASE.name == "main":
     CASES["sizes, tiles"] = ([[[2], [1, 1], [1]]], {"max_num_tiles": 4}, (), "sizes")
@@ -90,8 +102,10 @@ def samples_of(row):
 
 def build(options, frozen, how=None):
     if how == "sizes":
-        return radio(**options).double()
-    model = tiny.llava_model("rope", img_size=SIZE, **{"per_token_loss": True, **options}).double()
+        model = radio(**options).double()
+    else:
+        options = {"per_token_loss": True, **options}
+        model = tiny.llava_model("rope", img_size=SIZE, **options).double()
     for name in frozen:
         getattr(model, name).requires_grad_(False)
     return model
@@ -184,7 +198,7 @@ def run(case, expected, cp_size, rank):
         if one is not None:
             counts = one.counts.clone().fill_diagonal_(0)
             predicted.append(counts[rank].tolist())
-            if set(frozen) < {"vision_model", "vision_projection"}:
+            if set(frozen) < {*TOWER}:
                 predicted.append(counts[:, rank].tolist())
     return {
         "loss": float(((losses - expected[case][0]) / expected[case][0]).abs().max()),
