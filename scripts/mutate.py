@@ -280,7 +280,8 @@ def main() -> int:
         for mutant in sample:
             key = (mutant["room"], *mutant["place"], mutant["now"])
             results.append(done.get(key) or try_out(folder, mutant))
-            args.results.write_text(json.dumps(results, indent=1) + "\n")
+            lines = ",\n".join(map(json.dumps, results))
+            args.results.write_text(f"[\n{lines}\n]\n")
             survivors = sum(not one["killed"] for one in results)
             print(f"{len(results)} mutants, {survivors} survived", flush=True)
         for test in {one["by"] for one in results if one["killed"]} - PASSED:
