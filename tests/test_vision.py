@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -352,6 +353,13 @@ def test_where_megatron_shares_by_itself_ours_stays_away(megatron):
     with pytest.warns(UserWarning, match="shares its vision model over context-parallel ranks"):
         mp.install(model, vision_dp_over_cp=True)
     assert not hook_of(model).plan.shares_vision
+
+
+@pytest.mark.parametrize("patch, frames, has", [(1, 4, False), (2, 4, True), (2, None, False)])
+def test_frames_are_videos_where_the_tower_has_temporal_patches(patch, frames, has):
+    given = {"num_frames": None if frames is None else torch.tensor([frames])}
+    assert vision._has_videos(SimpleNamespace(temporal_patch_dim=patch), given) == has
+    assert not vision._has_videos(SimpleNamespace(), given)  # as before 0.18
 
 
 # Whole models, in processes
