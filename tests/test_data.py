@@ -300,7 +300,11 @@ WRONG = {
     "no tile": ({"num_image_tiles": [0]}, "PackingError", "[0], expected positive ints"),
     "floats": ({"num_image_tiles": torch.tensor([1.0])}, "PackingError", "expected positive ints"),
     "pixels": ({"images": torch.zeros(1, 3, 2, 2)}, "PackingError", "[3, 2, 2] each, but rows"),
-    "a path": ({"images": "cat.jpg"}, "PackingError", "found str, expected a tensor [tiles, 3, h"),
+    "a path": (
+        {"images": "cat.jpg"},
+        "PackingError",
+        "images: found str, expected a tensor [tiles, 3, h, w] or None",
+    ),
     "tokens without images": (
         {"images": None, "num_image_tiles": None, "tokens_per_image": [4]},
         "PackingError",

@@ -208,9 +208,8 @@ def test_a_text_row_is_as_long_as_megatron_leaves_it(seen):
 def test_a_replay_dies_of_what_an_eager_call_would_raise(raises):
     # While a stream captures, asserts take the place of what is read.
     call = SimpleNamespace(plan=SimpleNamespace(raises_on_overflow=raises))
-    zero = torch.zeros(6, dtype=torch.int64)
     for status, lost, dies in ((0, 0, False), (3, 0, True), (0, 5, raises)):
-        queued = {"status": zero.index_fill(0, torch.tensor([0]), status), "lost": zero[:1] + lost}
+        queued = {"status": torch.tensor([status, 0]), "lost": torch.tensor([lost])}
         with pytest.raises(RuntimeError) if dies else contextlib.nullcontext():
             PackedCall._assert_on_gpu(call, queued)
     PackedCall._assert_on_gpu(call, {})

@@ -24,6 +24,7 @@ SIZE = 28  # pixels: 5 positions a tile, 4 without the class token
 RECOMPUTES = {"recompute_granularity": "full", "recompute_method": "uniform"}
 RECOMPUTES |= {"recompute_num_layers": 1}
 TOWER = ("vision_model", "vision_projection")
+COLLAPSED = ("collapsed", "no counts", "sizes")  # how rows come that have no layout
 
 
 def text_sample(length, seed):
@@ -33,6 +34,10 @@ def text_sample(length, seed):
 
 def one_tile():
     return [tiny.samples(1, img_size=SIZE, dtype=torch.float64)[0], text_sample(30, 1)]
+
+
+def one_image():
+    return resolution_samples([[1], [1, 1], [1]])[:1]
 
 
 def of_one_tile():
@@ -48,7 +53,7 @@ CASES = {
     "packs": ([(6, 0), (3, 1), (5, 2)], {}, (), "shares"),
     "no shares": ([(5, 3)], {}, (), "layouts"),
     "no layouts": ([(5, 3)], {}, (), "collapsed"),
-    "no counts": ([of_one_tile], {}, (), "collapsed, no counts"),
+    "no counts": ([of_one_tile], {}, (), "no counts"),
     "rows of a share": ([(6, 0), (1, 1), lambda: [text_sample(30, 1)]], {}, (), "rows"),
     "one tile": ([one_tile], {}, (), "shares"),
     "text row": ([lambda: [text_sample(40, 2), text_sample(9, 3)], (4, 1)], {}, (), "shares"),
@@ -70,22 +75,12 @@ CASES = {
     ),
 }
 
-
-def one_image():
-    return resolution_samples([[1], [1, 1], [1]])[:1]
-
-
 if RELEASE.name != "0.12 to 0.17":
     CASES |= {
         "sizes": ([[[1], [1, 1], [1]]], {}, (), "sizes"),
         "sizes, shuffled": ([[[1], [1, 1], [1]]], {"pixel_shuffle": True}, (), "sizes"),
         "sizes, one image": ([one_image], {}, (), "sizes"),
-        "sizes, one image, frozen": (
-            [one_image],
-            {},
-            TOWER,
-            "sizes",
-        ),
+        "sizes, one image, frozen": ([one_image], {}, TOWER, "sizes"),
     }
 if RELEASE.name == "main":
     CASES["sizes, tiles"] = ([[[2], [1, 1], [1]]], {"max_num_tiles": 4}, (), "sizes")
@@ -129,9 +124,9 @@ def arguments(model, samples, how, cp_size):
     layout = mp.PackedLayout.build(
         row["input_ids"], row["cu_seqlens"], counts, mp.row_spec(model), space="collapsed"
     )
-    if how == "collapsed, no counts":
+    if how == "no counts":
         given["num_image_tiles"] = None
-    if how.startswith("collapsed"):
+    if how in COLLAPSED:
         edges, longest = row["cu_seqlens"], row["max_seqlen"]
         params = PackedSeqParams("thd", edges, edges, None, None, longest, longest)
         return given | {"packed_seq_params": params}
@@ -140,7 +135,6 @@ def arguments(model, samples, how, cp_size):
     return given | {"packed_seq_params": mp.packed_seq_params(layout)}
 
 
-COLLAPSED = ("collapsed", "collapsed, no counts", "sizes")
 NAMES = ("images", "input_ids", "position_ids", "labels", "loss_mask", "num_image_tiles")
 
 
@@ -198,7 +192,7 @@ def run(case, expected, cp_size, rank):
         if one is not None:
             counts = one.counts.clone().fill_diagonal_(0)
             predicted.append(counts[rank].tolist())
-            if set(frozen) < {*TOWER}:
+            if set(frozen) < set(TOWER):
                 predicted.append(counts[:, rank].tolist())
     return {
         "loss": float(((losses - expected[case][0]) / expected[case][0]).abs().max()),
